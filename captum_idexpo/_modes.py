@@ -1,0 +1,52 @@
+"""Training and eval mode of a user's model, changed for a while and always restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Holds models in eval mode; each module's own mode returns afterwards, also after an exception."""
+    with _restored_modes(models) as modules:
+        for module in modules:
+            module.training = False
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None]:
+    """Holds a model in training mode, with BatchNorm's statistics frozen if asked for."""
+    with _restored_modes([model]) as modules:
+        for module in modules:
+            module.training = not (freeze_batch_norm and is_batch_norm(module))
+        yield
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics of its batches (BatchNorm, InstanceNorm)."""
+    return isinstance(module, _NormBase)
+
+
+def module_of(function: Any) -> nn.Module | None:
+    """The module behind a forward function: itself, or the one whose bound method it is."""
+    if isinstance(function, nn.Module):
+        return function
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def _restored_modes(models: Iterable[nn.Module | None]) -> Iterator[list[nn.Module]]:
+    modules = [module for model in models if model is not None for module in model.modules()]
+    modes = [module.training for module in modules]
+    try:
+        yield modules
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

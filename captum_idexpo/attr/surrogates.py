@@ -1,0 +1,278 @@
+r"""Surrogates: the weighted linear models that LIME and KernelSHAP fit to a model's outputs on masked copies.
+
+All in closed form for a whole batch, differentiable in the outputs (the coefficients are linear in them). With masks
+:math:`Z`, weights :math:`K` and outputs :math:`v` of one example, ``Ridge(alpha, fit_intercept=False)`` is eq. (12) of
+ID-ExpO (arXiv 2310.12553), :math:`\phi = (Z^T K Z + \alpha I)^{-1} Z^T K v`.
+
+Systems are solved in float64 (float32 where a device has no float64) and returned in the outputs' dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
+from torch import Tensor
+
+
+class Surrogate(ABC):
+    """A weighted linear model of outputs on masks."""
+
+    @abstractmethod
+    def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Fits one linear model an example.
+
+        Args:
+            masks: ``(B, M, D)`` or, shared by all examples, ``(1, M, D)``; bool or float.
+            outputs: ``(B, M)``, floating point.
+            weights: ``(B, M)`` or ``(1, M)``, not negative.
+
+        Returns:
+            The coefficients ``(B, D)`` in the outputs' dtype, attached to the outputs' graph.
+        """
+
+
+Solve = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+def _in_float64(solve: Solve) -> Solve:
+    """Solves in the widest precision of the device and returns the outputs' own."""
+
+    @functools.wraps(solve)
+    def wide(self: Any, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        dtype = _widest_dtype(outputs)
+        return solve(self, masks.to(dtype), outputs.to(dtype), weights.to(dtype)).to(outputs.dtype)
+
+    return wide
+
+
+@dataclass(frozen=True)
+class Ridge(Surrogate):
+    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2 + alpha |phi|^2``, as scikit-learn's ``Ridge``.
+
+    Args:
+        alpha: strength of the penalty, positive.
+        fit_intercept: whether c is fitted (and not penalised) or 0, as in eq. (12) of ID-ExpO.
+
+    Raises:
+        ValueError: alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr.surrogates import Ridge
+        >>> masks = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+        >>> outputs = torch.tensor([[2.0, 3.0, 5.0]])
+        >>> Ridge(alpha=1e-9, fit_intercept=False).solve(masks, outputs, torch.ones(1, 3)).round(decimals=4)
+        tensor([[2., 3.]])
+    """
+
+    alpha: float = 1.0
+    fit_intercept: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"Ridge needs alpha > 0, given: {self.alpha}; for alpha = 0 use LinearRegression().")
+
+    @_in_float64
+    def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
+        weighted = masks.mT * weights[:, None, :]
+        n_samples, n_features = masks.shape[1:]
+        if n_features <= n_samples:
+            gram = weighted @ masks
+            return _solve_gram(gram + self.alpha * _eye(gram), _apply(weighted, outputs))
+        # With fewer samples than features the same minimiser comes from the samples' side:
+        # (Z'KZ + aI)^-1 Z'K = Z' R (R Z Z' R + aI)^-1 R with R the root of K.
+        roots = weights.sqrt()
+        rooted = masks * roots[..., None]
+        gram = rooted @ rooted.mT
+        return _apply(rooted.mT, _solve_gram(gram + self.alpha * _eye(gram), roots * outputs))
+
+
+@dataclass(frozen=True)
+class LinearRegression(Surrogate):
+    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2``; of several minimisers, the one of least norm, as scikit-learn's.
+
+    Args:
+        fit_intercept: whether c is fitted or 0.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr.surrogates import LinearRegression
+        >>> masks = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+        >>> outputs = torch.tensor([[2.0, 3.0, 5.0]])
+        >>> LinearRegression().solve(masks, outputs, torch.ones(1, 3)).round(decimals=4)
+        tensor([[2., 3.]])
+    """
+
+    fit_intercept: bool = True
+
+    @_in_float64
+    def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
+        roots = weights.sqrt()
+        return _apply(torch.linalg.pinv(masks * roots[..., None]), roots * outputs)
+
+
+@dataclass(frozen=True)
+class Lasso(Surrogate):
+    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2 / 2 + alpha |phi|_1`` with weights summing to 1, as scikit-learn's.
+
+    The coefficients are scikit-learn's, example by example: at its default tolerance its coordinate descent stops
+    3e-4 to 3e-2 from the minimum, so no other solver gives Captum's number. The gradient is that of the minimum: on
+    the active set with its signs fixed the minimum is a linear solve. For values that agree with the gradient to the
+    last digit choose ``tol=1e-12``.
+
+    Args:
+        alpha: strength of the penalty, positive.
+        fit_intercept: whether c is fitted or 0.
+        tol, max_iter, selection, random_state: options of scikit-learn's coordinate descent.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr.surrogates import Lasso
+        >>> masks = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])
+        >>> outputs = torch.tensor([[2.0, 3.0, 5.0, 0.0]], dtype=torch.float64)
+        >>> Lasso(alpha=0.05, tol=1e-12).solve(masks, outputs, torch.ones(1, 4))
+        tensor([[1.8000, 2.8000]], dtype=torch.float64)
+    """
+
+    alpha: float = 0.01
+    fit_intercept: bool = True
+    tol: float = 1e-4
+    max_iter: int = 1000
+    selection: str = "cyclic"
+    random_state: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"Lasso needs alpha > 0, given: {self.alpha}; for alpha = 0 use LinearRegression().")
+
+    def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        value = self._coordinate_descent(masks, outputs.detach(), weights)
+        dtype = _widest_dtype(outputs)
+        design, targets, weights = masks.to(dtype), outputs.to(dtype), weights.to(dtype)
+        if self.fit_intercept:
+            design, targets = _centred(design, targets, weights)
+        # On the active set the minimum is linear in the targets; inactive coefficients are held at 0.
+        design = design * (value != 0)[:, None, :]
+        weighted = design.mT * weights[:, None, :]
+        gram = weighted @ design + torch.diag_embed((value == 0).to(dtype))
+        minimum = _solve_gram(gram, _apply(weighted, targets))
+        return value + (minimum - minimum.detach()).to(value.dtype)
+
+    def _coordinate_descent(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """scikit-learn's coefficients, computed in the outputs' precision as Captum computes them in float32."""
+        try:
+            from sklearn import linear_model
+        except ImportError as error:
+            raise ImportError(
+                "The Lasso surrogate (LIME's default, as in Captum) needs scikit-learn: `pip install scikit-learn`, "
+                "or pass interpretable_model=captum_idexpo.attr.surrogates.Ridge()."
+            ) from error
+        dtype = outputs.dtype
+        x, y, w = (tensor.to(dtype).cpu().numpy() for tensor in (masks, outputs, weights))
+        coefficients = []
+        for index in range(len(y)):
+            model = linear_model.Lasso(**asdict(self))
+            model.fit(x[index % len(x)], y[index], sample_weight=w[index % len(w)])
+            coefficients.append(torch.as_tensor(model.coef_, dtype=dtype))
+        return torch.stack(coefficients).to(outputs.device)
+
+
+@dataclass(frozen=True)
+class ShapleyRegression(Surrogate):
+    """KernelSHAP's regression, its two infinite weights turned into exact constraints.
+
+    The first mask must be all ones, the second all zeros. Their outputs fix the intercept and the sum of the
+    coefficients (efficiency); the rest is least squares on the masks' part orthogonal to the vector of ones. Weights
+    of 1e6 in their place, as in Captum, cost float32 most of its digits.
+    """
+
+    @_in_float64
+    def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        n_samples, n_features = masks.shape[1:]
+        if n_samples < 2:
+            return 0 * outputs.expand(-1, n_features)
+        total = outputs[:, :1] - outputs[:, 1:2]
+        share = masks[:, 2:].mean(dim=-1)
+        free = masks[:, 2:] - share[..., None]
+        residuals = outputs[:, 2:] - outputs[:, 1:2] - share * total
+        if n_samples - 2 < n_features - 1:
+            correction = _apply(torch.linalg.pinv(free), residuals)
+        else:
+            # Adding the direction of ones, to which every row is orthogonal, makes the system regular.
+            gram = free.mT @ free + 1 / n_features
+            correction = _solve_gram(gram, _apply(free.mT, residuals))
+        return total / n_features + correction
+
+
+_LASSO_OPTIONS = {"alpha", "fit_intercept", "tol", "max_iter", "selection", "random_state"}
+_CLOSED_FORMS: dict[type, tuple[Callable[..., Surrogate], set[str]]] = {
+    SkLearnRidge: (Ridge, {"alpha", "fit_intercept"}),
+    SkLearnLasso: (functools.partial(Lasso, alpha=1.0), _LASSO_OPTIONS),  # scikit-learn's default alpha
+    SkLearnLinearRegression: (LinearRegression, {"fit_intercept"}),
+}
+
+
+def as_surrogate(interpretable_model: Any) -> Surrogate | None:
+    """The closed form of a surrogate or of Captum's scikit-learn wrapper; None where there is none."""
+    if isinstance(interpretable_model, Surrogate):
+        return interpretable_model
+    closed_form, supported = _CLOSED_FORMS.get(type(interpretable_model), (None, set()))
+    options = getattr(interpretable_model, "construct_kwargs", {})
+    if closed_form is None or not set(options) <= supported or options.get("alpha", 1.0) <= 0:
+        return None
+    return closed_form(**options)
+
+
+def _widest_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _centred(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtracts the weighted means, which stands for fitting an intercept."""
+    share = weights / weights.sum(dim=1, keepdim=True)
+    return masks - share[:, None, :] @ masks, outputs - (share * outputs).sum(dim=1, keepdim=True)
+
+
+def _eye(gram: Tensor) -> Tensor:
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Matrices ``(B, n, m)`` or ``(1, n, m)`` times vectors ``(B, m)``."""
+    if len(matrices) == 1:
+        return vectors @ matrices[0].mT
+    return (matrices @ vectors[..., None]).squeeze(-1)
+
+
+def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
+    """Solves symmetric systems ``(B or 1, D, D)`` for ``(B, D)``; the least-norm solution where one is singular."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    squared_pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    tolerance = torch.finfo(gram.dtype).eps ** 0.6  # 4e-10 in float64
+    regular = (failed == 0) & (squared_pivots.amin(-1) > tolerance * gram.diagonal(dim1=-2, dim2=-1).amax(-1))
+    all_regular = bool(regular.all())
+    if not all_regular:
+        factor = torch.where(regular[:, None, None], factor, _eye(gram))
+    if len(gram) == 1:
+        solution = torch.cholesky_solve(vectors.mT[None], factor)[0].mT
+    else:
+        solution = torch.cholesky_solve(vectors[..., None], factor).squeeze(-1)
+    if all_regular:
+        return solution
+    least_norm = _apply(torch.linalg.pinv(gram, rtol=tolerance, hermitian=True), vectors)
+    return torch.where(regular[:, None], solution, least_norm)

@@ -1,0 +1,149 @@
+"""Feature masks for a batch of images: grids and superpixels, as Captum's attributions take them.
+
+A mask numbers the superpixels of each image from 0; all channels of a pixel belong to the same one. Each function can
+be passed, with its options bound, as ``feature_mask`` of a regularizer:
+``feature_mask=functools.partial(slic, n_segments=50)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
+    """Rectangular cells, the same for every image.
+
+    Args:
+        inputs: images ``(B, C, H, W)``; only their size and device matter.
+        cell_size: height and width of a cell in pixels; cells at the lower and right edge may be smaller.
+
+    Returns:
+        ``(1, 1, H, W)``, int64.
+
+    Raises:
+        ValueError: inputs that are no images, or a cell size below 1.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.feature_masks import grid
+        >>> grid(torch.zeros(8, 3, 4, 4), 2)[0, 0]
+        tensor([[0, 0, 1, 1],
+                [0, 0, 1, 1],
+                [2, 2, 3, 3],
+                [2, 2, 3, 3]])
+    """
+    height, width = _size(inputs)
+    cell_height, cell_width = (cell_size, cell_size) if isinstance(cell_size, int) else cell_size
+    if min(cell_height, cell_width) < 1:
+        raise ValueError(f"cell_size must be at least 1 pixel, given: {cell_size}.")
+    rows = torch.arange(height, device=inputs.device) // cell_height
+    columns = torch.arange(width, device=inputs.device) // cell_width
+    return (rows[:, None] * (columns[-1] + 1) + columns)[None, None]
+
+
+def slic(inputs: Tensor, n_segments: int = 50, **options: Any) -> Tensor:
+    """Superpixels by SLIC (Achanta et al. 2012), of about equal size, from `skimage.segmentation.slic`.
+
+    Args:
+        inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first.
+        n_segments: about how many superpixels an image has.
+        options: further options of scikit-image's function, such as ``compactness`` or ``sigma``.
+
+    Returns:
+        ``(B, 1, H, W)``, int64, on the inputs' device.
+
+    Raises:
+        ImportError: scikit-image is not installed (extra ``image``).
+        ValueError: inputs that are no images.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.feature_masks import slic
+        >>> slic(torch.rand(2, 3, 16, 16), n_segments=4).shape
+        torch.Size([2, 1, 16, 16])
+    """
+    return _superpixels("slic", inputs, n_segments=n_segments, start_label=0, **options)
+
+
+def felzenszwalb(inputs: Tensor, scale: float = 100, **options: Any) -> Tensor:
+    """Superpixels by Felzenszwalb and Huttenlocher 2004, from `skimage.segmentation.felzenszwalb`.
+
+    Args:
+        inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first.
+        scale: higher gives larger superpixels.
+        options: further options of scikit-image's function, such as ``sigma`` or ``min_size``.
+
+    Returns:
+        ``(B, 1, H, W)``, int64, on the inputs' device.
+
+    Raises:
+        ImportError: scikit-image is not installed (extra ``image``).
+        ValueError: inputs that are no images.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.feature_masks import felzenszwalb
+        >>> felzenszwalb(torch.rand(2, 1, 16, 16), scale=10).shape
+        torch.Size([2, 1, 16, 16])
+    """
+    return _superpixels("felzenszwalb", inputs, scale=scale, **options)
+
+
+def quickshift(inputs: Tensor, **options: Any) -> Tensor:
+    """Superpixels by quick shift (Vedaldi, Soatto 2008), LIME's for images, from `skimage.segmentation.quickshift`.
+
+    Args:
+        inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first. Colour images are compared in
+            Lab space.
+        options: options of scikit-image's function, such as ``kernel_size``, ``max_dist`` or ``ratio``.
+
+    Returns:
+        ``(B, 1, H, W)``, int64, on the inputs' device.
+
+    Raises:
+        ImportError: scikit-image is not installed (extra ``image``).
+        ValueError: inputs that are no images.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.feature_masks import quickshift
+        >>> quickshift(torch.rand(2, 3, 16, 16), kernel_size=2).shape
+        torch.Size([2, 1, 16, 16])
+    """
+    convert2lab = options.pop("convert2lab", inputs.dim() == 4 and inputs.shape[1] == 3)
+    return _superpixels("quickshift", inputs, convert2lab=convert2lab, **options)
+
+
+def _superpixels(name: str, inputs: Tensor, **options: Any) -> Tensor:
+    segment = _segmentation(name)
+    _size(inputs)
+    images = _rescaled(inputs.detach()).movedim(1, -1).double().cpu().numpy()
+    masks = [torch.as_tensor(segment(image, channel_axis=-1, **options)).long() for image in images]
+    return torch.stack(masks)[:, None].to(inputs.device)
+
+
+def _segmentation(name: str) -> Callable[..., Any]:
+    try:
+        from skimage import segmentation
+    except ImportError as error:
+        raise ImportError(
+            f"captum_idexpo.feature_masks.{name} needs scikit-image: `pip install 'captum-idexpo[image]'`."
+        ) from error
+    function: Callable[..., Any] = getattr(segmentation, name)
+    return function
+
+
+def _rescaled(images: Tensor) -> Tensor:
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    return (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
+
+
+def _size(inputs: Tensor) -> tuple[int, int]:
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.numel():
+        given = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"Superpixels are made for images (B, C, H, W), given: {given}.")
+    return inputs.shape[2], inputs.shape[3]

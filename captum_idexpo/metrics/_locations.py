@@ -1,0 +1,127 @@
+"""Locations: what an attribution ranks, be they pixels, elements, or the groups of a feature mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._evaluation import align_baselines
+from captum_idexpo._features import FeatureLayout
+
+
+@dataclass(frozen=True)
+class Locations:
+    """The D locations of a batch and each one's attribution.
+
+    Attributes:
+        layout: where they lie in the inputs.
+        values: attributions ``(B, D)``.
+        present: ``(B, D)``, False where an example has no such location (groups of a feature mask that occur in other
+            examples only); None: all are there.
+    """
+
+    layout: FeatureLayout
+    values: Tensor
+    present: Tensor | None
+
+    @classmethod
+    def of(cls, attributions: Any, inputs: tuple[Tensor, ...], feature_mask: Any) -> Locations:
+        """The locations that attributions of the inputs' shape, or of one channel, speak of.
+
+        Raises:
+            ValueError: a shape that fits neither the inputs nor their locations.
+            TypeError: something else than floating-point tensors; a feature mask that holds no integers.
+        """
+        maps = as_tuple(attributions, "attributions")
+        if len(maps) != len(inputs):
+            raise ValueError(f"There are {len(maps)} attributions for {len(inputs)} input tensors: give one a tensor.")
+        maps = tuple(_aligned(map, tensor) for map, tensor in zip(maps, inputs, strict=True))
+        if feature_mask is None:
+            layout = FeatureLayout.of_positions([map.shape[1:] for map in maps])
+            return cls(layout, layout.sums(maps), None)
+        layout = FeatureLayout.of_mask(as_tuple(feature_mask, "feature_mask"), inputs)
+        # Mask and map may each be laid out over one channel or all: bring them to a common shape, then average.
+        shapes = [
+            torch.broadcast_shapes(map.shape, (1, *shape)) for map, shape in zip(maps, layout.shapes, strict=True)
+        ]
+        total = layout.sums([map.expand(shape) for map, shape in zip(maps, shapes, strict=True)])
+        count = layout.sums([torch.ones_like(map).expand(shape) for map, shape in zip(maps, shapes, strict=True)])
+        present = layout.present()
+        values = total / count.clamp_min(1)
+        return cls(layout, values, present if present is None else present.expand(values.shape))
+
+    @property
+    def counts(self) -> Tensor:
+        """How many locations there are: ``(B,)``, or ``(1,)`` where all examples have as many."""
+        if self.present is None:
+            return torch.tensor([self.values.shape[1]], device=self.values.device)
+        counts = self.present.sum(dim=1)
+        return counts[:1] if bool((counts == counts[0]).all()) else counts
+
+
+def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
+    """A tensor or a tuple of tensors as a tuple."""
+    formatted: tuple[Tensor, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
+    for tensor in formatted:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor or a tuple of tensors, given: {type(tensor).__name__}.")
+    return formatted
+
+
+def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Inputs and baselines as tuples that fit each other.
+
+    Raises:
+        ValueError: an empty batch, tensors of different batch sizes, values that are not finite, a baseline that
+            does not fit.
+        TypeError: something else than tensors, or for baselines numbers.
+    """
+    tensors = as_tuple(inputs, "inputs")
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    if len(sizes) != 1:
+        raise ValueError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
+    if sizes == {0}:
+        raise ValueError("The batch is empty: there is nothing to score.")
+    if baselines is None:
+        baselines = (0,) * len(tensors)
+    elif not isinstance(baselines, tuple):
+        baselines = (baselines,)
+    for baseline in baselines:
+        if not isinstance(baseline, (Tensor, int, float)):
+            raise TypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
+    aligned = align_baselines(baselines, tensors)
+    if check_finite:
+        require_finite(tensors, "inputs")
+    return tensors, aligned
+
+
+def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
+    """Raises NonFiniteError where a tensor holds NaN or infinity."""
+    for index, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
+            which = f"{name}[{index}]" if len(tensors) > 1 else name
+            raise NonFiniteError(f"{which} holds NaN or infinity in examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
+
+
+def _aligned(map: Tensor, tensor: Tensor) -> Tensor:
+    """An attribution in the inputs' number of axes: of the input's shape, or with one channel."""
+    if not map.is_floating_point():
+        raise TypeError(f"attributions must be floating point, given: {map.dtype}.")
+    if map.device != tensor.device:
+        raise ValueError(f"attributions lie on {map.device}, the inputs on {tensor.device}: move one of them.")
+    per_location = (*tensor.shape[:1], 1, *tensor.shape[2:]) if tensor.dim() > 2 else None
+    if map.shape == tensor.shape or map.shape == per_location:
+        return map
+    if per_location is not None and map.shape == (*tensor.shape[:1], *tensor.shape[2:]):
+        return map.unsqueeze(1)
+    fitting = [tuple(tensor.shape)] + ([per_location, (*tensor.shape[:1], *tensor.shape[2:])] if per_location else [])
+    raise ValueError(
+        f"Attributions of shape {tuple(map.shape)} fit neither the input of shape {tuple(tensor.shape)} nor its "
+        f"locations: give {' or '.join(str(shape) for shape in fitting)} (a layer's map is brought to the input's size "
+        "by captum.attr.LayerAttribution.interpolate)."
+    )

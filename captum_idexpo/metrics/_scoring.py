@@ -1,0 +1,250 @@
+"""What a forward function's output says of the target: its probability, the log of it, or a raw value."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._evaluation import BatchForward, evaluate_copies
+
+OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
+Score = Literal["probability", "log_probability", "log_complement"]
+"""p_y, log p_y or log(1 - p_y); for raw outputs each of them is the output itself."""
+
+
+class TargetScorer:
+    """Scores of the target on rows of copies of one batch.
+
+    Args:
+        forward_func: takes the inputs and the additional arguments, returns ``outputs``.
+        inputs: the batch, tensors ``(B, ...)``.
+        target: a number, a tensor of one or ``(B,)``, a list of B numbers or tuples, a tuple (earlier axes first,
+            the class last), or None where the output has a single column.
+        additional_forward_args: passed to the forward function after the inputs.
+        outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
+        check_values: look at the values, which costs a synchronisation on an accelerator.
+
+    Raises:
+        ValueError: unknown outputs; a missing target; a target or output of the wrong shape; outputs that cannot be
+            what is announced.
+        TypeError: a target of the wrong type.
+        IndexError: a target out of range.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        target: Any,
+        additional_forward_args: Any = None,
+        outputs: str = "logits",
+        check_values: bool = True,
+    ) -> None:
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
+        self.outputs = outputs
+        n_examples = len(inputs[0])
+        self._target = target_indices(target, n_examples, inputs[0].device)
+        self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
+        # One look at the plain inputs tells how many columns there are, and whether target and values make sense.
+        with torch.no_grad():
+            output = self._output(inputs, slice(None), 1)
+        self.n_columns = output[0].numel()
+        self.one_column = self.n_columns == 1 and outputs != "raw"
+        self._check_target(output)
+        if check_values:
+            _check_values(output, outputs)
+
+    def __call__(self, rows: tuple[Tensor, ...], examples: slice, n_copies: int, score: Score) -> Tensor:
+        """One score a row of ``n_copies`` copies of the given examples."""
+        output = self._output(rows, examples, n_copies)
+        target = self._target
+        if target is None:
+            target = torch.ones(len(output), 1, dtype=torch.long, device=output.device) * int(self.one_column)
+        else:
+            target = target[examples].repeat(n_copies, 1)
+        index = torch.arange(len(output), device=output.device)
+        for column in target.T[:-1]:
+            output = output[index, column]
+        label = target[:, -1]
+        if self.outputs == "raw":
+            return output.gather(1, label[:, None]).squeeze(1)
+        if self.one_column:
+            return _BINARY[self.outputs](output.squeeze(1), label, score)
+        return _MULTICLASS[self.outputs](output, label, score)
+
+    def unmasked(self, inputs: tuple[Tensor, ...], score: Score, max_rows: int) -> Tensor:
+        """The score of the inputs themselves, ``(B, 1)``."""
+
+        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return self(rows, examples, n_copies, score)
+
+        def plain(examples: slice, _: slice) -> tuple[Tensor, ...]:
+            return tuple(tensor[None, examples] for tensor in inputs)
+
+        return evaluate_copies(evaluate, plain, len(inputs[0]), 1, max_rows)
+
+    def sign(self) -> Tensor | None:
+        """+1 or -1 an example ``(B, 1)``: an attribution explains the single column, class 0 is its complement."""
+        if not self.one_column or self._target is None:
+            return None
+        return 2 * self._target[:, -1:] - 1
+
+    def _output(self, rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+        output = self._forward(rows, examples, n_copies)
+        if not isinstance(output, Tensor) or not output.dim() or len(output) != len(rows[0]):
+            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"The forward function must return a tensor with one row for each of its {len(rows[0])} inputs; "
+                f"given: {given}."
+            )
+        output = output if output.dim() > 1 else output[:, None]
+        return output if output.dtype == torch.float64 else output.float()
+
+    def _check_target(self, output: Tensor) -> None:
+        sizes = torch.tensor([2] if self.one_column else output.shape[1:], device=output.device)
+        if self._target is None:
+            if self.n_columns != 1:
+                raise ValueError(
+                    f"target is missing: the forward function returns {tuple(output.shape[1:])} values an example; "
+                    "pass target= (labels, or predictions: model(inputs).argmax(1))."
+                )
+        elif self._target.shape[1] != len(sizes):
+            raise ValueError(
+                f"target must hold {len(sizes)} numbers an example to choose from outputs of shape "
+                f"{tuple(output.shape)}; given: {self._target.shape[1]}."
+            )
+        elif bool(((self._target < 0) | (self._target >= sizes)).any()):
+            raise IndexError(
+                f"target lies between {self._target.amin(0).tolist()} and {self._target.amax(0).tolist()}, out of "
+                f"range for outputs of size {sizes.tolist()}: numbers start at 0."
+            )
+
+
+def predicted_class(output: Tensor, outputs: str) -> Tensor:
+    """The class of highest probability, ``(B,)``, from outputs ``(B, C)``, ``(B, 1)`` or ``(B,)``."""
+    if outputs not in _LOWEST_OF_CLASS_1:
+        raise ValueError(f"outputs={outputs!r} have no predicted class: pass a target.")
+    output = output if output.dim() > 1 else output[:, None]
+    if output.dim() > 2:
+        raise ValueError(f"Outputs of shape {tuple(output.shape)} have no single predicted class: pass a target.")
+    if output.shape[1] > 1:
+        return output.argmax(dim=1)
+    return (output.squeeze(1) > _LOWEST_OF_CLASS_1[outputs]).long()
+
+
+def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:
+    """A target in any of Captum's forms as indices ``(B, n)``."""
+    if target is None:
+        return None
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"target must hold integers, given: {target.dtype}; mend it with target.long().")
+        if target.numel() == 1:
+            return target.reshape(1, 1).to(device, torch.long).expand(n_examples, 1)
+        if target.dim() == 1 and len(target) == n_examples:
+            return target[:, None].to(device, torch.long)
+        raise ValueError(
+            f"target of shape {tuple(target.shape)} does not fit {n_examples} examples: give ({n_examples},)."
+        )
+    if isinstance(target, list):
+        if len(target) != n_examples:
+            raise ValueError(f"target is a list of {len(target)} for {n_examples} examples: give one for each.")
+        rows = [entry if isinstance(entry, tuple) else (entry,) for entry in target]
+    else:
+        rows = [target if isinstance(target, tuple) else (target,)] * n_examples
+    for row in rows:
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in row):
+            raise TypeError(
+                f"target must be an integer, a tuple of integers, a tensor, a list or None; given: {target!r}."
+            )
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError("target is a list of tuples of different lengths: give as many numbers for each example.")
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def _multiclass_logits(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    if score == "probability":
+        return _pick(output.softmax(dim=-1), label)
+    log_probabilities = output.log_softmax(dim=-1)
+    if score == "log_probability":
+        return _pick(log_probabilities, label)
+    return log_probabilities.masked_fill(F.one_hot(label, output.shape[-1]).bool(), -torch.inf).logsumexp(dim=-1)
+
+
+def _multiclass_log_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    log_p = _pick(output, label)
+    if score == "log_complement":
+        return output.masked_fill(F.one_hot(label, output.shape[-1]).bool(), -torch.inf).logsumexp(dim=-1)
+    return log_p.exp() if score == "probability" else log_p
+
+
+def _multiclass_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    p = _pick(output, label)
+    return p if score == "probability" else _log(p if score == "log_probability" else 1 - p)
+
+
+def _binary_logits(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    signed = output * (2 * label - 1)
+    if score == "probability":
+        return signed.sigmoid()
+    return F.logsigmoid(signed if score == "log_probability" else -signed)
+
+
+def _binary_log_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    if score == "probability":
+        return torch.where(label == 1, output.exp(), -output.expm1())
+    of_column = (label == 1) == (score == "log_probability")
+    return torch.where(of_column, output, _log(-output.expm1()))
+
+
+def _binary_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    p = torch.where(label == 1, output, 1 - output)
+    return p if score == "probability" else _log(p if score == "log_probability" else 1 - p)
+
+
+_MULTICLASS = {
+    "logits": _multiclass_logits,
+    "log_probabilities": _multiclass_log_probabilities,
+    "probabilities": _multiclass_probabilities,
+}
+_LOWEST_OF_CLASS_1 = {"logits": 0.0, "log_probabilities": math.log(0.5), "probabilities": 0.5}
+_BINARY = {
+    "logits": _binary_logits,
+    "log_probabilities": _binary_log_probabilities,
+    "probabilities": _binary_probabilities,
+}
+
+
+def _pick(values: Tensor, label: Tensor) -> Tensor:
+    return values.gather(-1, label[:, None]).squeeze(-1)
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+def _check_values(output: Tensor, outputs: str) -> None:
+    """Catches outputs that cannot be what is announced, or look like something else."""
+    if not bool(output.isfinite().all()) and not (outputs == "log_probabilities" and bool((output <= 0).all())):
+        raise NonFiniteError("The forward function returned NaN or infinity on the inputs themselves.")
+    rows_sum_to_one = output.shape[-1] > 1 and bool(
+        ((output >= 0).all(dim=-1) & ((output.sum(dim=-1) - 1).abs() < 1e-4)).all()
+    )
+    if outputs == "logits" and rows_sum_to_one:
+        warnings.warn(
+            "Each row of the forward function's output already sums to one: these look like probabilities, but "
+            "outputs='logits' takes their softmax again. Pass outputs='probabilities' if that is what they are.",
+            stacklevel=4,
+        )
+    if outputs == "probabilities" and not bool(((output >= -1e-6) & (output <= 1 + 1e-6)).all()):
+        raise ValueError("outputs='probabilities', but the forward function returned values outside [0, 1].")
+    if outputs == "log_probabilities" and not bool((output <= 1e-6).all()):
+        raise ValueError("outputs='log_probabilities', but the forward function returned positive values.")

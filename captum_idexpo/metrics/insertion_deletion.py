@@ -1,0 +1,372 @@
+r"""Insertion and deletion: does the prediction rise and fall with the locations that an attribution ranks first?
+
+With :math:`\alpha_s` the mask of the s highest locations, x the input and b the baseline (ID-ExpO, arXiv 2310.12553,
+eq. (1)-(4); Petsiuk et al. 2018, arXiv 1806.07421):
+
+.. math::
+
+    \text{insertion} = \operatorname{mean}_s p_y(\alpha_s x + (1 - \alpha_s) b), \qquad
+    \text{deletion} = \operatorname{mean}_s p_y((1 - \alpha_s) x + \alpha_s b).
+
+The soft metric (eq. 7-8) puts the masks of `SoftMasks` in place of :math:`\alpha_s` and is differentiable in the
+attribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from captum._utils.typing import BaselineType, TargetType
+from torch import Generator, Tensor
+
+from captum_idexpo._evaluation import default_rows_per_forward, evaluate_copies, masked_copies
+from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
+from captum_idexpo.metrics._scoring import Score, TargetScorer
+from captum_idexpo.metrics.masks import HardMasks, SoftMasks
+
+MAX_DEFAULT_STEPS = 32
+
+Direction = Literal["insertion", "deletion"]
+
+
+class InsertionDeletionScores(NamedTuple):
+    """Both scores of each example and the curves they are means of.
+
+    Attributes:
+        insertion: ``(B,)``, high where the attribution is faithful.
+        deletion: ``(B,)``, low where the attribution is faithful.
+        fractions: share of the locations inserted or deleted at each step, ``(n_steps,)``; ``(B, n_steps)`` where a
+            feature mask gives the examples different numbers of locations (a curve then holds its last value once its
+            own steps are used up).
+        insertion_curve: ``(B, n_steps)``.
+        deletion_curve: ``(B, n_steps)``.
+    """
+
+    insertion: Tensor
+    deletion: Tensor
+    fractions: Tensor
+    insertion_curve: Tensor
+    deletion_curve: Tensor
+
+
+def insertion_deletion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    attributions: Tensor | tuple[Tensor, ...],
+    baselines: BaselineType = None,
+    feature_mask: Tensor | tuple[Tensor, ...] | None = None,
+    additional_forward_args: Any = None,
+    target: TargetType = None,
+    *,
+    fraction: float = 1.0,
+    step_size: int | None = None,
+    temperature: float | Literal["auto"] | None = None,
+    outputs: str = "logits",
+    max_examples_per_batch: int | None = None,
+    check_finite: bool = True,
+) -> InsertionDeletionScores:
+    """Insertion and deletion of attributions, with their curves.
+
+    The scores are means over s = step_size, 2 step_size, ... up to S = floor(fraction x D) of the D locations.
+
+    Args:
+        forward_func: takes the inputs and the additional arguments, returns outputs ``(B, C)`` (or ``(B,)``).
+        inputs: a tensor ``(B, ...)`` or a tuple of them, whose locations are ranked together.
+        attributions: of the inputs' shape (a location is an element), or, for ``(B, C, H, W)``, of shape
+            ``(B, H, W)`` or ``(B, 1, H, W)`` (a location is a pixel, all channels move together).
+        baselines: what is inserted into and what deletion leaves: None (zero), numbers, or tensors that broadcast.
+        feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it; a
+            group's attribution is its mean.
+        additional_forward_args: passed to the forward function after the inputs.
+        target: the class: a number, ``(B,)`` numbers, or tuples for outputs of more axes.
+        fraction: share of the locations that is inserted or deleted, in (0, 1].
+        step_size: locations a step. None: the smallest that gives at most 32 steps.
+        temperature: None for the hard metric (ties by position); "auto" for the soft one at the paper's temperature,
+            a positive number for that multiple of it.
+        outputs: what the forward function returns: "logits", "log_probabilities", "probabilities" (classes along the
+            last axis; one column is class 1, its complement class 0, and the attribution is the column's, its sign
+            flipped for class 0), or "raw" (regression: the scores are means of outputs).
+        max_examples_per_batch: rows in one forward pass; changes the result by rounding only. None: as many as fit
+            2^18 input values on a CPU, 2^24 on an accelerator.
+        check_finite: look for NaN and infinity, which costs a synchronisation on an accelerator.
+
+    Returns:
+        Scores and curves; the scores lie in [0, 1] except for "raw". Under enabled gradients they carry a graph.
+
+    Raises:
+        ValueError: values that are not finite, shapes that do not fit, a missing target, a fraction, step size or
+            temperature out of range, an empty batch.
+        TypeError: tensors of the wrong type.
+        IndexError: a target out of range.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.metrics import insertion_deletion
+        >>> def forward(x):  # class 1 is the sum of the features
+        ...     return torch.stack([torch.zeros(len(x)), x.sum(dim=1)], dim=1)
+        >>> x = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+        >>> scores = insertion_deletion(forward, x, attributions=x, target=1)
+        >>> scores.fractions
+        tensor([0.2500, 0.5000, 0.7500, 1.0000])
+        >>> scores.insertion_curve
+        tensor([[0.9820, 0.9991, 0.9999, 1.0000]])
+        >>> scores.deletion_curve
+        tensor([[0.9975, 0.9526, 0.7311, 0.5000]])
+    """
+    return Masking.of(**locals()).result()  # all arguments, by name
+
+
+def insertion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    attributions: Tensor | tuple[Tensor, ...],
+    baselines: BaselineType = None,
+    feature_mask: Tensor | tuple[Tensor, ...] | None = None,
+    additional_forward_args: Any = None,
+    target: TargetType = None,
+    *,
+    fraction: float = 1.0,
+    step_size: int | None = None,
+    temperature: float | Literal["auto"] | None = None,
+    outputs: str = "logits",
+    max_examples_per_batch: int | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Mean probability of the target while the highest-ranked locations are put onto the baseline, ``(B,)``.
+
+    ID-ExpO (arXiv 2310.12553), eq. (1)-(2). Arguments, errors and conventions: `insertion_deletion`.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.metrics import insertion
+        >>> x = torch.tensor([[2.0, -1.0]])
+        >>> insertion(lambda x: x.sum(1), x, attributions=x, outputs="raw", step_size=1)  # mean of 2 and 2 - 1
+        tensor([1.5000])
+    """
+    masking = Masking.of(**locals())  # all arguments, by name
+    return masking.schedule.mean(masking.scores("insertion", "probability"))
+
+
+def deletion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    attributions: Tensor | tuple[Tensor, ...],
+    baselines: BaselineType = None,
+    feature_mask: Tensor | tuple[Tensor, ...] | None = None,
+    additional_forward_args: Any = None,
+    target: TargetType = None,
+    *,
+    fraction: float = 1.0,
+    step_size: int | None = None,
+    temperature: float | Literal["auto"] | None = None,
+    outputs: str = "logits",
+    max_examples_per_batch: int | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Mean probability of the target while the highest-ranked locations are replaced by the baseline, ``(B,)``.
+
+    ID-ExpO (arXiv 2310.12553), eq. (3)-(4). Arguments, errors and conventions: `insertion_deletion`.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.metrics import deletion
+        >>> x = torch.tensor([[2.0, -1.0]])
+        >>> deletion(lambda x: x.sum(1), x, attributions=x, outputs="raw", step_size=1)  # mean of -1 and 0
+        tensor([-0.5000])
+    """
+    masking = Masking.of(**locals())  # all arguments, by name
+    return masking.schedule.mean(masking.scores("deletion", "probability"))
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """After how many locations a score is taken.
+
+    Attributes:
+        steps: numbers of locations ``(B or 1, n_steps)``, ascending; an example with fewer steps repeats its last.
+        n_steps: how many of them are the example's own, ``(B or 1, 1)``.
+        n_locations: D, ``(B or 1, 1)``.
+    """
+
+    steps: Tensor
+    n_steps: Tensor
+    n_locations: Tensor
+
+    @classmethod
+    def of(cls, n_locations: Tensor, fraction: float, step_size: int | None) -> StepSchedule:
+        """The steps s = step_size, 2 step_size, ... up to S = floor(fraction x D).
+
+        Args:
+            n_locations: D for each example, or one for all.
+
+        Raises:
+            ValueError: fraction not in (0, 1], step_size not in 1..S, or no location in S.
+        """
+        cls.check_fraction(fraction, step_size)
+        total = (n_locations[:, None] * fraction + 1e-9).floor().long()
+        smallest = int(total.min())
+        if smallest < (step_size or 1):
+            raise ValueError(
+                f"fraction={fraction} of {int(n_locations.min())} locations is {smallest}, less than one step of "
+                f"{step_size or 1}: raise fraction" + (" or lower step_size." if step_size else ".")
+            )
+        size = -(-total // MAX_DEFAULT_STEPS) if step_size is None else torch.full_like(total, step_size)
+        n_steps = total // size
+        numbers = torch.arange(1, int(n_steps.max()) + 1, device=total.device)
+        return cls(torch.minimum(numbers, n_steps) * size, n_steps, n_locations[:, None])
+
+    @staticmethod
+    def check_fraction(fraction: float, step_size: int | None) -> None:
+        """Raises ValueError for a fraction not in (0, 1] or a step size that is no positive integer."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], given: {fraction}.")
+        if step_size is not None and (not isinstance(step_size, int) or step_size < 1):
+            raise ValueError(f"step_size must be a positive number of locations, given: {step_size!r}.")
+
+    def mean(self, curve: Tensor) -> Tensor:
+        """The mean over each example's own steps, ``(B,)``, of a curve ``(B, n_steps)``."""
+        return (curve * self.weights()).sum(dim=1) if len(self.steps) > 1 else curve.mean(dim=1)
+
+    def weights(self) -> Tensor:
+        """The share of each step in an example's mean, ``(B or 1, n_steps)``."""
+        own = torch.arange(self.steps.shape[1], device=self.steps.device) < self.n_steps
+        return own / self.n_steps
+
+    def draw(self, k: int, n_examples: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """One step of each of k equal strata, anew for each example: steps and weights ``(n_examples, k)``.
+
+        The weighted sum over the drawn steps is an unbiased estimate of the mean over all: where k does not divide
+        the number of steps, a stratum weighs as much as it has steps.
+
+        Raises:
+            ValueError: k is more than the number of steps.
+        """
+        if k > self.steps.shape[1]:
+            raise ValueError(
+                f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, or lower step_size."
+            )
+        device = self.steps.device
+        source = device if generator is None else generator.device
+        uniform = torch.rand(n_examples, k, device=source, generator=generator).to(device)
+        bounds = torch.arange(k + 1, device=device) * self.n_steps // k
+        sizes = bounds.diff(dim=1)
+        drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))
+        drawn = torch.minimum(drawn, self.n_steps - 1)
+        return self.steps.expand(n_examples, -1).gather(1, drawn), (sizes / self.n_steps).expand(n_examples, -1)
+
+    def fractions(self, dtype: torch.dtype) -> Tensor:
+        """Share of the locations at each step, ``(n_steps,)`` or, where it differs by example, ``(B, n_steps)``."""
+        fractions = self.steps.to(dtype) / self.n_locations
+        return fractions[0] if len(fractions) == 1 else fractions
+
+
+@dataclass(frozen=True)
+class Masking:
+    """One batch, its attributions' order and a scorer: all that it takes to score masked copies.
+
+    The metrics take all steps and the target's probability, a regularizer some steps and logarithms.
+    """
+
+    inputs: tuple[Tensor, ...]
+    baselines: tuple[Any, ...]
+    locations: Locations
+    scorer: TargetScorer
+    schedule: StepSchedule
+    masks: HardMasks | SoftMasks
+    max_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        forward_func: Callable[..., Any],
+        inputs: Any,
+        attributions: Any,
+        baselines: Any,
+        feature_mask: Any,
+        additional_forward_args: Any,
+        target: Any,
+        *,
+        fraction: float,
+        step_size: int | None,
+        temperature: float | str | None,
+        outputs: str,
+        max_examples_per_batch: int | None,
+        check_finite: bool,
+    ) -> Masking:
+        """Checks a metric's arguments and prepares them."""
+        tensors, aligned = check_inputs(inputs, baselines, check_finite)
+        locations = Locations.of(attributions, tensors, feature_mask)
+        if check_finite:
+            require_finite((locations.values,), "attributions")
+        check_temperature(temperature)
+        schedule = StepSchedule.of(locations.counts, fraction, step_size)
+        scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite)
+        return cls(
+            tensors,
+            aligned,
+            locations,
+            scorer,
+            schedule,
+            make_masks(locations, scorer.sign(), temperature),
+            check_max_rows(max_examples_per_batch, tensors),
+        )
+
+    def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
+        """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
+        steps = self.schedule.steps if steps is None else steps
+        n_examples = len(self.inputs[0])
+        steps = steps.expand(n_examples, -1).T
+
+        def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
+            selected = self.masks(steps[copies, examples], examples)
+            if direction == "deletion":
+                selected = ~selected if selected.dtype == torch.bool else 1 - selected
+            return masked_copies(
+                self.inputs, self.baselines, self.locations.layout.spread(selected, examples), examples
+            )
+
+        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return self.scorer(rows, examples, n_copies, score)
+
+        return evaluate_copies(evaluate, perturb, n_examples, len(steps), self.max_rows)
+
+    def result(self) -> InsertionDeletionScores:
+        """Both metrics with their curves."""
+        insertion_curve = self.scores("insertion", "probability")
+        deletion_curve = self.scores("deletion", "probability")
+        return InsertionDeletionScores(
+            self.schedule.mean(insertion_curve),
+            self.schedule.mean(deletion_curve),
+            self.schedule.fractions(insertion_curve.dtype),
+            insertion_curve,
+            deletion_curve,
+        )
+
+
+def check_temperature(temperature: float | str | None) -> None:
+    """Raises ValueError for anything but None, "auto" and positive numbers."""
+    if temperature is None or temperature == "auto":
+        return
+    if isinstance(temperature, str) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be None, 'auto' or a positive number, given: {temperature!r}.")
+
+
+def check_max_rows(max_examples_per_batch: int | None, inputs: tuple[Tensor, ...]) -> int:
+    """The rows of one forward pass; ValueError for less than one."""
+    if max_examples_per_batch is None:
+        return default_rows_per_forward(inputs)
+    if max_examples_per_batch < 1:
+        raise ValueError(f"max_examples_per_batch must be at least 1, or None; given: {max_examples_per_batch}.")
+    return max_examples_per_batch
+
+
+def make_masks(locations: Locations, sign: Tensor | None, temperature: float | str | None) -> HardMasks | SoftMasks:
+    """The locations' masks, in the order of their attributions or, where the sign is -1, against it."""
+    values = locations.values if sign is None else locations.values * sign
+    if temperature is None:
+        return HardMasks(values, locations.present)
+    return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

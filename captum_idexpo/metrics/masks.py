@@ -1,0 +1,77 @@
+r"""Which locations the s-th step of insertion or deletion selects: hard masks and their differentiable form.
+
+Paper: ID-ExpO (arXiv 2310.12553), eq. (1)-(4) for the hard masks, eq. (7)-(8) for the soft ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HardMasks:
+    """The s locations of highest attribution; ties go to the earlier position.
+
+    Args:
+        values: attributions ``(B, D)``.
+        present: ``(B, D)``, False where an example has no such location; None: all are there.
+    """
+
+    def __init__(self, values: Tensor, present: Tensor | None = None) -> None:
+        self._rank = _descending(values.detach(), present).indices.argsort(dim=-1)
+
+    def __call__(self, steps: Tensor, examples: slice = slice(None)) -> Tensor:
+        """Masks ``(k, b, D)``, bool, for numbers of locations ``(k, b)`` of the given examples."""
+        return self._rank[examples] < steps[..., None]
+
+
+class SoftMasks:
+    r"""The masks :math:`r_s = \sigma(T (\phi - t_s))`, differentiable in the attributions :math:`\phi`.
+
+    The threshold :math:`t_s` lies midway between the s-th and the (s+1)-th largest attribution, T is the inverse of
+    the mean gap between distinct ones; both only locate the step and carry no gradient. Where s = D the threshold
+    lies half a mean gap below the smallest attribution. A constant attribution has no order: its masks are 1/2, their
+    gradient 0.
+
+    Args:
+        values: attributions ``(B, D)``.
+        present: ``(B, D)``, False where an example has no such location; None: all are there.
+        temperature: multiple of T.
+    """
+
+    def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
+        self._values = values if values.dtype == torch.float64 else values.float()
+        ordered = _descending(self._values.detach(), present).values
+        self._ordered = ordered
+        self._n_locations = _count(present, ordered)
+        self._smallest = ordered.gather(1, self._n_locations - 1)
+        self._spread = ordered[:, :1] - self._smallest
+        self._n_gaps = (ordered[:, 1:] < ordered[:, :-1]).logical_and_(ordered[:, 1:].isfinite()).sum(1, keepdim=True)
+        # A map so flat that 1 / (mean gap) overflows counts as constant.
+        slope = temperature * self._n_gaps / self._spread
+        self._slope = torch.where(slope.isfinite(), slope, 0.0)
+
+    def __call__(self, steps: Tensor, examples: slice = slice(None)) -> Tensor:
+        """Masks ``(k, b, D)`` in (0, 1) for numbers of locations ``(k, b)`` of the given examples."""
+        return torch.sigmoid(self._slope[examples] * (self._values[examples] - self._thresholds(steps, examples)))
+
+    def _thresholds(self, steps: Tensor, examples: slice) -> Tensor:
+        ordered, n_locations = self._ordered[examples], self._n_locations[examples].T
+        rows = ordered.expand(len(steps), *ordered.shape)
+        last = rows.gather(2, steps[..., None] - 1)
+        first_left_out = rows.gather(2, steps.clamp(max=ordered.shape[1] - 1)[..., None])
+        half_gap = self._spread[examples] / (2 * self._n_gaps[examples].clamp(min=1))
+        below_all = self._smallest[examples] - half_gap
+        return torch.where((steps < n_locations)[..., None], (last + first_left_out) / 2, below_all)
+
+
+def _descending(values: Tensor, present: Tensor | None) -> torch.return_types.sort:
+    if present is not None:
+        values = values.masked_fill(~present, -torch.inf)
+    return values.sort(dim=-1, descending=True, stable=True)
+
+
+def _count(present: Tensor | None, ordered: Tensor) -> Tensor:
+    if present is None:
+        return torch.full((len(ordered), 1), ordered.shape[1], device=ordered.device)
+    return present.sum(dim=1, keepdim=True).expand(len(ordered), 1)

@@ -1,0 +1,110 @@
+"""Sensitivity-n: do attributions of n locations together tell how much masking them changes the prediction?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum._utils.typing import BaselineType, TargetType
+from torch import Generator, Tensor
+
+from captum_idexpo._evaluation import evaluate_copies, masked_copies
+from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
+from captum_idexpo.metrics._scoring import TargetScorer
+from captum_idexpo.metrics.insertion_deletion import check_max_rows
+
+
+def sensitivity_n(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    attributions: Tensor | tuple[Tensor, ...],
+    n: int,
+    baselines: BaselineType = None,
+    feature_mask: Tensor | tuple[Tensor, ...] | None = None,
+    additional_forward_args: Any = None,
+    target: TargetType = None,
+    *,
+    n_samples: int = 100,
+    outputs: str = "logits",
+    generator: Generator | None = None,
+    max_examples_per_batch: int | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    r"""Pearson's correlation, over random subsets of n locations, of their attributions' sum and the prediction's drop.
+
+    Ancona et al. 2018 (arXiv 1711.06104); for an example x with attributions :math:`\phi`, over subsets A of size n,
+    the correlation of :math:`\sum_{d \in A} \phi_d` and :math:`p_y(x) - p_y(x_{A \to b})`.
+
+    Args:
+        forward_func, inputs, attributions, baselines, feature_mask, additional_forward_args, target, outputs,
+            max_examples_per_batch, check_finite: as for `insertion_deletion`.
+        n: size of the subsets, 1 to D.
+        n_samples: random subsets an example, at least 2.
+        generator: source of the subsets; None: torch's global generator of the inputs' device.
+
+    Returns:
+        ``(B,)`` in [-1, 1]; 0 where either side is the same for all subsets.
+
+    Raises:
+        ValueError: n or n_samples out of range, and what `insertion_deletion` raises.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.metrics import sensitivity_n
+        >>> x = torch.tensor([[1.0, -2.0, 3.0, 0.5]])  # a linear function's attributions are exact
+        >>> sensitivity_n(lambda x: x.sum(1), x, attributions=x, n=2, outputs="raw").round(decimals=4)
+        tensor([1.])
+    """
+    if n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2 for a correlation, given: {n_samples}.")
+    tensors, aligned = check_inputs(inputs, baselines, check_finite)
+    locations = Locations.of(attributions, tensors, feature_mask)
+    if check_finite:
+        require_finite((locations.values,), "attributions")
+    smallest = int(locations.counts.min())
+    if not 1 <= n <= smallest:
+        raise ValueError(f"n must lie between 1 and the number of locations, {smallest}; given: {n}.")
+    scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite)
+    sign = scorer.sign()
+    values = locations.values if sign is None else locations.values * sign
+    max_rows = check_max_rows(max_examples_per_batch, tensors)
+    subsets = _random_subsets(locations, n, n_samples, generator)
+
+    def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
+        kept = ~subsets[copies, examples]
+        return masked_copies(tensors, aligned, locations.layout.spread(kept, examples), examples)
+
+    def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+        return scorer(rows, examples, n_copies, "probability")
+
+    n_examples = len(tensors[0])
+    unmasked = scorer.unmasked(tensors, "probability", max_rows)
+    masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, max_rows)
+    sums = (subsets.to(values.dtype) * values).sum(dim=-1).T
+    scale = torch.maximum(unmasked.detach().abs(), masked.detach().abs().amax(dim=1, keepdim=True))
+    return _correlation(sums, unmasked - masked, n * values.detach().abs().amax(dim=1, keepdim=True), scale)
+
+
+def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Generator | None) -> Tensor:
+    """Subsets of n of each example's locations, all equally likely, as masks ``(n_samples, B, D)``."""
+    values = locations.values
+    source = values.device if generator is None else generator.device
+    noise = torch.rand(n_samples, *values.shape, device=source, generator=generator).to(values.device)
+    if locations.present is not None:
+        noise = noise.masked_fill(~locations.present, -1.0)
+    chosen = noise.topk(n, dim=-1).indices
+    return torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def _correlation(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """Pearson's correlation along the last axis; 0 where a side varies by no more than the rounding of its scale."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    rounding = 16 * torch.finfo(dtype).eps
+    varies = (a.abs().amax(1) > rounding * scale_a.squeeze(1)) & (b.abs().amax(1) > rounding * scale_b.squeeze(1))
+    # Divided by their norms before they are multiplied, tiny values do not underflow; where nothing varies, by 1.
+    a = a / torch.where(varies, a.square().sum(1), 1.0).sqrt()[:, None]
+    b = b / torch.where(varies, b.square().sum(1), 1.0).sqrt()[:, None]
+    return torch.where(varies, (a * b).sum(dim=1), 0.0).clamp(-1, 1)

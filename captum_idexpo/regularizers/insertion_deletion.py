@@ -1,0 +1,340 @@
+r"""ID-ExpO: insertion and deletion of the explanation as loss terms (Yoshikawa, Iwata 2024, arXiv 2310.12553).
+
+.. math::
+
+    \Omega_\text{ins} = -\operatorname{mean}_s \log p_y(\text{insertion}_s), \qquad
+    \Omega_\text{del} = -\operatorname{mean}_s [\log p_y(x) - \log p_y(\text{deletion}_s)],
+
+with the soft masks of eq. (7)-(8) (eq. 9-11). The gradient reaches the weights through the prediction on the masked
+copies, through the attribution inside the masks, and, for Grad-CAM, through its channel weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from captum.attr import Attribution, LayerAttribution
+from torch import Generator, Tensor, nn
+
+from captum_idexpo._evaluation import BatchForward
+from captum_idexpo._modes import eval_mode as held_in_eval_mode
+from captum_idexpo._modes import module_of
+from captum_idexpo.metrics._locations import Locations, check_inputs
+from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, predicted_class
+from captum_idexpo.metrics.insertion_deletion import (
+    InsertionDeletionScores,
+    Masking,
+    StepSchedule,
+    check_max_rows,
+    check_temperature,
+    make_masks,
+)
+
+DELETION_FORMS = ("ratio", "log", "complement")
+
+
+class InsertionDeletion(nn.Module):
+    r"""Penalises explanations whose insertion is low and whose deletion is high: ID-ExpO's loss terms, eq. (9)-(11).
+
+    Called as ``regularizer(inputs, target)`` it returns named, already weighted terms, means over the batch; any
+    training loop adds them to its loss: ``loss = cross_entropy(model(x), y) + sum(regularizer(x, y).values())``.
+    Under `torch.no_grad` the terms have the same values and no graph.
+
+    Args:
+        explainer: an attribution of `captum_idexpo.attr`. A layer's map is brought to the inputs' size (nearest, the
+            paper's expansion); for images ``(B, C, H, W)`` without feature mask, channels are averaged, so that a
+            location is a pixel.
+        baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
+            that returns them. Also passed to explainers that take baselines.
+        forward_func: what is masked and scored; default: the explainer's forward function.
+        model: the module held in eval mode; found by itself where forward functions are modules or bound methods.
+        insertion_weight, deletion_weight: weights of both terms (the paper: 0.001 to 0.1); 0 leaves a term out.
+        l2_weight: weight of the attribution's squared norm, summed over the locations (a layer's own, or the groups
+            of the feature mask).
+        fraction, step_size, temperature, outputs, max_examples_per_batch: as for
+            `captum_idexpo.metrics.insertion_deletion`; temperature None is the hard mask, through which the
+            attribution gets no gradient.
+        steps_per_update: of the n steps, this many are drawn, one from each of as many equal strata, anew for each
+            example: an unbiased estimate at a fraction of the cost. None: all steps.
+        deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
+            "complement" the mean of log(1 - p(deletion)), negated. For raw outputs each is the mean of f(deletion).
+        deletion_floor: "ratio" and "log" have no lower bound; below this probability a copy adds no more reward.
+            None: no floor. `floor_share` holds the share of copies at the floor in the last call.
+        feature_mask: a Captum feature mask, or a callable of the inputs that returns one (superpixels). Also passed to
+            explainers that take one.
+        attribute_kwargs: further arguments of ``explainer.attribute``; ``additional_forward_args`` also go to
+            the forward function.
+        eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics stay untouched and
+            no example depends on its batch mates.
+        generator: source of the drawn steps, and of an explainer's masks with ``sampling="independent"``. None: torch's
+            global generator.
+
+    Raises:
+        TypeError: the explainer is none, or is Captum's own, through which nothing can be trained.
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import LayerGradCam
+        >>> from captum_idexpo.regularizers import InsertionDeletion
+        >>> conv = torch.nn.Conv2d(1, 4, 3)
+        >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+        >>> regularizer = InsertionDeletion(LayerGradCam(model, conv), baselines=0.0, steps_per_update=4)
+        >>> x, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+        >>> terms = regularizer(x, y)
+        >>> sorted(terms)
+        ['deletion', 'insertion']
+        >>> (torch.nn.functional.cross_entropy(model(x), y) + sum(terms.values())).backward()
+    """
+
+    forward_func: Callable[..., Any]
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        explainer: Attribution,
+        *,
+        baselines: Any,
+        forward_func: Callable[..., Any] | None = None,
+        model: nn.Module | None = None,
+        insertion_weight: float = 0.01,
+        deletion_weight: float = 0.01,
+        l2_weight: float = 0.0,
+        fraction: float = 0.5,
+        step_size: int | None = None,
+        steps_per_update: int | None = None,
+        deletion_form: Literal["ratio", "log", "complement"] = "ratio",
+        deletion_floor: float | None = 1e-6,
+        temperature: float | Literal["auto"] | None = "auto",
+        outputs: str = "logits",
+        feature_mask: Any = None,
+        attribute_kwargs: dict[str, Any] | None = None,
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+        max_examples_per_batch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.explainer = explainer
+        self._explainer_takes = _arguments_of(explainer)
+        # The model belongs to the user: kept out of the submodules, its parameters stand in no second state dict.
+        self.__dict__["forward_func"] = explainer.forward_func if forward_func is None else forward_func
+        self.__dict__["model"] = model
+        self.baselines = baselines
+        self.insertion_weight = _not_negative("insertion_weight", insertion_weight)
+        self.deletion_weight = _not_negative("deletion_weight", deletion_weight)
+        self.l2_weight = _not_negative("l2_weight", l2_weight)
+        self.fraction = fraction
+        self.step_size = step_size
+        self.steps_per_update = steps_per_update
+        self.deletion_form = deletion_form
+        self.deletion_floor = deletion_floor
+        self.temperature = temperature
+        self.outputs = outputs
+        self.feature_mask = feature_mask
+        self.attribute_kwargs = dict(attribute_kwargs or {})
+        self.eval_mode = eval_mode
+        self.generator = generator
+        self.max_examples_per_batch = max_examples_per_batch
+        self.floor_share: Tensor | None = None
+        self._floor_reported = False
+        self._check_settings()
+
+    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
+        """The weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: the labels, ``(B,)`` integers (any Captum target); ignored for raw outputs if floating point.
+            annotations: not used; accepted so that all regularizers are called alike.
+
+        Returns:
+            Scalars by name.
+
+        Raises:
+            RuntimeError: under enabled gradients, the explanation can have no graph.
+            ValueError, TypeError, IndexError: as `captum_idexpo.metrics.insertion_deletion`.
+        """
+        with self._eval_mode():
+            masking, cells = self._masking(inputs, target, self.temperature, create_graph=torch.is_grad_enabled())
+            steps, weights = self._draw_steps(masking.schedule, len(cells))
+            terms = {}
+            if self.insertion_weight:
+                log_p = masking.scores("insertion", "log_probability", steps)
+                terms["insertion"] = -self.insertion_weight * (weights * log_p).sum(dim=1).mean()
+            if self.deletion_weight:
+                terms["deletion"] = self.deletion_weight * (weights * self._deletion(masking, steps)).sum(dim=1).mean()
+            if self.l2_weight:
+                terms["l2"] = self.l2_weight * cells.square().sum(dim=1).mean()
+            return terms
+
+    @torch.no_grad()
+    def scores(self, inputs: Any, target: Any = None) -> InsertionDeletionScores:
+        """Hard insertion and deletion of this explainer's attributions, with these settings and all steps.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: the explained class; None: the predicted one (raw outputs: the only column).
+
+        Returns:
+            As `captum_idexpo.metrics.insertion_deletion`.
+        """
+        with self._eval_mode():
+            if target is None and self.outputs != "raw":
+                tensors, _ = check_inputs(inputs, None, check_finite=True)
+                forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
+                target = predicted_class(forward(tensors), self.outputs)
+            masking, _ = self._masking(inputs, target, None, create_graph=False)
+            return masking.result()
+
+    @torch.no_grad()
+    def attribution(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
+        """The attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
+        with self._eval_mode():
+            masking, _ = self._masking(inputs, target, None, create_graph=False)
+            spread = masking.locations.layout.spread(masking.locations.values[None])
+            return tuple(values[0] for values in spread)
+
+    def _masking(self, inputs: Any, target: Any, temperature: Any, create_graph: bool) -> tuple[Masking, Tensor]:
+        """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
+        baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
+        tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
+        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+            target = None  # a regression's target names no column
+        scorer = TargetScorer(self.forward_func, tensors, target, self._additional_forward_args, self.outputs)
+        feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
+        one_column = self._explains_one_column(tensors, scorer)
+        offered = {"baselines": baselines, "feature_mask": feature_mask}
+        maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
+        locations = Locations.of(maps, tensors, feature_mask)
+        if cells is None:
+            cells = locations.values
+        schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size)
+        masks = make_masks(locations, scorer.sign() if one_column else None, temperature)
+        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
+        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows), cells
+
+    def _explains_one_column(self, tensors: tuple[Tensor, ...], scorer: TargetScorer) -> bool:
+        """Whether the explainer's forward function has a single column, of which class 0 is the complement."""
+        if self.explainer.forward_func is self.forward_func:
+            return scorer.n_columns == 1
+        forward = BatchForward(self.explainer.forward_func, self._additional_forward_args, len(tensors[0]))
+        with torch.no_grad():
+            return bool(forward(tensors)[0].numel() == 1)
+
+    def _explain(
+        self,
+        inputs: Any,
+        tensors: tuple[Tensor, ...],
+        target: Any,
+        create_graph: bool,
+        offered: dict[str, Any],
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)`` (None for others)."""
+        if self.attribute_kwargs.get("sampling", "captum") != "captum":
+            offered = {**offered, "generator": self.generator}
+        arguments = {name: value for name, value in offered.items() if name in self._explainer_takes}
+        attribution = self.explainer.attribute(
+            inputs, target=target, create_graph=create_graph, **{**arguments, **self.attribute_kwargs}
+        )
+        maps = attribution if isinstance(attribution, tuple) else (attribution,)
+        if not isinstance(self.explainer, LayerAttribution):
+            average = self.feature_mask is None
+            return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None
+        if len(maps) != 1 or len(tensors) != 1:
+            raise ValueError(
+                "A layer attribution can be ranked where the layer has one output and the model one input."
+            )
+        map = maps[0].mean(1, keepdim=True) if maps[0].dim() > 2 else maps[0]
+        size = tensors[0].shape[2:]
+        expanded = map if map.shape[2:] == size else LayerAttribution.interpolate(map, tuple(size), "nearest")
+        return (expanded,), map.flatten(1)
+
+    def _deletion(self, masking: Masking, steps: Tensor) -> Tensor:
+        """The deletion penalty of each copy, ``(B, n_steps)``."""
+        if self.outputs == "raw":
+            return masking.scores("deletion", "probability", steps)
+        if self.deletion_form == "complement":
+            return -masking.scores("deletion", "log_complement", steps)
+        log_p = masking.scores("deletion", "log_probability", steps)
+        if self.deletion_floor:
+            lowest = math.log(self.deletion_floor)
+            self._report_floor((log_p.detach() < lowest).float().mean())
+            log_p = log_p.clamp_min(lowest)
+        return (
+            log_p - masking.scorer.unmasked(masking.inputs, "log_probability", masking.max_rows)
+            if self.deletion_form == "ratio"
+            else log_p
+        )
+
+    def _report_floor(self, share: Tensor) -> None:
+        self.floor_share = share
+        if not self._floor_reported and bool(share > 0):
+            self._floor_reported = True
+            warnings.warn(
+                f"The deletion floor of {self.deletion_floor} binds for {float(share):.1%} of the masked copies: they "
+                "add no more reward. Lower deletion_floor to let them, or deletion_weight to train less hard.",
+                stacklevel=4,
+            )
+
+    def _draw_steps(self, schedule: StepSchedule, n_examples: int) -> tuple[Tensor, Tensor]:
+        """Steps ``(B or 1, n)`` and their weights, which add up to 1 for each example."""
+        if self.steps_per_update is None:
+            return schedule.steps, schedule.weights()
+        return schedule.draw(self.steps_per_update, n_examples, self.generator)
+
+    @property
+    def _additional_forward_args(self) -> Any:
+        return self.attribute_kwargs.get("additional_forward_args")
+
+    def _eval_mode(self) -> Any:
+        if not self.eval_mode:
+            return nullcontext()
+        return held_in_eval_mode(self.model, module_of(self.forward_func), module_of(self.explainer.forward_func))
+
+    def _check_settings(self) -> None:
+        StepSchedule.check_fraction(self.fraction, self.step_size)
+        check_temperature(self.temperature)
+        if self.steps_per_update is not None and self.steps_per_update < 1:
+            raise ValueError(f"steps_per_update must be at least 1, or None; given: {self.steps_per_update}.")
+        if self.deletion_form not in DELETION_FORMS:
+            raise ValueError(f"deletion_form must be one of {DELETION_FORMS}, given: {self.deletion_form!r}.")
+        if self.deletion_floor is not None and not 0 <= self.deletion_floor < 1:
+            raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
+        if self.outputs not in OUTPUTS:
+            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
+        found = self.model or module_of(self.forward_func) or module_of(self.explainer.forward_func)
+        if self.eval_mode and found is None:
+            warnings.warn(
+                "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
+                "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
+                stacklevel=3,
+            )
+
+
+def _arguments_of(explainer: Any) -> set[str]:
+    """The names that ``explainer.attribute`` takes; TypeError where it can not be trained through."""
+    if not isinstance(explainer, Attribution):
+        raise TypeError(
+            f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
+            "Example: InsertionDeletion(LayerGradCam(model, model.layer3), baselines=0.0)."
+        )
+    names = set(inspect.signature(explainer.attribute).parameters)
+    if "create_graph" not in names:
+        name = type(explainer).__name__
+        raise TypeError(
+            f"{type(explainer).__module__}.{name} has no create_graph, so nothing can be trained through it: "
+            f"import it with `from captum_idexpo.attr import {name}`."
+        )
+    return names
+
+
+def _not_negative(name: str, weight: float) -> float:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name} must be a finite number and not negative, given: {weight}.")
+    return weight

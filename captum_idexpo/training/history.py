@@ -1,0 +1,30 @@
+"""What a training run reports, epoch by epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class History(list[dict[str, float]]):
+    """One row an epoch: the mean loss and its parts, and validation scores.
+
+    Example:
+        >>> from captum_idexpo.training import History
+        >>> history = History([{"epoch": 1, "valscore": 2.5}, {"epoch": 2, "valscore": 2.9}])
+        >>> history.to_pandas()["valscore"].tolist()
+        [2.5, 2.9]
+    """
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame; ImportError without pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("History.to_pandas needs pandas: `pip install 'captum-idexpo[plot]'`.") from error
+        return pd.DataFrame(list(self))
+
+    def plot(self) -> Any:
+        """A matplotlib figure: losses on the left, validation scores on the right; ImportError without matplotlib."""
+        from captum_idexpo.visualization import plot_history
+
+        return plot_history(self)

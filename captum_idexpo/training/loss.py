@@ -1,0 +1,118 @@
+"""The loss that training minimises, as one module: task loss plus regularizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from captum_idexpo._errors import NonFiniteError
+
+
+class ExplanationRegularizedLoss(nn.Module):
+    """Task loss and regularizers of one batch, in one forward pass: the module that DDP or FSDP wraps.
+
+    Args:
+        model: called with the batch's inputs (a tuple is spread over its positional arguments, a mapping over its
+            keyword arguments).
+        regularizers: modules called as ``regularizer(inputs, target, annotations)`` that return weighted terms by name.
+        loss_fn: (model output, target) -> scalar.
+
+    Raises:
+        TypeError: a regularizer that is no module.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo import ExplanationRegularizedLoss
+        >>> from captum_idexpo.attr import LayerGradCam
+        >>> from captum_idexpo.regularizers import InsertionDeletion
+        >>> conv = torch.nn.Conv2d(1, 4, 3)
+        >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+        >>> loss = ExplanationRegularizedLoss(model, [InsertionDeletion(LayerGradCam(model, conv), baselines=0.0)])
+        >>> total, parts = loss((torch.randn(2, 1, 8, 8), torch.tensor([0, 2])))
+        >>> list(parts)
+        ['task', 'insertion', 'deletion']
+        >>> total.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regularizers: Sequence[nn.Module] = (),
+        loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
+    ) -> None:
+        super().__init__()
+        if isinstance(regularizers, nn.Module) and not isinstance(regularizers, nn.ModuleList):
+            raise TypeError(f"regularizers must be a sequence of modules: write [{type(regularizers).__name__}(...)].")
+        for regularizer in regularizers:
+            if not isinstance(regularizer, nn.Module):
+                raise TypeError(f"Each regularizer must be a torch.nn.Module, given: {type(regularizer).__name__}.")
+        self.model = model
+        self.regularizers = nn.ModuleList(regularizers)
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch (inputs, target) or (inputs, target, annotations).
+
+        Returns:
+            The scalar loss, and its parts by name, detached: "task", then each regularizer's terms; a name that
+            returns gets a number ("insertion_2").
+
+        Raises:
+            TypeError: a batch of another form.
+            ValueError: a task loss that is no scalar.
+        """
+        inputs, target, annotations = unpack_batch(batch)
+        task = self.loss_fn(call_model(self.model, inputs), target)
+        if task.dim():
+            raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
+        terms = {"task": task}
+        for regularizer in self.regularizers:
+            for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
+                terms[_unused(name, terms)] = term
+        loss = torch.stack([term.to(task.dtype) for term in terms.values()]).sum()
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def unpack_batch(batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, target and annotations (or None) of what a loader yields; a list of inputs becomes a tuple.
+
+    Raises:
+        TypeError: the loader yields something else than (inputs, target) or (inputs, target, annotations).
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
+        raise TypeError(
+            f"The loader must yield (inputs, target) or (inputs, target, annotations); it yielded {given}. "
+            "A dataset of tuples, such as TensorDataset(inputs, targets), does."
+        )
+    inputs, target, annotations = (*batch, None)[:3]
+    return tuple(inputs) if isinstance(inputs, list) else inputs, target, annotations
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """The model's output for a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _regularize(regularizer: nn.Module, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
+    """A regularizer's terms; where it meets NaN, the error names the term in which it arose."""
+    try:
+        terms: dict[str, Tensor] = regularizer(inputs, target, annotations)
+    except NonFiniteError as error:
+        term = type(regularizer).__name__ if bool(task.isfinite()) else "task"
+        raise NonFiniteError(f"The loss term {term!r} is not finite: {error}") from error
+    return terms
+
+
+def _unused(name: str, taken: Iterable[str]) -> str:
+    number = 2
+    unused = name
+    while unused in taken:
+        unused, number = f"{name}_{number}", number + 1
+    return unused
