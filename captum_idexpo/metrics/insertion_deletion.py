@@ -229,14 +229,16 @@ class StepSchedule:
 
     def mean(self, curve: Tensor) -> Tensor:
         """The mean over each example's own steps, ``(B,)``, of a curve ``(B, n_steps)``."""
-        return (curve * self.weights()).sum(dim=1) if len(self.steps) > 1 else curve.mean(dim=1)
+        return (curve * self.weights(curve.dtype)).sum(dim=1) if len(self.steps) > 1 else curve.mean(dim=1)
 
-    def weights(self) -> Tensor:
+    def weights(self, dtype: torch.dtype) -> Tensor:
         """The share of each step in an example's mean, ``(B or 1, n_steps)``."""
         own = torch.arange(self.steps.shape[1], device=self.steps.device) < self.n_steps
-        return own / self.n_steps
+        return own.to(dtype) / self.n_steps
 
-    def draw(self, k: int, n_examples: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, k: int, n_examples: int, dtype: torch.dtype, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step of each of k equal strata, anew for each example: steps and weights ``(n_examples, k)``.
 
         The weighted sum over the drawn steps is an unbiased estimate of the mean over all: where k does not divide
@@ -256,7 +258,8 @@ class StepSchedule:
         sizes = bounds.diff(dim=1)
         drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))
         drawn = torch.minimum(drawn, self.n_steps - 1)
-        return self.steps.expand(n_examples, -1).gather(1, drawn), (sizes / self.n_steps).expand(n_examples, -1)
+        weights = sizes.to(dtype) / self.n_steps
+        return self.steps.expand(n_examples, -1).gather(1, drawn), weights.expand(n_examples, -1)
 
     def fractions(self, dtype: torch.dtype) -> Tensor:
         """Share of the locations at each step, ``(n_steps,)`` or, where it differs by example, ``(B, n_steps)``."""

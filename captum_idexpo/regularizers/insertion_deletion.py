@@ -162,7 +162,7 @@ class InsertionDeletion(nn.Module):
         """
         with self._eval_mode():
             masking, cells = self._masking(inputs, target, self.temperature, create_graph=torch.is_grad_enabled())
-            steps, weights = self._draw_steps(masking.schedule, len(cells))
+            steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
             terms = {}
             if self.insertion_weight:
                 log_p = masking.scores("insertion", "log_probability", steps)
@@ -282,11 +282,11 @@ class InsertionDeletion(nn.Module):
                 stacklevel=4,
             )
 
-    def _draw_steps(self, schedule: StepSchedule, n_examples: int) -> tuple[Tensor, Tensor]:
+    def _draw_steps(self, schedule: StepSchedule, n_examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Steps ``(B or 1, n)`` and their weights, which add up to 1 for each example."""
         if self.steps_per_update is None:
-            return schedule.steps, schedule.weights()
-        return schedule.draw(self.steps_per_update, n_examples, self.generator)
+            return schedule.steps, schedule.weights(dtype)
+        return schedule.draw(self.steps_per_update, n_examples, dtype, self.generator)
 
     @property
     def _additional_forward_args(self) -> Any:

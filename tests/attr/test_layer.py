@@ -1,0 +1,165 @@
+"""LayerGradCam against Captum's; its second-order gradient, which Captum's default lacks; its errors and traces."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+from torch import nn
+
+from captum_idexpo.attr import LayerGradCam
+from tests.helpers import gradient_error, smooth_conv_net, smooth_net
+
+X = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def maps_of(attribution):
+    return attribution if isinstance(attribution, tuple) else (attribution,)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("attribute_to_layer_input", [False, True])
+@pytest.mark.parametrize("relu_attributions", [False, True])
+@pytest.mark.parametrize("attr_dim_summation", [False, True])
+@pytest.mark.parametrize("target", [1, [0, 1, 2, 0], torch.tensor([0, 1, 2, 0]), (2,)])
+def test_equals_captum(create_graph, target, attribute_to_layer_input, relu_attributions, attr_dim_summation):
+    net = smooth_conv_net()
+    arguments = {
+        "attribute_to_layer_input": attribute_to_layer_input,
+        "relu_attributions": relu_attributions,
+        "attr_dim_summation": attr_dim_summation,
+    }
+    theirs = captum.attr.LayerGradCam(net, net[4]).attribute(X, target=target, **arguments)
+    ours = LayerGradCam(net, net[4]).attribute(X, target=target, create_graph=create_graph, **arguments)
+    assert ours.requires_grad == create_graph
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x), torch.sin(x)
+
+
+class WithTuple(nn.Module):
+    """A layer with two outputs, two inputs and an argument beside them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.split = nn.Conv2d(2, 3, 3), TwoOutputs()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x, y, scale):
+        a, b = self.split(self.conv(x + y))
+        return self.head((a * b * scale).mean(dim=(2, 3))).square()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_equals_captum_for_tuples(create_graph):
+    net = WithTuple().double()
+    arguments = {"target": 1, "additional_forward_args": 2.0}
+    theirs = captum.attr.LayerGradCam(net, net.split).attribute((X, X + 1), **arguments)
+    ours = LayerGradCam(net, net.split).attribute((X, X + 1), create_graph=create_graph, **arguments)
+    assert isinstance(ours, tuple)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_equals_captum_for_a_vector_layer():
+    net, x = smooth_net(), torch.randn(4, 6, dtype=torch.float64)
+    theirs = captum.attr.LayerGradCam(net, net[0]).attribute(x, target=1)
+    torch.testing.assert_close(LayerGradCam(net, net[0]).attribute(x, target=1), theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"relu_attributions": True}, {"attribute_to_layer_input": True}, {"attr_dim_summation": False}]
+)
+def test_the_gradient_is_true(arguments):
+    net = smooth_conv_net()
+    weights = torch.randn(4, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def loss():
+        attribution = LayerGradCam(net, net[4]).attribute(X, target=[0, 1, 2, 0], create_graph=True, **arguments)
+        return (attribution * weights).sum() + attribution.square().sum() + net(X).square().mean()
+
+    assert gradient_error(loss, net) < 1e-5
+
+
+def test_captums_own_gradient_is_not():
+    """The trap: Captum's map requires grad, but its channel weights are constants. The check above must see that."""
+    net = smooth_conv_net()
+
+    def loss():
+        return captum.attr.LayerGradCam(net, net[4]).attribute(X, target=1).square().sum()
+
+    assert loss().requires_grad
+    assert gradient_error(loss, net) > 0.1
+
+
+def test_captums_spelling_asks_for_the_graph_too():
+    net = smooth_conv_net()
+    ours = LayerGradCam(net, net[4]).attribute(X, target=1, grad_kwargs={"create_graph": True})
+    assert ours.requires_grad
+
+
+def test_is_captums_class():
+    net = smooth_conv_net()
+    assert isinstance(LayerGradCam(net, net[4]), captum.attr.LayerGradCam)
+    assert hasattr(LayerGradCam.attribute, "__wrapped__")
+
+
+def hooks_of(net):
+    return [hook for m in net.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks)]
+
+
+@pytest.mark.parametrize("attribute_to_layer_input", [False, True])
+def test_leaves_no_trace(attribute_to_layer_input):
+    net = smooth_conv_net()
+    explainer = LayerGradCam(net, net[4])
+    explainer.attribute(X, target=1, create_graph=True, attribute_to_layer_input=attribute_to_layer_input)
+    with pytest.raises(IndexError):
+        explainer.attribute(X, target=9, create_graph=True, attribute_to_layer_input=attribute_to_layer_input)
+    with pytest.raises(RuntimeError):
+        explainer.attribute(X[:, :1], target=1, create_graph=True)
+    assert not hooks_of(net)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_disabled_mode_is_an_error(mode):
+    net = smooth_conv_net()
+    with mode(), pytest.raises(RuntimeError, match=f"{mode.__name__}.*enable_grad"):
+        LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=True)
+
+
+def test_without_a_graph_it_works_under_no_grad():
+    net = smooth_conv_net()
+    with torch.no_grad():
+        silent = LayerGradCam(net, net[4]).attribute(X, target=1)
+    torch.testing.assert_close(silent, LayerGradCam(net, net[4]).attribute(X, target=1))
+
+
+def test_a_frozen_model_is_an_error():
+    net = smooth_conv_net().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"depends on nothing that requires gradient.*requires_grad_"):
+        LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=True)
+
+
+@pytest.mark.parametrize("trainable", [0, 8])
+def test_a_partly_frozen_model_trains_the_rest(trainable):
+    """Before the layer the activations depend on the weights, behind it the channel weights do."""
+    net = smooth_conv_net().requires_grad_(False)
+    net[trainable].requires_grad_(True)
+    LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=True).square().sum().backward()
+    assert net[trainable].weight.grad.abs().max() > 0
+
+
+def test_inputs_that_require_gradient_are_enough():
+    net, x = smooth_conv_net().requires_grad_(False), X.clone().requires_grad_()
+    attribution = LayerGradCam(net, net[4]).attribute(x, target=1, create_graph=True)
+    assert torch.autograd.grad(attribution.square().sum(), x)[0].abs().max() > 0
+
+
+def test_a_missing_target_is_captums_error():
+    net = smooth_conv_net()
+    with pytest.raises(AssertionError, match="Target not provided"):
+        LayerGradCam(net, net[4]).attribute(X)

@@ -1,0 +1,123 @@
+"""The closed forms against scikit-learn in float64, alone and in a batch; what they refuse."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from captum._utils.models.linear_model import SGDLasso, SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import linear_model
+
+from captum_idexpo.attr.surrogates import Lasso, LinearRegression, Ridge, ShapleyRegression, as_surrogate
+
+PAIRS = {
+    "ridge": (Ridge(0.3), linear_model.Ridge(0.3), 1e-10),
+    "ridge without intercept": (Ridge(0.3, False), linear_model.Ridge(0.3, fit_intercept=False), 1e-10),
+    "regression": (LinearRegression(), linear_model.LinearRegression(), 1e-9),
+    "regression without intercept": (LinearRegression(False), linear_model.LinearRegression(fit_intercept=False), 1e-9),
+    "lasso": (Lasso(0.02), linear_model.Lasso(0.02), 1e-12),
+    "lasso without intercept": (Lasso(0.02, False), linear_model.Lasso(0.02, fit_intercept=False), 1e-12),
+}
+
+
+def problem(n_samples, n_features, batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.randint(2, (batch, n_samples, n_features), generator=generator).double()
+    outputs = torch.randn(batch, n_samples, generator=generator, dtype=torch.float64)
+    weights = torch.rand(batch, n_samples, generator=generator, dtype=torch.float64) + 0.05
+    return masks, outputs, weights
+
+
+def sklearn_coefficients(model, masks, outputs, weights):
+    rows = zip(masks, outputs, weights, strict=True)
+    fitted = [model.fit(z.numpy(), v.numpy(), sample_weight=w.numpy()).coef_.copy() for z, v, w in rows]
+    return torch.stack([torch.as_tensor(coefficients) for coefficients in fitted])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("n_samples", "n_features"), [(40, 6), (6, 6), (4, 9), (1, 3)])
+def test_equals_scikit_learn(name, n_samples, n_features):
+    ours, theirs, tolerance = PAIRS[name]
+    arguments = problem(n_samples, n_features)
+    expected = sklearn_coefficients(theirs, *arguments)
+    torch.testing.assert_close(ours.solve(*arguments), expected, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
+def test_ridge_equals_its_normal_equations(n_samples, n_features, seed):
+    masks, outputs, weights = problem(n_samples, n_features, batch=2, seed=seed)
+    z, v, w = masks[1], outputs[1], weights[1].diag()
+    expected = torch.linalg.solve(z.T @ w @ z + 0.1 * torch.eye(n_features, dtype=z.dtype), z.T @ w @ v)
+    torch.testing.assert_close(Ridge(0.1, fit_intercept=False).solve(masks, outputs, weights)[1], expected)
+
+
+@pytest.mark.parametrize(
+    "surrogate", [Ridge(0.1), Ridge(0.1, False), LinearRegression(), Lasso(0.01), ShapleyRegression()]
+)
+@pytest.mark.parametrize("n_samples", [5, 30])
+def test_shared_masks_equal_repeated_ones(surrogate, n_samples):
+    masks, outputs, weights = problem(n_samples, 6)
+    masks[:, 0], masks[:, 1] = 1, 0  # the end points of KernelSHAP
+    shared = surrogate.solve(masks[:1], outputs, weights[:1])
+    repeated = surrogate.solve(masks[:1].expand(3, -1, -1), outputs, weights[:1].expand(3, -1))
+    torch.testing.assert_close(shared, repeated)
+
+
+def test_a_singular_example_leaves_its_batch_mates_alone():
+    masks, outputs, weights = problem(20, 5)
+    masks[1, 2:, 4] = masks[1, 2:, 3]  # two features that always go together
+    masks[:, 0], masks[:, 1] = 1, 0
+    together = ShapleyRegression().solve(masks, outputs, weights)
+    alone = torch.cat([ShapleyRegression().solve(masks[b : b + 1], outputs[b : b + 1], weights) for b in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+    assert together[1, 3] == pytest.approx(float(together[1, 4]))  # least norm shares equally
+
+
+def test_shapley_regression_is_regression_with_infinite_weights():
+    masks, outputs, _ = problem(30, 6)
+    masks[:, 0], masks[:, 1] = 1, 0
+    weights = torch.ones(3, 30, dtype=torch.float64)
+    weights[:, :2] = 1e9
+    expected = sklearn_coefficients(linear_model.LinearRegression(), masks, outputs, weights)
+    torch.testing.assert_close(ShapleyRegression().solve(masks, outputs, weights), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02, tol=1e-14, max_iter=10**6)])
+def test_the_gradient_in_the_outputs_is_true(surrogate):
+    masks, outputs, weights = problem(30, 6)
+    outputs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: surrogate.solve(masks, v, weights), (outputs,), atol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02), ShapleyRegression()])
+def test_the_outputs_dtype_returns(surrogate):
+    masks, outputs, weights = problem(10, 3)
+    assert surrogate.solve(masks.bool(), outputs.float(), weights.float()).dtype == torch.float32
+
+
+def test_captums_wrappers_are_recognised():
+    assert as_surrogate(SkLearnRidge(alpha=0.2)) == Ridge(0.2)
+    assert as_surrogate(SkLearnRidge()) == Ridge(1.0)
+    assert as_surrogate(SkLearnLasso(alpha=0.2, tol=1e-9)) == Lasso(0.2, tol=1e-9)
+    assert as_surrogate(SkLearnLasso()) == Lasso(1.0)
+    assert as_surrogate(SkLearnLinearRegression(fit_intercept=False)) == LinearRegression(False)
+    assert as_surrogate(SkLearnLasso(alpha=0.1, positive=True)) is None
+    assert as_surrogate(SkLearnRidge(alpha=0.0)) is None
+    assert as_surrogate(SGDLasso()) is None
+
+
+def test_a_strength_must_be_positive():
+    for surrogate in (Ridge, Lasso):
+        with pytest.raises(ValueError, match=r"alpha > 0.*LinearRegression"):
+            surrogate(alpha=0.0)
+
+
+def test_lasso_says_that_it_needs_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        Lasso().solve(*problem(5, 2))
+    Ridge().solve(*problem(5, 2))

@@ -1,0 +1,64 @@
+"""What several test files need: small smooth nets and finite differences of a total loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def smooth_net(n_features: int = 6, n_classes: int = 3, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(n_features, 8), nn.Tanh(), nn.Linear(8, n_classes))
+    return layers.double()
+
+
+def smooth_conv_net(n_channels: int = 2, size: int = 6, n_classes: int = 3, seed: int = 0) -> nn.Sequential:
+    """Two convolutions, BatchNorm and dropout; the second convolution (index 4) is the layer to explain."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(n_channels, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Dropout(0.3),
+        nn.Conv2d(4, 5, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(5 * (size // 2) ** 2, n_classes),
+        nn.Tanh(),  # an output that is not linear in the last layer, as behind a softmax
+    ).double()
+    net[1].running_mean.normal_(0, 0.1)
+    net[1].running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def gradient_error(loss: Callable[[], Tensor], model: nn.Module, n_directions: int = 3) -> float:
+    """Largest relative error of autograd's gradient against central differences, over random directions.
+
+    The loss has to be the same function at every call (seeds set inside). Each parameter is checked by itself.
+    """
+    model.zero_grad()
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for parameter in model.parameters():
+        for _ in range(n_directions):
+            direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            claimed = float((parameter.grad * direction).sum()) if parameter.grad is not None else 0.0
+            measured = _central_difference(loss, parameter, direction)
+            errors.append(abs(claimed - measured) / max(abs(measured), 1e-4 * float(direction.norm()), 1e-12))
+    return max(errors)
+
+
+def _central_difference(loss: Callable[[], Tensor], parameter: Tensor, direction: Tensor, step: float = 1e-5) -> float:
+    original = parameter.detach().clone()
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter.copy_(original + sign * step * direction)
+            with torch.enable_grad():
+                values.append(float(loss().detach()))
+        parameter.copy_(original)
+    return (values[0] - values[1]) / (2 * step)

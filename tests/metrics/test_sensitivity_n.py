@@ -1,0 +1,151 @@
+"""Sensitivity-n against Pearson's correlation over all subsets, one by one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_idexpo.metrics import sensitivity_n
+from tests.helpers import gradient_error, smooth_conv_net, smooth_net
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+PHI = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+Y = torch.tensor([0, 1, 2, 0])
+
+
+def literal(net, x, phi, y, subsets, baseline):
+    sums, drops = [], []
+    whole = net(x[None]).softmax(1)[0, y].item()
+    for subset in subsets:
+        masked = x.clone()
+        masked[list(subset)] = baseline
+        sums.append(sum(phi[d].item() for d in subset))
+        drops.append(whole - net(masked[None]).softmax(1)[0, y].item())
+    return np.corrcoef(sums, drops)[0, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_tends_to_the_correlation_over_all_subsets(n):
+    net = smooth_net()
+    ours = sensitivity_n(
+        net, X, PHI, n, 0.4, target=Y, n_samples=20_000, generator=torch.Generator().manual_seed(0)
+    ).detach()
+    for b in range(4):
+        expected = literal(net, X[b], PHI[b], Y[b], itertools.combinations(range(6), n), 0.4)
+        assert float(ours[b]) == pytest.approx(expected, abs=0.03)
+
+
+def test_equals_numpys_correlation_on_the_drawn_subsets():
+    net, seen = smooth_net(), []
+
+    def forward(x):
+        seen.append(x.detach())
+        return net(x)
+
+    ours = sensitivity_n(forward, X[:1], PHI[:1], 3, math.pi, target=1, n_samples=30).detach()
+    subsets = [(row == math.pi).nonzero().flatten().tolist() for row in torch.cat(seen[2:])]
+    assert {len(subset) for subset in subsets} == {3}
+    assert float(ours) == pytest.approx(literal(net, X[0], PHI[0], 1, subsets, math.pi), abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6))
+def test_lies_between_minus_one_and_one_and_turns_with_the_sign(seed, n):
+    x, net = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), smooth_net()
+
+    def score(phi):
+        return sensitivity_n(net, x, phi, n, target=1, n_samples=8, generator=torch.Generator().manual_seed(seed))
+
+    assert (score(PHI[:2]).abs() <= 1).all()
+    torch.testing.assert_close(score(PHI[:2]), -score(-PHI[:2]))
+
+
+def test_exact_attributions_of_a_linear_function_correlate_fully():
+    phi = X * torch.arange(1.0, 7.0).double()
+    scores = sensitivity_n(lambda x: x @ torch.arange(1.0, 7.0).double(), X, phi, 2, outputs="raw")
+    torch.testing.assert_close(scores, torch.ones(4).double())
+
+
+def test_constant_sides_score_zero():
+    net = smooth_net()
+    constant = PHI.clone()
+    constant[1] = 0.3
+    scores = sensitivity_n(net, X, constant, 2, target=Y)
+    assert float(scores[1]) == 0
+    assert scores[[0, 2, 3]].abs().min() > 0
+    assert not sensitivity_n(lambda x: x[:, :1] * 0 + 2, X, PHI, 2).any()
+    assert not sensitivity_n(net.float(), X.float(), PHI.float(), 6, target=Y).any()  # a single subset of all
+
+
+def test_groups_of_a_feature_mask_are_masked_together():
+    net, images = smooth_conv_net(), torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    seen = []
+
+    def forward(x):
+        seen.append(x.detach())
+        return net(x)
+
+    cells = torch.arange(36).view(1, 1, 6, 6) // 9
+    sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=5)
+    for row in torch.cat(seen[2:]):
+        masked = (row == 7.0).all(0).flatten().view(4, 9)
+        assert masked.all(1).sum() == 2
+        assert masked.any(1).sum() == 2
+
+
+def test_the_generator_decides():
+    net, state = smooth_net(), torch.get_rng_state()
+
+    def score(seed):
+        return sensitivity_n(net, X, PHI, 2, target=Y, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(score(0), score(0))
+    assert not torch.equal(score(0), score(1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_chunks_change_nothing_but_memory():
+    net = smooth_net()
+    scores = [
+        sensitivity_n(net, X, PHI, 2, target=Y, generator=torch.Generator().manual_seed(0), max_examples_per_batch=rows)
+        for rows in (None, 1, 3, 17)
+    ]
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], atol=1e-9, rtol=0)
+
+
+def test_one_column_flips_the_sign_of_class_0():
+    net = smooth_net(n_classes=1)
+
+    def score(target, phi):
+        return sensitivity_n(net, X, phi, 2, target=target, generator=torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(score(0, PHI), score(1, PHI))  # both p_y and the attribution change sign
+
+
+def test_the_gradient_is_true():
+    net = smooth_net()
+
+    def loss():
+        return sensitivity_n(net, X, PHI, 2, target=Y, generator=torch.Generator().manual_seed(0)).sum()
+
+    assert gradient_error(loss, net) < 1e-5
+
+
+def test_bad_arguments_are_named():
+    net = smooth_net()
+    for text, n, arguments in (
+        ("n must lie between 1 and the number of locations, 6", 7, {}),
+        ("n must lie between 1", 0, {}),
+        ("n_samples", 2, {"n_samples": 1}),
+        ("target is missing", 2, {"target": None}),
+        ("NaN", 2, {"attributions": PHI * math.nan}),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sensitivity_n(**{"forward_func": net, "inputs": X, "attributions": PHI, "target": Y, **arguments}, n=n)

@@ -1,0 +1,516 @@
+"""ID-ExpO's terms against the literal equations, in value and, by finite differences, in the gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import captum.attr
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, MaskSimilarity, id_expo_lime
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.feature_masks import grid
+from captum_idexpo.metrics import insertion_deletion
+from captum_idexpo.metrics.insertion_deletion import StepSchedule
+from captum_idexpo.regularizers import InsertionDeletion
+from tests.helpers import smooth_conv_net, smooth_net
+
+G = torch.Generator().manual_seed(1)
+X = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=G)
+Y = torch.tensor([0, 2, 1])
+CELLS = torch.arange(36).view(6, 6).div(2, rounding_mode="floor")[None, None]  # 18 cells of 1 x 2 pixels
+SETTINGS = {"baselines": 0.2, "insertion_weight": 0.7, "deletion_weight": 0.4, "l2_weight": 0.3}
+
+
+# --- the literal loss ----------------------------------------------------------------------------------------------
+
+
+def grad_cam_map(net):
+    """Captum's own values, expanded to the pixels: (cells (B, D), map (B, 36))."""
+    map = captum.attr.LayerGradCam(net, net[4]).attribute(X, target=Y).detach()
+    return map.flatten(1), map.flatten(1)
+
+
+def coarse_grad_cam_map(net):
+    """Captum's own values on the 3x3 stage behind the pooling, each cell expanded to 2x2 pixels."""
+    map = captum.attr.LayerGradCam(net, net[6]).attribute(X, target=Y).detach()
+    return map.flatten(1), interpolate(map, (6, 6)).flatten(1)
+
+
+def lime_map(net, n_samples=40):
+    """Eq. (12) on 18 cells, with Captum's masks and Captum's kernel on the masked inputs."""
+    torch.manual_seed(3)
+    values = []
+    cells = CELLS.flatten()
+    for x, y in zip(X, Y, strict=True):
+        z = torch.bernoulli(torch.full((n_samples, 18), 0.5)).double()
+        torch.empty((), dtype=torch.int64).random_()
+        nn.Linear(18, 1)
+        copies = torch.where(z[:, cells].view(n_samples, 1, 6, 6) > 0, x, torch.full_like(x, 0.2))
+        v = net(copies)[:, y]
+        distance = 1 - torch.nn.functional.cosine_similarity(copies.flatten(1), x.flatten()[None])
+        k = torch.exp(-(distance**2) / 2).diag()
+        values.append(torch.linalg.solve(z.T @ k @ z + 0.1 * torch.eye(18).double(), z.T @ k @ v))
+    phi = torch.stack(values).detach()
+    return phi, phi[:, cells]
+
+
+def frozen_steps(phi, n_steps, step):
+    """T and t_s of eq. (8), from sorted lists; they carry no gradient, so finite differences must hold them."""
+    frozen = []
+    for row in phi.tolist():
+        ranked = sorted(row, reverse=True)
+        t = (len(set(row)) - 1) / (ranked[0] - ranked[-1])
+        frozen.append((t, [(ranked[s - 1] + ranked[s]) / 2 for s in range(step, n_steps * step + 1, step)]))
+    return frozen
+
+
+def literal_terms(net, cells, pixel_values, frozen, form="ratio"):
+    """Eq. (9)-(11), one example, one step and one forward pass at a time."""
+    ins = dele = l2 = 0.0
+    for b in range(len(X)):
+        t, thresholds = frozen[b]
+        log_p_x = net(X[b : b + 1]).log_softmax(1)[0, Y[b]]
+        for threshold in thresholds:
+            r = torch.sigmoid(t * (pixel_values[b] - threshold)).view(1, 1, 6, 6)
+            inserted = net(r * X[b] + (1 - r) * 0.2).log_softmax(1)[0]
+            deleted = net((1 - r) * X[b] + r * 0.2).log_softmax(1)[0]
+            share = 1 / (len(thresholds) * len(X))
+            ins += -share * inserted[Y[b]]
+            dele += (
+                share
+                * {
+                    "ratio": -(log_p_x - deleted[Y[b]]),
+                    "log": deleted[Y[b]],
+                    "complement": -torch.log(1 - deleted[Y[b]].exp()),
+                }[form]
+            )
+        l2 += (cells[b] ** 2).sum() / len(X)
+    return {"insertion": 0.7 * ins, "deletion": 0.4 * dele, "l2": 0.3 * l2}
+
+
+def lime(net):
+    return Lime(net, Ridge(0.1, fit_intercept=False)), {"feature_mask": CELLS, "attribute_kwargs": {"n_samples": 40}}
+
+
+CASES = {
+    "Grad-CAM": (grad_cam_map, lambda net: (LayerGradCam(net, net[4]), {"step_size": 3}), 3, "pixels"),
+    "Grad-CAM on a coarse stage": (
+        coarse_grad_cam_map,
+        lambda net: (LayerGradCam(net, net[6]), {"step_size": 5}),
+        5,
+        "pixels",
+    ),
+    "LIME": (lime_map, lime, 1, "cells"),
+}
+
+
+def prepare(name, form="ratio", **settings):
+    map_of, make, step, kind = CASES[name]
+    net = smooth_conv_net()
+    explainer, extra = make(net)
+    regularizer = InsertionDeletion(explainer, fraction=0.5, deletion_form=form, **extra, **SETTINGS, **settings)
+    cells, pixels = map_of(net)
+    ranked = pixels if kind == "pixels" else cells
+    frozen = frozen_steps(ranked, int(0.5 * ranked.shape[1]) // step, step)
+    return net, regularizer, map_of, frozen
+
+
+def call(regularizer):
+    torch.manual_seed(3)
+    return regularizer(X, Y)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["ratio", "log", "complement"])
+def test_the_terms_are_the_equations(name, form):
+    net, regularizer, map_of, frozen = prepare(name, form)
+    ours = call(regularizer)
+    expected = literal_terms(net, *map_of(net), frozen, form)
+    assert set(ours) == set(expected)
+    for term, value in expected.items():
+        torch.testing.assert_close(ours[term].detach(), value.detach(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["ratio", "complement"])
+@pytest.mark.parametrize("max_examples_per_batch", [None, 5])
+def test_the_gradient_of_the_total_loss_is_true(name, form, max_examples_per_batch):
+    """Task loss and all terms, against central differences of the literal loss with T and t_s held."""
+    net, regularizer, map_of, frozen = prepare(name, form, max_examples_per_batch=max_examples_per_batch)
+    (cross_entropy(net(X), Y) + sum(call(regularizer).values())).backward()
+
+    @torch.no_grad()
+    def literal_loss():
+        with torch.enable_grad():
+            cells, pixels = map_of(net)
+        return float(cross_entropy(net(X), Y) + sum(literal_terms(net, cells, pixels, frozen, form).values()))
+
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        claimed = float((parameter.grad * direction).sum())
+        original = parameter.detach().clone()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.copy_(original + sign * 1e-5 * direction)
+            values.append(literal_loss())
+        with torch.no_grad():
+            parameter.copy_(original)
+        measured = (values[0] - values[1]) / 2e-5
+        assert claimed == pytest.approx(measured, rel=1e-5, abs=1e-7)
+
+
+def test_constant_channel_weights_would_be_noticed():
+    """The trap the test above guards against: the same loss with Captum's half-true graph trains something else."""
+    net, regularizer, _, _ = prepare("Grad-CAM")
+    gradients = []
+    for explainer in (LayerGradCam(net, net[4]), HalfTrue(net, net[4])):
+        regularizer.explainer = explainer
+        net.zero_grad()
+        sum(call(regularizer).values()).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in net.parameters()]))
+    assert float(torch.cosine_similarity(*gradients, dim=0)) < 0.99
+
+
+class HalfTrue(captum.attr.LayerGradCam):
+    def attribute(self, *args, create_graph=False, **kwargs):
+        return super().attribute(*args, **kwargs)
+
+
+# --- fewer steps an update -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_locations", "k"), [(32, 4), (30, 4), (7, 7), (5, 1)])
+def test_drawn_steps_are_stratified_and_unbiased(n_locations, k):
+    schedule = StepSchedule.of(torch.tensor([n_locations]), 1.0, 1)
+    steps, weights = schedule.draw(k, 40_000, torch.float32, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weights.sum(1), torch.ones(40_000))
+    assert (steps.diff(dim=1) > 0).all()
+    probability = torch.zeros(n_locations + 1)
+    probability.scatter_add_(0, steps.flatten(), weights.flatten())
+    expected = torch.full((n_locations,), 1 / n_locations)
+    torch.testing.assert_close(probability[1:] / 40_000, expected, atol=0.004, rtol=0)
+
+
+def test_drawn_steps_respect_each_examples_own_number():
+    schedule = StepSchedule.of(torch.tensor([32, 3]), 1.0, 1)
+    steps, weights = schedule.draw(4, 2, torch.float32, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    assert steps[1].max() <= 3
+    assert set(steps[1][weights[1] > 0].tolist()) == {1, 2, 3}
+
+
+def test_a_partial_update_estimates_the_full_one():
+    net = smooth_conv_net()
+    explainer = LayerGradCam(net, net[4])
+    full = InsertionDeletion(explainer, step_size=2, **SETTINGS)(X, Y)
+    partial = InsertionDeletion(
+        explainer, step_size=2, steps_per_update=3, generator=torch.Generator().manual_seed(0), **SETTINGS
+    )
+    with torch.no_grad():
+        draws = [partial(X, Y) for _ in range(300)]
+    for name in ("insertion", "deletion"):
+        values = torch.stack([draw[name] for draw in draws])
+        assert values.std() > 0
+        error = float(values.std()) / len(values) ** 0.5
+        assert float(values.mean()) == pytest.approx(float(full[name].detach()), abs=4 * error)
+
+
+def test_all_steps_drawn_are_all_steps():
+    net = smooth_conv_net()
+    settings = {"step_size": 3, **SETTINGS}
+    explainer = LayerGradCam(net, net[4])
+    full = InsertionDeletion(explainer, **settings)(X, Y)
+    drawn = InsertionDeletion(explainer, steps_per_update=6, **settings)(X, Y)
+    for name in full:
+        torch.testing.assert_close(drawn[name], full[name], atol=1e-12, rtol=0)
+
+
+def test_more_steps_than_there_are_is_an_error():
+    net = smooth_conv_net()
+    with pytest.raises(ValueError, match="only 6 steps"):
+        InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=7, **SETTINGS)(X, Y)
+
+
+# --- modes ---------------------------------------------------------------------------------------------------------
+
+
+def state(net):
+    return [tensor.clone() for tensor in net.buffers()], [module.training for module in net.modules()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    net = smooth_conv_net().train()
+    net[4].eval()  # a module the user has frozen stays frozen
+    buffers, modes = state(net)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), **SETTINGS)
+    if fails:
+        with pytest.raises(IndexError):
+            regularizer(X, torch.tensor([0, 1, 9]))
+    else:
+        regularizer(X, Y)
+        regularizer.scores(X)
+    for before, after in zip(buffers, state(net)[0], strict=True):
+        assert torch.equal(before, after)
+    assert modes == state(net)[1]
+
+
+def test_eval_mode_makes_examples_independent_and_can_be_switched_off():
+    net = smooth_conv_net().train()
+    explainer = LayerGradCam(net, net[4])
+    held = InsertionDeletion(explainer, **SETTINGS)
+    together = held(X, Y)["insertion"].detach()
+    alone = torch.stack([held(X[b : b + 1], Y[b : b + 1])["insertion"].detach() for b in range(3)]).mean()
+    torch.testing.assert_close(together, alone)
+    buffers = state(net)[0]
+    InsertionDeletion(explainer, eval_mode=False, **SETTINGS)(X, Y)
+    assert not torch.equal(buffers[0], net[1].running_mean)
+
+
+def test_a_model_behind_a_lambda_is_held_if_it_is_named():
+    net = smooth_conv_net().train()
+    forward = lambda x: net(x)  # noqa: E731
+    explainer = Lime(forward, Ridge(0.1), MaskSimilarity())
+    with pytest.warns(UserWarning, match="pass model="):
+        InsertionDeletion(explainer, **SETTINGS)
+    regularizer = InsertionDeletion(explainer, model=net, feature_mask=CELLS, **SETTINGS)
+    buffers = state(net)[0]
+    regularizer(X, Y)
+    assert torch.equal(buffers[0], net[1].running_mean)
+    bound = InsertionDeletion(Lime(net.forward, Ridge(0.1), MaskSimilarity()), feature_mask=CELLS, **SETTINGS)
+    bound(X, Y)
+    assert torch.equal(buffers[0], net[1].running_mean)
+
+
+def test_without_gradients_the_values_are_the_same_and_have_no_graph():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), **SETTINGS)
+    with torch.no_grad():
+        silent = regularizer(X, Y)
+    for name, term in regularizer(X, Y).items():
+        assert term.requires_grad
+        assert not silent[name].requires_grad
+        assert torch.equal(term.detach(), silent[name])
+
+
+def test_the_model_stands_in_no_second_state_dict():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), model=net, forward_func=net, **SETTINGS)
+    assert not list(regularizer.parameters())
+    assert not regularizer.state_dict()
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_zero_leaves_its_term_out():
+    net = smooth_conv_net()
+    terms = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=0.0)(X, Y)
+    assert list(terms) == ["deletion"]
+
+
+def test_the_floor_binds_and_says_so():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(
+        LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=0.0, deletion_floor=0.999, deletion_form="log"
+    )
+    with pytest.warns(UserWarning, match=r"deletion floor of 0.999 binds for 100.0%"):
+        terms = regularizer(X, Y)
+    assert float(terms["deletion"].detach()) == pytest.approx(0.01 * math.log(0.999))
+    assert float(regularizer.floor_share) == 1.0
+    terms["deletion"].backward()
+    assert not any(parameter.grad.any() for parameter in net.parameters())
+    regularizer(X, Y)  # once is enough
+
+
+def test_a_network_sure_of_itself_gives_finite_terms():
+    net = smooth_conv_net()
+    confident = nn.Sequential(net, Scale(1e4))
+    for form in ("ratio", "log", "complement"):
+        terms = InsertionDeletion(LayerGradCam(confident, net[4]), deletion_form=form, deletion_floor=None, **SETTINGS)
+        for parts in (terms(X, Y), terms(X, (Y + 1) % 3)):
+            assert all(term.isfinite() for term in parts.values())
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_lime_may_explain_probabilities_while_the_loss_is_taken_on_logits():
+    net = smooth_net()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    regularizer = InsertionDeletion(id_expo_lime(net), forward_func=net, attribute_kwargs={"n_samples": 20}, **SETTINGS)
+    torch.manual_seed(0)
+    terms = regularizer(x, Y)
+    torch.manual_seed(0)
+    phi = id_expo_lime(net).attribute(x, target=Y, n_samples=20, baselines=0.2)
+    soft = insertion_deletion(net, x, phi, 0.2, target=Y, fraction=0.5, temperature="auto").insertion_curve
+    torch.testing.assert_close(terms["insertion"], -0.7 * soft.log().mean())
+
+
+def test_a_callable_makes_masks_and_baselines_of_each_batch():
+    net = smooth_conv_net()
+    explainer = Lime(net, Ridge(0.1), MaskSimilarity())
+    torch.manual_seed(0)
+    called = InsertionDeletion(
+        explainer,
+        feature_mask=functools.partial(grid, cell_size=2),
+        **{**SETTINGS, "baselines": lambda images: images.mean(dim=(2, 3), keepdim=True)},
+    )(X, Y)
+    torch.manual_seed(0)
+    given = InsertionDeletion(
+        explainer, feature_mask=grid(X, 2), **{**SETTINGS, "baselines": X.mean(dim=(2, 3), keepdim=True)}
+    )(X, Y)
+    for name in given:
+        assert torch.equal(called[name], given[name])
+
+
+def test_the_generator_draws_an_independent_explainers_masks():
+    net = smooth_conv_net()
+    explainer, state = KernelShap(net), torch.get_rng_state()
+    settings = {
+        "feature_mask": CELLS,
+        "attribute_kwargs": {"sampling": "independent"},
+        "steps_per_update": 2,
+        **SETTINGS,
+    }
+    values = [
+        float(
+            InsertionDeletion(explainer, generator=torch.Generator().manual_seed(seed), **settings)(X, Y)["l2"].detach()
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert values[0] == values[1] != values[2]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_additional_forward_args_reach_explainer_and_metric():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth_net()
+
+        def forward(self, x, shift):
+            return self.net(x + shift)
+
+    model, x, shift = Shifted(), torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    explainer = Lime(model, Ridge(0.1), MaskSimilarity())
+    torch.manual_seed(0)
+    regularizer = InsertionDeletion(explainer, attribute_kwargs={"additional_forward_args": (shift,)}, **SETTINGS)
+    terms = regularizer(x, Y)
+    torch.manual_seed(0)
+    phi = explainer.attribute(x, 0.2, Y, (shift,))
+    expected = insertion_deletion(model, x, phi, 0.2, None, shift, Y, fraction=0.5, temperature="auto")
+    torch.testing.assert_close(terms["insertion"], -0.7 * expected.insertion_curve.log().mean())
+
+
+def test_one_column_explains_the_column_and_flips_for_class_0():
+    """A net of one column gives the terms of its two-column twin, for either class."""
+    net = smooth_conv_net(n_classes=1)
+    twin = nn.Sequential(net, TwoColumns())
+    y = torch.tensor([0, 1, 0])
+    ours = InsertionDeletion(LayerGradCam(net, net[4]), **SETTINGS)(X, y)
+    # Of the twin's two columns, both are explained by the same map with opposite signs, at half the scale.
+    theirs = InsertionDeletion(LayerGradCam(twin, net[4]), **SETTINGS)(X, y)
+    for name in ("insertion", "deletion"):
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+class TwoColumns(nn.Module):
+    def forward(self, x):
+        return torch.cat([-x / 2, x / 2], dim=1)
+
+
+def test_regression_uses_the_outputs_themselves():
+    net = smooth_conv_net(n_classes=1)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), outputs="raw", **SETTINGS)
+    terms = regularizer(X, torch.tensor([0.3, -1.0, 2.0]))
+    phi = LayerGradCam(net, net[4]).attribute(X)
+    scores = insertion_deletion(net, X, phi, 0.2, fraction=0.5, temperature="auto", outputs="raw")
+    torch.testing.assert_close(terms["insertion"], -0.7 * scores.insertion.mean())
+    torch.testing.assert_close(terms["deletion"], 0.4 * scores.deletion.mean())
+
+
+def test_scores_are_the_hard_metric_of_the_predicted_class():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=2, **SETTINGS)
+    predicted = net(X).argmax(1)
+    for target, given in ((predicted, None), (Y, Y)):
+        phi = LayerGradCam(net, net[4]).attribute(X, target=target)
+        with torch.no_grad():
+            expected = insertion_deletion(net, X, phi, 0.2, target=target, fraction=0.5, step_size=3)
+        ours = regularizer.scores(X, given)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert not ours.insertion.requires_grad
+    torch.testing.assert_close(regularizer.attribution(X, Y)[0], LayerGradCam(net, net[4]).attribute(X, target=Y))
+
+
+def test_channels_are_averaged_where_locations_are_pixels():
+    net = smooth_conv_net()
+    explainer = Lime(net, Ridge(0.1), MaskSimilarity())
+    torch.manual_seed(0)
+    (map,) = InsertionDeletion(explainer, **SETTINGS).attribution(X, Y)
+    torch.manual_seed(0)
+    phi = explainer.attribute(X, 0.2, Y)
+    torch.testing.assert_close(map, phi.mean(1, keepdim=True))
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+NET = smooth_conv_net()
+BAD = {
+    "negative weight": (ValueError, "insertion_weight", {"insertion_weight": -1.0}),
+    "NaN weight": (ValueError, "l2_weight", {"l2_weight": math.nan}),
+    "fraction": (ValueError, "fraction", {"fraction": 0.0}),
+    "step size": (ValueError, "step_size", {"step_size": 0}),
+    "steps per update": (ValueError, "steps_per_update", {"steps_per_update": 0}),
+    "form": (ValueError, "deletion_form", {"deletion_form": "square"}),
+    "floor": (ValueError, "deletion_floor", {"deletion_floor": 1.0}),
+    "temperature": (ValueError, "temperature", {"temperature": 0.0}),
+    "outputs": (ValueError, "outputs", {"outputs": "scores"}),
+    "Captum's own class": (
+        TypeError,
+        "from captum_idexpo.attr import LayerGradCam",
+        {"explainer": captum.attr.LayerGradCam(NET, NET[4])},
+    ),
+    "no explainer": (TypeError, "explainer must be an attribution", {"explainer": NET}),
+}
+
+
+@pytest.mark.parametrize(("error", "text", "arguments"), BAD.values(), ids=BAD)
+def test_bad_settings_are_named_at_once(error, text, arguments):
+    with pytest.raises(error, match=text):
+        InsertionDeletion(**{"explainer": LayerGradCam(NET, NET[4]), "baselines": 0.0, **arguments})
+
+
+def test_bad_batches_are_named():
+    regularizer = InsertionDeletion(LayerGradCam(NET, NET[4]), baselines=0.0)
+    with pytest.raises(IndexError, match="out of range"):
+        regularizer(X, torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="empty"):
+        regularizer(X[:0], Y[:0])
+    with pytest.raises(ValueError, match="NaN"):
+        regularizer(X * math.nan, Y)
+    with pytest.raises(TypeError, match="given: dict"):
+        regularizer({"x": X}, Y)
+    with pytest.raises(ValueError, match="baseline of shape"):
+        InsertionDeletion(LayerGradCam(NET, NET[4]), baselines=torch.zeros(7))(X, Y)
+
+
+def test_a_frozen_model_is_an_error():
+    net = smooth_conv_net().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires_grad_"):
+        InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)(X, Y)

@@ -1,0 +1,115 @@
+"""The loss module: its parts, the forms of a batch, gradients, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from captum_idexpo import ExplanationRegularizedLoss, NonFiniteError
+from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion
+from tests.helpers import smooth_conv_net
+
+X = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 2, 1])
+
+
+class Term(nn.Module):
+    """A regularizer of fixed terms that keeps what it was called with."""
+
+    def __init__(self, **terms):
+        super().__init__()
+        self.terms, self.calls = terms, []
+
+    def forward(self, inputs, target, annotations=None):
+        self.calls.append((inputs, target, annotations))
+        return {name: torch.tensor(value) for name, value in self.terms.items()}
+
+
+def test_the_loss_is_the_sum_of_its_named_parts():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, l2_weight=0.1)
+    loss, parts = ExplanationRegularizedLoss(net, [regularizer])((X, Y))
+    assert list(parts) == ["task", "insertion", "deletion", "l2"]
+    torch.testing.assert_close(parts["task"], cross_entropy(net(X), Y).detach())
+    torch.testing.assert_close(sum(parts.values()), loss.detach())
+    assert loss.requires_grad
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_its_gradient_is_that_of_any_loop():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
+    ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0].backward()
+    module = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    (cross_entropy(net(X), Y) + sum(regularizer(X, Y).values())).backward()
+    for ours, theirs in zip(module, net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad)
+
+
+def test_repeated_names_get_a_number():
+    loss = ExplanationRegularizedLoss(smooth_conv_net(), [Term(a=1.0, task=5.0), Term(a=2.0), Term(a=3.0)])
+    total, parts = loss((X, Y))
+    assert list(parts) == ["task", "a", "task_2", "a_2", "a_3"]
+    assert float((total - parts["task"]).detach()) == pytest.approx(11.0)
+
+
+def test_inputs_may_be_a_tuple_or_a_mapping_and_annotations_pass_through():
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, a, b):
+            return self.weight * (a + b)
+
+    a, b, y, annotations = (torch.randn(4) for _ in range(4))
+    for inputs in ((a, b), [a, b], {"a": a, "b": b}):
+        term = Term(zero=0.0)
+        loss, parts = ExplanationRegularizedLoss(Add(), [term], mse_loss)((inputs, y, annotations))
+        torch.testing.assert_close(parts["task"], mse_loss(a + b, y))
+        assert isinstance(term.calls[0][0], (tuple, dict))
+        assert term.calls[0][2] is annotations
+        assert ExplanationRegularizedLoss(Add(), [term], mse_loss)((inputs, y))[0].equal(loss)
+        assert term.calls[1][2] is None
+
+
+def test_the_model_is_held_once():
+    net = smooth_conv_net()
+    loss = ExplanationRegularizedLoss(net, [InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, model=net)])
+    assert set(loss.state_dict()) == {f"model.{name}" for name in net.state_dict()}
+
+
+@pytest.mark.parametrize("batch", [X, (X,), (X, Y, None, None), {"x": X, "y": Y}, 3])
+def test_other_batches_are_an_error(batch):
+    with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
+        ExplanationRegularizedLoss(smooth_conv_net())(batch)
+
+
+def test_other_regularizers_are_an_error():
+    net = smooth_conv_net()
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        ExplanationRegularizedLoss(net, [lambda x, y, a: {}])
+    with pytest.raises(TypeError, match=r"write \[Term"):
+        ExplanationRegularizedLoss(net, Term())
+
+
+def test_a_loss_of_many_values_is_an_error():
+    with pytest.raises(ValueError, match="scalar"):
+        ExplanationRegularizedLoss(smooth_conv_net(), loss_fn=nn.CrossEntropyLoss(reduction="none"))((X, Y))
+
+
+def test_a_regularizer_that_meets_nan_names_the_term():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
+    with torch.no_grad():
+        net[8].bias.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="'task' is not finite"):
+        ExplanationRegularizedLoss(net, [regularizer])((X, Y))
+    with pytest.raises(NonFiniteError, match="'InsertionDeletion' is not finite"):
+        ExplanationRegularizedLoss(net, [regularizer], lambda output, y: output.nan_to_num().sum())((X, Y))

@@ -1,0 +1,340 @@
+"""The trainer: that it trains what it says, selects by eq. (15), stops, and fails without losing anything."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.metrics import insertion_deletion
+from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.training import History
+from tests.helpers import smooth_conv_net
+from tests.training.test_loss import Term
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=G)
+Y = torch.randint(3, (22,), generator=G)
+DATA = TensorDataset(X, Y)
+
+
+def batches(size=8):  # the last batch is short
+    return DataLoader(DATA, batch_size=size)
+
+
+def net_without_dropout():
+    net = smooth_conv_net()
+    net[3].p = 0.0
+    return net
+
+
+def make(net=None, regularized=True, lr=0.05, **arguments):
+    net = smooth_conv_net() if net is None else net
+    regularizers = [InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)] if regularized else []
+    arguments = {"regularizers": regularizers, "show_progress": False, **arguments}
+    return ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9), **arguments)
+
+
+def test_an_epoch_is_the_ordinary_loop():
+    net, twin = smooth_conv_net().train(), smooth_conv_net().train()
+    torch.manual_seed(0)
+    history = make(net).fit(batches(), epochs=2)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+    regularizer = InsertionDeletion(LayerGradCam(twin, twin[4]), baselines=0.0, step_size=6)
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(2):
+        for x, y in batches():
+            twin[1].eval()  # BatchNorm's statistics are frozen by default
+            loss = cross_entropy(twin(x), y) + sum(regularizer(x, y).values())
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            twin[1].train()
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert history[0]["loss"] == pytest.approx(sum(losses[:3]) / 3)
+    assert list(history[0]) == ["epoch", "loss", "task", "insertion", "deletion"]
+    for row in history:
+        assert row["loss"] == pytest.approx(row["task"] + row["insertion"] + row["deletion"])
+
+
+def test_training_improves_what_it_trains():
+    net = smooth_conv_net()
+    trainer = make(net, regularized=False, lr=0.1)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=1.0, deletion_weight=0.1)
+    trainer = make(net, regularizers=[regularizer], lr=0.1)
+    before = trainer.evaluate(batches(), explain="label")
+    trainer.fit(batches(), epochs=15)
+    after = trainer.evaluate(batches(), explain="label")
+    assert after["insertion"] > before["insertion"] + 0.1
+    assert after["loss"] < before["loss"]
+
+
+def test_evaluate_is_the_mean_over_all_examples():
+    net = smooth_conv_net()
+    trainer = make(net)
+    scores = trainer.evaluate(batches())
+    with torch.no_grad():
+        output = net(X)
+        predicted = output.argmax(1)
+        phi = LayerGradCam(net, net[4]).attribute(X, target=predicted)
+        expected = insertion_deletion(net, X, phi, target=predicted, fraction=0.5, step_size=6)
+    assert scores["accuracy"] == pytest.approx(float((predicted == Y).double().mean()))
+    assert scores["insertion"] == pytest.approx(float(expected.insertion.mean()))
+    assert scores["deletion"] == pytest.approx(float(expected.deletion.mean()))
+    assert scores["one_minus_deletion"] == pytest.approx(1 - scores["deletion"])
+    assert scores["loss"] == pytest.approx(float(cross_entropy(output, Y)))
+    eq15 = 2 * scores["accuracy"] + scores["insertion"] + 1 - scores["deletion"]
+    assert scores["valscore"] == pytest.approx(eq15)
+    weighted = make(net, accuracy_weight=0.5).evaluate(batches())
+    assert weighted["valscore"] == pytest.approx(eq15 - 1.5 * scores["accuracy"])
+    label = trainer.evaluate(batches(), explain="label")
+    with torch.no_grad():
+        phi = LayerGradCam(net, net[4]).attribute(X, target=Y)
+        expected = insertion_deletion(net, X, phi, target=Y, fraction=0.5, step_size=6)
+    assert label["insertion"] == pytest.approx(float(expected.insertion.mean()))
+
+
+def test_evaluating_repeats_and_leaves_everything_as_it_was():
+    net = smooth_conv_net().train()
+    generator = torch.Generator().manual_seed(3)
+    judges = [
+        InsertionDeletion(Lime(net, Ridge(0.1), MaskSimilarity()), baselines=0.0, step_size=6),
+        InsertionDeletion(
+            Lime(net, Ridge(0.1), MaskSimilarity()),
+            baselines=0.0,
+            step_size=6,
+            generator=generator,
+            attribute_kwargs={"sampling": "independent"},
+        ),
+    ]
+    for judge in judges:
+        trainer = make(net, regularized=False, evaluation=judge)
+        weights = copy.deepcopy(net.state_dict())
+        states = torch.get_rng_state(), generator.get_state()
+        first = trainer.evaluate(batches())
+        torch.testing.assert_close(trainer.evaluate(batches()), first, atol=0, rtol=0)
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert torch.equal(states[1], generator.get_state())
+        assert net.training
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, weights[name])
+
+
+def test_without_a_judge_there_are_loss_and_accuracy():
+    scores = make(regularized=False).evaluate(batches())
+    assert set(scores) == {"loss", "accuracy", "valscore"}
+    assert scores["valscore"] == pytest.approx(2 * scores["accuracy"])
+
+
+def test_regression_has_no_accuracy():
+    net = smooth_conv_net(n_classes=1)
+    judge = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, outputs="raw", step_size=6)
+    data = DataLoader(TensorDataset(X, X.mean(dim=(1, 2, 3))[:, None]), batch_size=8)
+    trainer = make(net, regularizers=[judge], loss_fn=mse_loss)
+    scores = trainer.evaluate(data)
+    assert set(scores) == {"loss", "insertion", "deletion", "valscore"}
+    assert scores["valscore"] == pytest.approx(scores["insertion"] - scores["deletion"] - 2 * scores["loss"])
+    assert trainer.fit(data, data, epochs=2)[-1]["loss"] < 1
+
+
+def test_the_best_weights_are_restored():
+    net = smooth_conv_net()
+    trainer = make(net, lr=0.3)
+    kept, evaluate = [], trainer._evaluate
+
+    def spy(loader, explain):
+        scores = evaluate(loader, explain)
+        kept.append((scores["valscore"], copy.deepcopy(net.state_dict())))
+        return scores
+
+    trainer._evaluate = spy
+    history = trainer.fit(batches(), batches(), epochs=6)
+    assert [row["valscore"] for row in history] == [score for score, _ in kept]
+    _, best = max(kept, key=lambda pair: pair[0])
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, best[name])
+    assert {"val_accuracy", "val_insertion", "val_one_minus_deletion", "val_loss"} <= set(history[0])
+
+
+def test_patience_stops_early():
+    net = smooth_conv_net()
+    trainer = make(net, lr=0.0, patience=2)  # nothing changes, so nothing gets better
+    assert len(trainer.fit(batches(), batches(), epochs=10)) == 3
+    assert len(make(net, lr=0.0, patience=2).fit(batches(), epochs=5)) == 5  # nothing to select by
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_norm_is_frozen_or_not(freeze):
+    net = smooth_conv_net()
+    mean = net[1].running_mean.clone()
+    make(net, regularized=False, lr=0.0, freeze_batch_norm=freeze).fit(batches())
+    assert torch.equal(mean, net[1].running_mean) == freeze
+    assert not net.training  # as it was
+
+
+def test_the_model_trains_in_training_mode():
+    net, modes = smooth_conv_net(), []
+    net[3].register_forward_hook(lambda module, *_: modes.append(module.training))
+    make(net, regularized=False).fit(batches())
+    assert modes == [True, True, True]
+
+
+def test_schedulers_step_once_an_epoch():
+    net = smooth_conv_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    step = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    trainer = ExplanationRegularizedTrainer(net, optimizer, scheduler=step, show_progress=False)
+    trainer.fit(batches(), epochs=3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.125)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1, threshold=10.0)
+    ExplanationRegularizedTrainer(net, optimizer, scheduler=plateau, show_progress=False).fit(batches(), epochs=3)
+    assert optimizer.param_groups[0]["lr"] < 0.125
+
+
+def test_the_progress_bar_shows_the_terms(capsys):
+    make(show_progress=True).fit(batches(), epochs=2)
+    shown = capsys.readouterr().err
+    assert "epoch 2/2" in shown
+    assert all(f"{name}=" in shown for name in ("loss", "task", "insertion", "deletion"))
+
+
+def test_a_history_is_rows_that_pandas_reads():
+    history = make().fit(batches(), batches(), epochs=2)
+    frame = history.to_pandas()
+    assert list(frame["epoch"]) == [1, 2]
+    assert frame["valscore"].tolist() == [row["valscore"] for row in history]
+    assert isinstance(history, History)
+    assert isinstance(history, list)
+    figure = history.plot()
+    assert [axis.get_title() for axis in figure.axes] == ["training loss", "validation"]
+
+
+def test_any_iterable_of_batches_will_do():
+    a, b = net_without_dropout(), net_without_dropout()
+    make(a).fit(batches(), epochs=2)
+    make(b).fit([(X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16)], epochs=2)
+    for ours, theirs in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_model_is_an_error():
+    net = smooth_conv_net().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen.*requires_grad_"):
+        make(net, regularized=False)
+
+
+def test_a_foreign_optimizer_is_an_error():
+    with pytest.raises(ValueError, match=r"owns none.*model.parameters"):
+        ExplanationRegularizedTrainer(smooth_conv_net(), torch.optim.SGD(smooth_conv_net().parameters(), lr=0.1))
+
+
+def test_other_loaders_are_an_error():
+    with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
+        make().fit(DataLoader(X, batch_size=8))
+    with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
+        make().evaluate([X])
+    with pytest.raises(ValueError, match="no batch in epoch 1"):
+        make().fit([])
+    with pytest.raises(ValueError, match="no batch in epoch 2"):
+        make().fit(iter([(X, Y)]), epochs=2)
+    with pytest.raises(ValueError, match="no batch"):
+        make().evaluate([])
+    with pytest.raises(ValueError, match="epochs"):
+        make().fit(batches(), epochs=0)
+    with pytest.raises(ValueError, match="explain"):
+        make().evaluate(batches(), explain="truth")
+    with pytest.raises(ValueError, match="patience"):
+        make(patience=0)
+
+
+class TurnsNaN(Term):
+    """Gives a finite term until its third call."""
+
+    def forward(self, inputs, target, annotations=None):
+        super().forward(inputs, target, annotations)
+        return {"odd": torch.tensor(math.nan if len(self.calls) == 3 else 1.0)}
+
+
+def finite(net):
+    return all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+def test_a_term_that_turns_nan_stops_training_by_name_and_keeps_the_weights():
+    net, twin = net_without_dropout(), net_without_dropout()
+    with pytest.raises(NonFiniteError, match=r"'odd' turned nan in epoch 1, step 3"):
+        make(net, regularizers=[TurnsNaN()]).fit(batches(), epochs=2)
+    make(twin, regularized=False).fit([(X[:8], Y[:8]), (X[8:16], Y[8:16])])
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)  # the weights after the second step
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+@pytest.mark.parametrize("freeze_batch_norm", [False, True])
+def test_a_batch_of_nan_stops_training_and_spoils_nothing(regularized, freeze_batch_norm):
+    net = smooth_conv_net()
+    broken = X[8:16].clone()
+    broken[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"'task'.*epoch 1, step 2"):
+        make(net, regularized, freeze_batch_norm=freeze_batch_norm).fit([(X[:8], Y[:8]), (broken, Y[8:16])])
+    assert finite(net)
+
+
+@pytest.mark.parametrize(("size", "scale", "where"), [(8, 1.0, "step 2"), (22, 1e4, "last step of epoch 1")])
+def test_a_run_that_diverges_keeps_its_last_finite_weights(size, scale, where):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
+    with pytest.raises(NonFiniteError, match=where):
+        make(net, regularized=False, lr=1e308, loss_fn=lambda output, y: scale * cross_entropy(output, y)).fit(
+            batches(size)
+        )
+    assert finite(net)
+
+
+def test_a_gradient_of_nan_stops_training_before_the_step():
+    net = smooth_conv_net()
+    weights = copy.deepcopy(net.state_dict())
+    with pytest.raises(NonFiniteError, match=r"gradient of the loss in '0.weight' .* epoch 1, step 1"):
+        make(net, regularized=False, loss_fn=lambda output, y: (output * 0).abs().sum().sqrt()).fit(batches())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_modes_return_after_an_exception():
+    net = smooth_conv_net().train()
+    with pytest.raises(NonFiniteError):
+        make(net, regularizers=[TurnsNaN()]).fit(batches())
+    assert all(module.training for module in net.modules())
+    with pytest.raises(TypeError):
+        make(net).evaluate([X])
+    assert all(module.training for module in net.modules())
+
+
+def test_gradient_accumulation_equals_the_whole_batch():
+    from accelerate import Accelerator
+
+    whole, parts = net_without_dropout(), net_without_dropout()
+    make(whole).fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8))
+    trainer = make(parts, accelerator=Accelerator(gradient_accumulation_steps=2))
+    trainer.fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=4))
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_that_says_nothing_new_is_still_an_ordinary_module():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
+    history = make(net, regularized=False).fit(batches(), batches(), epochs=2)
+    assert set(history[0]) == {"epoch", "loss", "task", "val_loss", "val_accuracy", "valscore"}
