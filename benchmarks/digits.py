@@ -52,6 +52,7 @@ class Split(NamedTuple):
 
     @classmethod
     def of_seed(cls, seed: int) -> Split:
+        """A random split."""
         images, labels = load_digits(return_X_y=True)
         x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         y = torch.tensor(labels)
@@ -233,7 +234,7 @@ def read_results(path: Path) -> dict[tuple[int, float], dict[str, float]]:
 
 
 def report(out: Path) -> None:
-    """The table of means and of paired differences to plain fine-tuning, with standard errors; the fronts as a picture."""
+    """The table of means and of paired differences to plain fine-tuning, with standard errors; the fronts drawn."""
     lines = []
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, len(EXPLAINERS))

@@ -97,10 +97,11 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
 
     figure = _parent(axis)
     values = _channels_last(attribution)
-    if not values.any():
-        values = values + 1e-12  # Captum cannot scale a map of zeros
+    largest = abs(values).max()
+    if not largest:  # Captum cannot scale a map of zeros
+        return draw_image(axis, image, title)
     visualization.visualize_image_attr(
-        values,
+        values / largest,
         _channels_last(image),
         method="blended_heat_map",
         sign="all",

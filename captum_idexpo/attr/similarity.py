@@ -40,6 +40,7 @@ class MaskSimilarity:
         return torch.exp(-((1 - cosine) ** 2) / (2 * self.kernel_width**2))
 
     def __call__(self, _original: Any, _perturbed: Any, interpretable: Tensor, **_: Any) -> Tensor:
+        """Captum's way of asking, sample by sample."""
         return self.weights(interpretable)
 
 

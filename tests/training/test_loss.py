@@ -93,7 +93,7 @@ def test_other_batches_are_an_error(batch):
 
 def test_other_regularizers_are_an_error():
     net = smooth_conv_net()
-    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         ExplanationRegularizedLoss(net, [lambda x, y, a: {}])
     with pytest.raises(TypeError, match=r"write \[Term"):
         ExplanationRegularizedLoss(net, Term())

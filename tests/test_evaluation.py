@@ -1,0 +1,94 @@
+"""Copies of a batch in chunks: every row once, in its place, never more than asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_idexpo._evaluation import (
+    BatchForward,
+    align_baselines,
+    default_rows_per_forward,
+    evaluate_copies,
+    masked_copies,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 70))
+def test_each_copy_of_each_example_is_evaluated_once(n_examples, n_copies, max_rows):
+    values = torch.arange(n_examples * n_copies).view(n_copies, n_examples).double()
+    sizes = []
+
+    def perturb(examples, copies):
+        return (values[copies, examples, None],)
+
+    def evaluate(rows, examples, n):
+        sizes.append(len(rows[0]))
+        assert len(rows[0]) == n * (examples.stop - examples.start)
+        return rows[0][:, 0]
+
+    assert torch.equal(evaluate_copies(evaluate, perturb, n_examples, n_copies, max_rows), values.T)
+    assert max(sizes) <= max_rows
+    assert sum(sizes) == n_examples * n_copies
+
+
+@pytest.mark.parametrize("target", [None, 1, torch.tensor(1), torch.tensor([0, 1, 0]), [0, 1, 0], [(0,), (1,), (0,)]])
+def test_arguments_go_with_their_examples(target):
+    seen = []
+
+    def forward(x, of_batch, single, scalar, text, of_list):
+        seen.append((x, of_batch, of_list))
+        assert single.shape == (1, 2)
+        assert scalar.dim() == 0
+        assert text == "as it is"
+        return torch.stack([x[:, 0], x[:, 0] + 100], dim=1)
+
+    arguments = (torch.tensor([10.0, 20.0, 30.0]), torch.zeros(1, 2), torch.tensor(1.0), "as it is", ["a", "b", "c"])
+    batch = BatchForward(forward, arguments, 3, target)
+    rows = (torch.tensor([[2.0], [3.0], [2.5], [3.5]]),)  # two copies of examples 1 and 2
+    output = batch(rows, slice(1, 3), 2)
+    assert seen[0][1].tolist() == [20.0, 30.0, 20.0, 30.0]
+    assert seen[0][2] == ["b", "c", "b", "c"]
+    chosen = {"list": [1, 0, 1, 0]}.get(type(target).__name__)
+    if isinstance(target, torch.Tensor) and target.dim():
+        chosen = [1, 0, 1, 0]
+    if target is None:
+        assert output.shape == (4, 2)
+    else:
+        columns = chosen or [1, 1, 1, 1]
+        assert output.tolist() == [float(row[0]) + 100 * c for row, c in zip(rows[0], columns, strict=True)]
+
+
+def test_masks_keep_the_input_or_put_the_baseline():
+    x, keep = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[[True, False], [False, True]]])
+    (copy,) = masked_copies((x,), (9.0,), (keep,), slice(None))
+    assert copy.tolist() == [[[1.0, 9.0], [9.0, 4.0]]]
+    each = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    (copy,) = masked_copies((x,), (each,), (keep[:, 1:],), slice(1, 2))
+    assert copy.tolist() == [[[30.0, 4.0]]]
+    (copy,) = masked_copies((x,), (1.0,), (torch.full((1, 2, 2), 0.25),), slice(None))
+    assert copy.tolist() == [[[1.0, 1.25], [1.5, 1.75]]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "baseline", "expected"),
+    [
+        (torch.int64, 0, torch.int64),
+        (torch.int64, 0.5, torch.float32),
+        (torch.float16, 0.5, torch.float16),
+        (torch.float64, torch.zeros(1, 2), torch.float64),
+    ],
+)
+def test_copies_have_the_type_that_captum_gives_them(dtype, baseline, expected):
+    x = torch.ones(1, 2, dtype=dtype)
+    (copy,) = masked_copies((x,), align_baselines((baseline,), (x,)), (torch.ones(1, 1, 2).bool(),), slice(None))
+    assert copy.dtype == expected
+
+
+def test_the_default_chunk_holds_a_bounded_number_of_values():
+    assert default_rows_per_forward((torch.zeros(2, 3, 32, 32),)) == 85
+    assert default_rows_per_forward((torch.zeros(2, 3, 1024, 1024),)) == 1
+    assert default_rows_per_forward((torch.zeros(2, 5), torch.zeros(2, 0))) == 8192

@@ -1,0 +1,47 @@
+"""Modes are changed for a while, module by module, and always restored."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from captum_idexpo._modes import eval_mode, module_of, training_mode
+
+
+def net():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()).train()
+    model[2].eval()
+    return model
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_eval_mode_restores_each_module(fails):
+    model, other = net(), net()
+    before = modes(model)
+    try:
+        with eval_mode(model, None, other):
+            assert not any(modes(model) + modes(other))
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert modes(model) == modes(other) == before == [True, True, True, False]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_training_mode_may_leave_batch_norm_frozen(freeze):
+    model = net().eval()
+    with training_mode(model, freeze_batch_norm=freeze):
+        assert modes(model) == [True, True, not freeze, True]
+    assert not any(modes(model))
+
+
+def test_a_module_is_found_behind_its_method():
+    model = net()
+    assert module_of(model) is model
+    assert module_of(model.forward) is model
+    assert module_of(lambda x: model(x)) is None
