@@ -36,9 +36,9 @@ def sensitivity_n(
     Ancona et al. 2018 (arXiv 1711.06104); for an example x with attributions :math:`\phi`, over subsets A of size n,
     the correlation of :math:`\sum_{d \in A} \phi_d` and :math:`p_y(x) - p_y(x_{A \to b})`.
 
+    Arguments not listed here are those of `insertion_deletion`.
+
     Args:
-        forward_func, inputs, attributions, baselines, feature_mask, additional_forward_args, target, outputs,
-            max_examples_per_batch, check_finite: as for `insertion_deletion`.
         n: size of the subsets, 1 to D.
         n_samples: random subsets an example, at least 2.
         generator: source of the subsets; None: torch's global generator of the inputs' device.

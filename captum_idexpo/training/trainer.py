@@ -107,8 +107,8 @@ class ExplanationRegularizedTrainer:
             epochs: passes over the training data at most.
 
         Returns:
-            A row an epoch: "epoch", "loss" and its parts by name; with a val_loader the scores of `evaluate`, named
-            "val_..." (and "valscore").
+            A row an epoch: "epoch", "loss" and its parts by name; with a val_loader also the scores of `evaluate`,
+            their names prefixed with "val" ("val_accuracy"), and "valscore".
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step, and
