@@ -92,7 +92,10 @@ def draw_image(axis: Axes, image: Tensor, title: str = "") -> None:
 
 
 def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "") -> None:
-    """A map ``(1, H, W)`` over its image ``(C, H, W)``, by Captum's `visualize_image_attr`."""
+    """A map ``(1, H, W)`` over its image ``(C, H, W)``, by Captum's `visualize_image_attr`.
+
+    A map without negative values runs from black to yellow, one with both signs from red to green.
+    """
     from captum.attr import visualization
 
     figure = _parent(axis)
@@ -104,7 +107,8 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
         values / largest,
         _channels_last(image),
         method="blended_heat_map",
-        sign="all",
+        sign="positive" if values.min() >= 0 else "all",
+        cmap="inferno" if values.min() >= 0 else None,
         plt_fig_axis=(figure, axis),
         title=None,
         use_pyplot=False,

@@ -15,11 +15,13 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "myst_parser",
     "sphinx_gallery.gen_gallery",
 ]
 html_theme = "furo"
 html_title = f"captum-idexpo {version}"
 exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
 default_role = "any"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
@@ -30,7 +32,6 @@ suppress_warnings = [
     "ref.any",  # names of torch's and Captum's objects, which are not documented here
     "config.cache",  # the figure scraper below is a function
 ]
-
 
 
 def figure_scraper(block, block_vars, gallery_conf):

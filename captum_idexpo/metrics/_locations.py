@@ -105,7 +105,7 @@ def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
             which = f"{name}[{index}]" if len(tensors) > 1 else name
-            raise NonFiniteError(f"{which} holds NaN or infinity in examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
+            raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
 
 
 def _aligned(map: Tensor, tensor: Tensor) -> Tensor:

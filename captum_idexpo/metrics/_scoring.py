@@ -30,6 +30,7 @@ class TargetScorer:
         additional_forward_args: passed to the forward function after the inputs.
         outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
         check_values: look at the values, which costs a synchronisation on an accelerator.
+        max_rows: of the forward pass that looks at them; None: the whole batch.
 
     Raises:
         ValueError: unknown outputs; a missing target; a target or output of the wrong shape; outputs that cannot be
@@ -46,6 +47,7 @@ class TargetScorer:
         additional_forward_args: Any = None,
         outputs: str = "logits",
         check_values: bool = True,
+        max_rows: int | None = None,
     ) -> None:
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
@@ -53,9 +55,10 @@ class TargetScorer:
         n_examples = len(inputs[0])
         self._target = target_indices(target, n_examples, inputs[0].device)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
-        # One look at the plain inputs tells how many columns there are, and whether target and values make sense.
+        # One look at plain inputs tells how many columns there are, and whether target and values make sense.
+        seen = slice(0, min(n_examples, max_rows or n_examples))
         with torch.no_grad():
-            output = self._output(inputs, slice(None), 1)
+            output = self._output(tuple(tensor[seen] for tensor in inputs), seen, 1)
         self.n_columns = output[0].numel()
         self.one_column = self.n_columns == 1 and outputs != "raw"
         self._check_target(output)

@@ -281,6 +281,7 @@ class Masking:
     schedule: StepSchedule
     masks: HardMasks | SoftMasks
     max_rows: int
+    check_finite: bool
 
     @classmethod
     def of(
@@ -307,16 +308,10 @@ class Masking:
             require_finite((locations.values,), "attributions")
         check_temperature(temperature)
         schedule = StepSchedule.of(locations.counts, fraction, step_size)
-        scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite)
-        return cls(
-            tensors,
-            aligned,
-            locations,
-            scorer,
-            schedule,
-            make_masks(locations, scorer.sign(), temperature),
-            check_max_rows(max_examples_per_batch, tensors),
-        )
+        max_rows = check_max_rows(max_examples_per_batch, tensors)
+        scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
+        masks = make_masks(locations, scorer.sign(), temperature)
+        return cls(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
         """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
@@ -335,7 +330,10 @@ class Masking:
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self.scorer(rows, examples, n_copies, score)
 
-        return evaluate_copies(evaluate, perturb, n_examples, len(steps), self.max_rows)
+        scores = evaluate_copies(evaluate, perturb, n_examples, len(steps), self.max_rows)
+        if self.check_finite:
+            require_finite((scores.detach(),), f"the forward function's output during {direction}")
+        return scores
 
     def result(self) -> InsertionDeletionScores:
         """Both metrics with their curves."""

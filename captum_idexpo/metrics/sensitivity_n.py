@@ -65,10 +65,10 @@ def sensitivity_n(
     smallest = int(locations.counts.min())
     if not 1 <= n <= smallest:
         raise ValueError(f"n must lie between 1 and the number of locations, {smallest}; given: {n}.")
-    scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite)
+    max_rows = check_max_rows(max_examples_per_batch, tensors)
+    scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
     sign = scorer.sign()
     values = locations.values if sign is None else locations.values * sign
-    max_rows = check_max_rows(max_examples_per_batch, tensors)
     subsets = _random_subsets(locations, n, n_samples, generator)
 
     def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
@@ -81,6 +81,8 @@ def sensitivity_n(
     n_examples = len(tensors[0])
     unmasked = scorer.unmasked(tensors, "probability", max_rows)
     masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, max_rows)
+    if check_finite:
+        require_finite((masked.detach(),), "the forward function's output on masked inputs")
     sums = (subsets.to(values.dtype) * values).sum(dim=-1).T
     scale = torch.maximum(unmasked.detach().abs(), masked.detach().abs().amax(dim=1, keepdim=True))
     return _correlation(sums, unmasked - masked, n * values.detach().abs().amax(dim=1, keepdim=True), scale)

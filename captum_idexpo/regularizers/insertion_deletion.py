@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._evaluation import BatchForward
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
-from captum_idexpo.metrics._locations import Locations, check_inputs
+from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
     InsertionDeletionScores,
@@ -212,12 +212,15 @@ class InsertionDeletion(nn.Module):
         offered = {"baselines": baselines, "feature_mask": feature_mask}
         maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, feature_mask)
+        require_finite((locations.values.detach(),), "attributions")
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size)
         masks = make_masks(locations, scorer.sign() if one_column else None, temperature)
         max_rows = check_max_rows(self.max_examples_per_batch, tensors)
-        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows), cells
+        # In training, a term that is not finite is the loss's to report, by name.
+        check_scores = not create_graph
+        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores), cells
 
     def _explains_one_column(self, tensors: tuple[Tensor, ...], scorer: TargetScorer) -> bool:
         """Whether the explainer's forward function has a single column, of which class 0 is the complement."""

@@ -72,6 +72,7 @@ def test_exact_attributions_of_a_linear_function_correlate_fully():
     torch.testing.assert_close(scores, torch.ones(4).double())
 
 
+@torch.no_grad()
 def test_constant_sides_score_zero():
     net = smooth_net()
     constant = PHI.clone()
