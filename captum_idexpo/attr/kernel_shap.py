@@ -9,7 +9,8 @@ from captum.attr import KernelShap as CaptumKernelShap
 from torch import Generator
 
 from captum_idexpo.attr import sampling as streams
-from captum_idexpo.attr.lime import Lime, _Problem, _Samples
+from captum_idexpo.attr._perturbation import Problem, Samples
+from captum_idexpo.attr.lime import Lime
 from captum_idexpo.attr.surrogates import ShapleyRegression, Surrogate
 
 
@@ -45,11 +46,11 @@ class KernelShap(Lime, CaptumKernelShap):
         return ShapleyRegression()
 
     def _draw(
-        self, problem: _Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
-    ) -> _Samples:
+        self, problem: Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
+    ) -> Samples:
         n_features = problem.layout.n_features
         if sampling == "captum":
             masks = streams.captum_kernel_shap_masks(n_sets, n_samples, n_features).to(problem.device)
         else:
             masks = streams.independent_kernel_shap_masks(n_sets, n_samples, n_features, problem.device, generator)
-        return _Samples(masks, masks.new_ones(1, n_samples).float())
+        return Samples(masks)

@@ -5,33 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from captum._utils.common import _is_tuple
 from captum._utils.models.model import Model
 from captum._utils.progress import NullProgress, progress
-from captum._utils.typing import BaselineType, TargetType, TensorOrTupleOfTensorsGeneric
+from captum._utils.typing import BaselineType, TargetType
 from captum.attr import Lime as CaptumLime
-from captum.attr._core.lime import construct_feature_mask, default_perturb_func
-from captum.attr._utils.common import _format_input_baseline
+from captum.attr._core.lime import default_perturb_func
 from captum.log import log_usage
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import (
-    BatchForward,
-    align_baselines,
-    default_rows_per_forward,
-    evaluate_copies,
-    masked_copies,
-)
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._evaluation import BatchForward
 from captum_idexpo.attr import sampling as streams
-from captum_idexpo.attr._graph import no_graph_error, require_gradients_enabled
+from captum_idexpo.attr._graph import require_gradients_enabled
+from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge, Surrogate, as_surrogate
+
+# Tensor in, tensor out; tuple in, tuple out.
+TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
 
 
 class Lime(CaptumLime):
@@ -77,7 +70,7 @@ class Lime(CaptumLime):
     @log_usage(part_of_slo=True)
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: TensorOrTensors,
         baselines: BaselineType = None,
         target: TargetType = None,
         additional_forward_args: object | None = None,
@@ -91,7 +84,7 @@ class Lime(CaptumLime):
         sampling: str = "captum",
         share_masks: bool = False,
         generator: Generator | None = None,
-    ) -> TensorOrTupleOfTensorsGeneric:
+    ) -> TensorOrTensors:
         """The coefficients of the surrogate fitted to the outputs on masked copies.
 
         Args:
@@ -132,7 +125,7 @@ class Lime(CaptumLime):
                     "no batch form: use one of captum_idexpo.attr.surrogates, or leave create_graph, share_masks and "
                     "sampling at their defaults."
                 )
-            return super().attribute.__wrapped__(
+            by_captum = super().attribute.__wrapped__(
                 self,
                 inputs,
                 baselines,
@@ -144,51 +137,55 @@ class Lime(CaptumLime):
                 return_input_shape,
                 show_progress,
             )
+            return cast(TensorOrTensors, by_captum)
 
-        problem = _Problem.of(inputs, baselines, feature_mask)
+        problem = Problem.of(inputs, baselines, feature_mask)
         forward = BatchForward(self.forward_func, additional_forward_args, problem.batch_size, target)
-        rows_per_forward = problem.settle_rows_per_forward(forward, perturbations_per_eval)
-        with torch.no_grad():
-            samples = self._draw(problem, n_samples, sampling, 1 if share_masks else problem.n_examples, generator)
+        problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
         with torch.set_grad_enabled(create_graph):
-            n_forwards = math.ceil(n_samples / max(1, rows_per_forward // problem.n_examples))
+            samples = self._draw(problem, n_samples, sampling, 1 if share_masks else problem.n_examples, generator)
+            n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))
             bar_class = progress if show_progress else NullProgress
             with bar_class(total=n_forwards, desc=f"{self.get_name()} attribution") as bar:
                 outputs = problem.evaluate(forward, samples.masks, rows_per_forward, name, bar.update)
             coefficients = samples.fit(surrogate, outputs)
-            if not return_input_shape:
-                return coefficients
-            return problem.attribution(coefficients)
+            return cast(TensorOrTensors, problem.attribution(coefficients) if return_input_shape else coefficients)
 
     def _surrogate(self) -> Surrogate | None:
         return as_surrogate(self.interpretable_model)
 
     def _draw(
-        self, problem: _Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
-    ) -> _Samples:
+        self, problem: Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
+    ) -> Samples:
         """Draws masks, one set an example or one for all, and weighs them."""
         kernel = InputKernel.of(self.similarity_func)
-        batched_similarity = kernel is not None or isinstance(self.similarity_func, MaskSimilarity)
-        if self.perturb_func is not default_perturb_func or not batched_similarity:
+        one_by_one = self.perturb_func is not default_perturb_func or (
+            kernel is None and not isinstance(self.similarity_func, MaskSimilarity)
+        )
+        if one_by_one:
             if sampling != "captum" or n_sets != problem.n_examples:
                 raise ValueError(
                     "A custom perturb_func or similarity_func is called sample by sample: it goes with "
                     "sampling='captum' and share_masks=False only."
                 )
-            return self._draw_one_by_one(problem, n_samples)
-        n_features = problem.layout.n_features
-        if sampling == "captum":
-            masks = streams.captum_lime_masks(n_sets, n_samples, n_features).to(problem.device)
+            samples = self._draw_one_by_one(problem, n_samples)
+        elif sampling == "captum":
+            masks = streams.captum_lime_masks(n_sets, n_samples, problem.layout.n_features)
+            samples = Samples(masks.to(problem.device))
         else:
-            masks = streams.independent_lime_masks(n_sets, n_samples, n_features, problem.device, generator)
+            device, n_features = problem.device, problem.layout.n_features
+            samples = Samples(streams.independent_lime_masks(n_sets, n_samples, n_features, device, generator))
         if kernel is not None:
-            weights = kernel.weights(masks, problem.layout, problem.inputs, problem.baselines, problem.joint)
-        else:
-            weights = self.similarity_func.weights(masks)
-        return _Samples(masks, weights)
+            return samples.weighted(
+                kernel.weights(samples.masks, problem.layout, problem.inputs, problem.baselines, problem.joint)
+            )
+        if isinstance(self.similarity_func, MaskSimilarity):
+            return samples.weighted(self.similarity_func.weights(samples.masks))
+        return samples
 
-    def _draw_one_by_one(self, problem: _Problem, n_samples: int) -> _Samples:
+    def _draw_one_by_one(self, problem: Problem, n_samples: int) -> Samples:
         """Calls the user's functions in Captum's order: for each example, for each sample, a mask and its weight."""
+        batched = InputKernel.of(self.similarity_func) or isinstance(self.similarity_func, MaskSimilarity)
         all_masks, all_weights = [], []
         for index in range(problem.n_examples):
             inputs, keywords = problem.example(index)
@@ -198,16 +195,17 @@ class Lime(CaptumLime):
                 try:
                     mask, perturbed = draw()
                 except StopIteration:
-                    warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=3)
+                    warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=4)
                     break
                 masks.append(mask)
-                weights.append(torch.as_tensor(self.similarity_func(inputs, perturbed, mask, **keywords)).reshape(1))
+                weight = 1.0 if batched else self.similarity_func(inputs, perturbed, mask, **keywords)
+                weights.append(torch.as_tensor(weight).reshape(1).to(problem.device))
             streams.replay_captum_fit(problem.layout.n_features)
             all_masks.append(torch.cat(masks))
-            all_weights.append(torch.cat(weights).to(problem.device))
+            all_weights.append(torch.cat(weights))
         pad = nn.utils.rnn.pad_sequence
         lengths = [len(masks) for masks in all_masks]
-        return _Samples(pad(all_masks, batch_first=True), pad(all_weights, batch_first=True), lengths)
+        return Samples(pad(all_masks, batch_first=True), pad(all_weights, batch_first=True), lengths)
 
 
 class Probabilities(nn.Module):
@@ -241,161 +239,6 @@ def id_expo_lime(model: nn.Module, *, alpha: float = 0.01, kernel_width: float =
         torch.Size([4, 3])
     """
     return Lime(Probabilities(model), Ridge(alpha, fit_intercept=False), MaskSimilarity(kernel_width))
-
-
-@dataclass
-class _Samples:
-    """Masks ``(B or 1, M, D)`` and their weights ``(B or 1, M)``; of example b the first ``lengths[b]``, or all."""
-
-    masks: Tensor
-    weights: Tensor
-    lengths: list[int] | None = None
-
-    def fit(self, surrogate: Surrogate, outputs: Tensor) -> Tensor:
-        """The surrogate's coefficients ``(B, D)`` for outputs ``(B, M)``."""
-        if not bool(self.weights.isfinite().all()):
-            raise NonFiniteError("The similarity function returned a value that is not finite.")
-        if self.lengths is None or min(self.lengths) == max(self.lengths):
-            return surrogate.solve(self.masks, outputs, self.weights)
-        parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
-        return torch.cat([surrogate.solve(self.masks[at], outputs[at], self.weights[at]) for at in parts])
-
-
-@dataclass
-class _Problem:
-    """What one call explains: inputs, the baselines that mask them, and the features in terms of which it is explained.
-
-    `joint`: the forward function returns one value for the whole batch, which then counts as a single example.
-    """
-
-    inputs: tuple[Tensor, ...]
-    baselines: tuple[Any, ...]
-    feature_mask: tuple[Tensor, ...]
-    layout: FeatureLayout
-    is_tuple: bool
-    joint: bool = False
-
-    @classmethod
-    def of(cls, inputs: Any, baselines: Any, feature_mask: Any) -> _Problem:
-        is_tuple = _is_tuple(inputs)
-        tensors, formatted_baselines = _format_input_baseline(inputs, baselines)
-        if not len(tensors[0]):
-            raise IndexError("The batch is empty: there is nothing to explain.")
-        try:
-            if feature_mask is None:
-                layout = FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors])
-            masks, n_features = construct_feature_mask(feature_mask, tensors)
-            if feature_mask is not None:
-                layout = FeatureLayout.of_mask(masks, tensors)
-            aligned = align_baselines(formatted_baselines, tensors)
-        except TypeError as error:  # Captum's exception types, this package's texts
-            raise IndexError(str(error)) from None
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
-        if n_features > 10_000:
-            warnings.warn(
-                f"{n_features} features make a large surrogate that is slow to fit: group them with a feature_mask.",
-                stacklevel=4,
-            )
-        return cls(tensors, aligned, masks, layout, is_tuple)
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.inputs[0])
-
-    @property
-    def n_examples(self) -> int:
-        return 1 if self.joint else self.batch_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-    def settle_rows_per_forward(self, forward: BatchForward, perturbations_per_eval: int | None) -> int:
-        """Sees whether the forward function has a value for each example, and how many rows it is given at a time."""
-        if self.batch_size == 1 and perturbations_per_eval is not None:
-            return perturbations_per_eval
-        n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
-        with torch.no_grad():
-            output = forward(tuple(torch.cat([tensor] * n_copies) for tensor in self.inputs), n_copies=n_copies)
-        n_values = output.numel() if isinstance(output, Tensor) else 1
-        if n_values == 1:
-            self.joint = self.batch_size > 1
-            assert perturbations_per_eval in (None, 1), (
-                f"perturbations_per_eval={perturbations_per_eval}, but the forward function returns one value for the "
-                "whole batch: leave it out, or set it to 1."
-            )
-            return 1
-        assert n_values == self.batch_size * n_copies, (
-            f"The forward function returned {n_values} values for {self.batch_size * n_copies} examples (after "
-            "choosing the target): it must return one for each example or one for the batch. Is the target missing?"
-        )
-        if perturbations_per_eval is not None:
-            return perturbations_per_eval * self.batch_size
-        return max(default_rows_per_forward(self.inputs), self.batch_size)
-
-    def evaluate(
-        self,
-        forward: BatchForward,
-        masks: Tensor,
-        rows_per_forward: int,
-        name: str,
-        on_forward: Callable[[], object],
-    ) -> Tensor:
-        """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
-        keep = (masks != 0).transpose(0, 1)  # copy by copy, as the rows of a forward pass
-        everyone = slice(None)
-
-        def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
-            chosen = keep[copies] if keep.shape[1] == 1 else keep[copies, examples]
-            examples = everyone if self.joint else examples
-            return masked_copies(self.inputs, self.baselines, self.layout.spread(chosen, examples), examples)
-
-        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-            output = forward(rows, everyone if self.joint else examples, n_copies)
-            values = output.flatten() if isinstance(output, Tensor) else torch.tensor([output], device=self.device)
-            n_expected = n_copies * (examples.stop - examples.start)
-            assert values.numel() == n_expected, (
-                f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
-                "choosing the target): it must return one for each. Is the target missing, or does it return one value "
-                "for the whole batch (then perturbations_per_eval must be 1)?"
-            )
-            if torch.is_grad_enabled() and not values.requires_grad:
-                raise no_graph_error(name)
-            return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-        outputs = evaluate_copies(evaluate, perturb, self.n_examples, len(keep), rows_per_forward, on_forward)
-        if not bool(outputs.isfinite().all()):
-            raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
-        return outputs
-
-    def attribution(self, coefficients: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Each feature's coefficient at each of its positions."""
-        first = slice(0, 1) if self.joint else slice(None)
-        spread = self.layout.spread(coefficients[None], first)
-        attributions = tuple(
-            values[0].expand(len(coefficients), *tensor.shape[1:]).contiguous()
-            for values, tensor in zip(spread, self.inputs, strict=True)
-        )
-        return attributions if self.is_tuple else attributions[0]
-
-    def example(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """One example's inputs and keyword arguments as Captum hands them to a user's function."""
-
-        def select(values: tuple[Any, ...]) -> Any:
-            chosen = tuple(
-                value[index : index + 1]
-                if not self.joint and isinstance(value, Tensor) and value.dim() and len(value) == self.batch_size
-                else value
-                for value in values
-            )
-            return chosen if self.is_tuple else chosen[0]
-
-        return select(self.inputs), {
-            "baselines": select(self.baselines),
-            "feature_mask": select(self.feature_mask),
-            "num_interp_features": self.layout.n_features,
-        }
 
 
 def _check_arguments(

@@ -165,11 +165,11 @@ class Lasso(Surrogate):
         design, targets, weights = masks.to(dtype), outputs.to(dtype), weights.to(dtype)
         if self.fit_intercept:
             design, targets = _centred(design, targets, weights)
-        # On the active set the minimum is linear in the targets; inactive coefficients are held at 0.
+        # On the active set, its signs fixed, the minimum solves a linear system; inactive coefficients are held at 0.
         design = design * (value != 0)[:, None, :]
-        weighted = design.mT * weights[:, None, :]
+        weighted = design.mT * (weights / weights.sum(dim=1, keepdim=True))[:, None, :]
         gram = weighted @ design + torch.diag_embed((value == 0).to(dtype))
-        minimum = _solve_gram(gram, _apply(weighted, targets))
+        minimum = _solve_gram(gram, _apply(weighted, targets) - self.alpha * value.sign())
         return value + (minimum - minimum.detach()).to(value.dtype)
 
     def _coordinate_descent(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Lasso(Surrogate):
                 "or pass interpretable_model=captum_idexpo.attr.surrogates.Ridge()."
             ) from error
         dtype = outputs.dtype
-        x, y, w = (tensor.to(dtype).cpu().numpy() for tensor in (masks, outputs, weights))
+        x, y, w = (tensor.detach().to(dtype).cpu().numpy() for tensor in (masks, outputs, weights))
         coefficients = []
         for index in range(len(y)):
             model = linear_model.Lasso(**asdict(self))

@@ -366,12 +366,23 @@ def test_the_gradient_is_true(surrogate, n_samples):
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_the_gradient_reaches_the_inputs_of_a_frozen_model():
-    net, x = smooth_net().requires_grad_(False), X.double().requires_grad_()
-    torch.manual_seed(0)
-    attribution = Lime(net, Ridge(0.1), MaskSimilarity()).attribute(x, target=1, create_graph=True)
-    (gradient,) = torch.autograd.grad(attribution.square().sum(), x)
-    assert gradient.abs().min() > 0
+@pytest.mark.parametrize("surrogate", [TRAINABLE["ridge"], TRAINABLE["regression"], TRAINABLE["lasso"]])
+@pytest.mark.parametrize("kernel", [None, get_exp_kernel_similarity_function("euclidean", 2.0), MaskSimilarity()])
+@pytest.mark.parametrize(
+    "perturb", [None, lambda _, num_interp_features, **__: torch.ones(1, num_interp_features).bernoulli(0.5)]
+)
+def test_the_gradient_in_the_inputs_is_true(surrogate, kernel, perturb):
+    """Through the masked copies and through the kernel, which looks at the inputs; the model may be frozen."""
+    net, x = smooth_net().requires_grad_(False), X[:2].double().requires_grad_()
+    weights = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def loss(x):
+        torch.manual_seed(2)
+        return (
+            Lime(net, surrogate, kernel, perturb).attribute(x, target=1, n_samples=30, create_graph=True) * weights
+        ).sum()
+
+    assert torch.autograd.gradcheck(loss, (x,), rtol=1e-5, atol=1e-7)
 
 
 def test_an_empty_active_set_is_attached_with_a_zero_gradient():

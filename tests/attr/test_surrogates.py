@@ -87,10 +87,12 @@ def test_shapley_regression_is_regression_with_infinite_weights():
 
 
 @pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02, tol=1e-14, max_iter=10**6)])
-def test_the_gradient_in_the_outputs_is_true(surrogate):
+def test_the_gradient_in_outputs_and_weights_is_true(surrogate):
     masks, outputs, weights = problem(30, 6)
     outputs.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: surrogate.solve(masks, v, weights), (outputs,), atol=1e-6)
+    weights.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: surrogate.solve(masks, outputs.detach(), w), (weights,), atol=1e-6)
 
 
 @pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02), ShapleyRegression()])

@@ -1,0 +1,201 @@
+"""What a perturbation method explains: a batch, masked in terms of its features, and the samples drawn of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum._utils.common import _is_tuple
+from captum.attr._core.lime import construct_feature_mask
+from captum.attr._utils.common import _format_input_baseline
+from torch import Tensor
+
+from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._evaluation import (
+    BatchForward,
+    align_baselines,
+    default_rows_per_forward,
+    evaluate_copies,
+    masked_copies,
+)
+from captum_idexpo._features import FeatureLayout
+from captum_idexpo.attr._graph import no_graph_error
+from captum_idexpo.attr.surrogates import Surrogate
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one call explains: inputs, the baselines that mask them, and the features in terms of which it is explained.
+
+    `joint`: the forward function returns one value for the whole batch, which then counts as a single example.
+    """
+
+    inputs: tuple[Tensor, ...]
+    baselines: tuple[Any, ...]
+    feature_mask: tuple[Tensor, ...]
+    layout: FeatureLayout
+    is_tuple: bool
+    joint: bool = False
+
+    @classmethod
+    def of(cls, inputs: Any, baselines: Any, feature_mask: Any) -> Problem:
+        """A call's arguments, formatted and checked.
+
+        Raises:
+            AssertionError, IndexError, RuntimeError: as Captum, on inputs, baselines and masks that do not fit.
+        """
+        is_tuple = _is_tuple(inputs)
+        tensors, formatted_baselines = _format_input_baseline(inputs, baselines)
+        if not len(tensors[0]):
+            raise IndexError("The batch is empty: there is nothing to explain.")
+        try:
+            masks, n_features = construct_feature_mask(feature_mask, tensors)
+            if feature_mask is None:
+                layout = FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors])
+            else:
+                layout = FeatureLayout.of_mask(masks, tensors)
+            aligned = align_baselines(formatted_baselines, tensors)
+        except TypeError as error:  # Captum's exception types, this package's texts
+            raise IndexError(str(error)) from None
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+        if n_features > 10_000:
+            warnings.warn(
+                f"{n_features} features make a large surrogate that is slow to fit: group them with a feature_mask.",
+                stacklevel=4,
+            )
+        return cls(tensors, aligned, masks, layout, is_tuple)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.inputs[0])
+
+    @property
+    def n_examples(self) -> int:
+        return 1 if self.joint else self.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    def sized_for(self, forward: BatchForward, perturbations_per_eval: int | None) -> tuple[Problem, int]:
+        """The problem, joint or not as the forward function has it, and the rows that one forward pass is given.
+
+        Raises:
+            AssertionError: as Captum, where the output has neither one value an example nor one for the batch, or has
+                one for the batch and several copies are asked for at a time.
+        """
+        if self.batch_size == 1 and perturbations_per_eval is not None:
+            return self, perturbations_per_eval
+        n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
+        with torch.no_grad():
+            output = forward(tuple(torch.cat([tensor] * n_copies) for tensor in self.inputs), n_copies=n_copies)
+        n_values = output.numel() if isinstance(output, Tensor) else 1
+        if n_values == 1:
+            assert perturbations_per_eval in (None, 1), (
+                f"perturbations_per_eval={perturbations_per_eval}, but the forward function returns one value for the "
+                "whole batch: leave it out, or set it to 1."
+            )
+            return dataclasses.replace(self, joint=self.batch_size > 1), 1
+        assert n_values == self.batch_size * n_copies, (
+            f"The forward function returned {n_values} values for {self.batch_size * n_copies} examples (after "
+            "choosing the target): it must return one for each example or one for the batch. Is the target missing?"
+        )
+        if perturbations_per_eval is not None:
+            return self, perturbations_per_eval * self.batch_size
+        return self, max(default_rows_per_forward(self.inputs), self.batch_size)
+
+    def evaluate(
+        self,
+        forward: BatchForward,
+        masks: Tensor,
+        rows_per_forward: int,
+        name: str,
+        on_forward: Callable[[], object],
+    ) -> Tensor:
+        """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
+        keep = (masks != 0).transpose(0, 1)  # copy by copy, as the rows of a forward pass
+        everyone = slice(None)
+
+        def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
+            chosen = keep[copies] if keep.shape[1] == 1 else keep[copies, examples]
+            examples = everyone if self.joint else examples
+            return masked_copies(self.inputs, self.baselines, self.layout.spread(chosen, examples), examples)
+
+        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            output = forward(rows, everyone if self.joint else examples, n_copies)
+            values = output.flatten() if isinstance(output, Tensor) else torch.tensor([output], device=self.device)
+            n_expected = n_copies * (examples.stop - examples.start)
+            assert values.numel() == n_expected, (
+                f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
+                "choosing the target): it must return one for each. Is the target missing, or does it return one value "
+                "for the whole batch (then perturbations_per_eval must be 1)?"
+            )
+            if torch.is_grad_enabled() and not values.requires_grad:
+                raise no_graph_error(name)
+            return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+        outputs = evaluate_copies(evaluate, perturb, self.n_examples, len(keep), rows_per_forward, on_forward)
+        if not bool(outputs.isfinite().all()):
+            raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
+        return outputs
+
+    def attribution(self, coefficients: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Each feature's coefficient at each of its positions."""
+        first = slice(0, 1) if self.joint else slice(None)
+        spread = self.layout.spread(coefficients[None], first)
+        attributions = tuple(
+            values[0].expand(len(coefficients), *tensor.shape[1:]).contiguous()
+            for values, tensor in zip(spread, self.inputs, strict=True)
+        )
+        return attributions if self.is_tuple else attributions[0]
+
+    def example(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """One example's inputs and keyword arguments as Captum hands them to a user's function."""
+
+        def select(values: tuple[Any, ...]) -> Any:
+            chosen = tuple(
+                value[index : index + 1]
+                if not self.joint and isinstance(value, Tensor) and value.dim() and len(value) == self.batch_size
+                else value
+                for value in values
+            )
+            return chosen if self.is_tuple else chosen[0]
+
+        return select(self.inputs), {
+            "baselines": select(self.baselines),
+            "feature_mask": select(self.feature_mask),
+            "num_interp_features": self.layout.n_features,
+        }
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Masks ``(B or 1, M, D)`` and their weights ``(B or 1, M)``, 1 if None; of example b the first ``lengths[b]``."""
+
+    masks: Tensor
+    weights: Tensor | None = None
+    lengths: list[int] | None = None
+
+    @property
+    def n(self) -> int:
+        """Samples of an example, at most."""
+        return self.masks.shape[1]
+
+    def weighted(self, weights: Tensor) -> Samples:
+        """The same masks with other weights."""
+        return dataclasses.replace(self, weights=weights)
+
+    def fit(self, surrogate: Surrogate, outputs: Tensor) -> Tensor:
+        """The surrogate's coefficients ``(B, D)`` for outputs ``(B, M)``."""
+        weights = self.masks.new_ones(1, self.n, dtype=outputs.dtype) if self.weights is None else self.weights
+        if not bool(weights.isfinite().all()):
+            raise NonFiniteError("The similarity function returned a value that is not finite.")
+        if self.lengths is None or min(self.lengths) == max(self.lengths):
+            return surrogate.solve(self.masks, outputs, weights)
+        parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
+        return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
