@@ -1,4 +1,4 @@
-"""A forward function over many perturbed copies of a batch, in bounded memory.
+"""A forward function over many perturbed copies of a batch, in chunks; without a graph, in bounded memory.
 
 Whatever evaluates masked copies (LIME, KernelSHAP, insertion, deletion, sensitivity-n) does it here.
 Rows are ordered copy by copy: all examples of the first copy, then all of the second, as Captum expands its arguments.
@@ -149,6 +149,17 @@ def align_baselines(baselines: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> t
             f"baselines holds {len(baselines)} values for {len(inputs)} input tensors: give one baseline a tensor."
         )
     return tuple(_align_baseline(baseline, tensor) for baseline, tensor in zip(baselines, inputs, strict=True))
+
+
+def with_batch_axis(value: Any, tensor: Tensor) -> Any:
+    """A mask or baseline that lacks the input's leading axes, with axes of size 1 in their place.
+
+    It then broadcasts whatever the batch's size is; Captum would take ``(n, ...)`` for one row an example where n
+    happens to be that size.
+    """
+    if not isinstance(value, Tensor) or not value.dim() or value.dim() >= tensor.dim():
+        return value
+    return value.reshape(*[1] * (tensor.dim() - value.dim()), *value.shape)
 
 
 def _align_baseline(baseline: Any, tensor: Tensor) -> Any:

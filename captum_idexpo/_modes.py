@@ -6,17 +6,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Holds models in eval mode; each module's own mode returns afterwards, also after an exception."""
+    """Holds models in eval mode; each module's own mode returns afterwards, also after an exception.
+
+    cuDNN's recurrent layers have no backward in eval mode: where there are some, cuDNN is left aside meanwhile.
+    """
+    cudnn = torch.backends.cudnn
+    cudnn_enabled = cudnn.enabled
     with _restored_modes(models) as modules:
         for module in modules:
             module.training = False
-        yield
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            cudnn.enabled = False
+        try:
+            yield
+        finally:
+            cudnn.enabled = cudnn_enabled
 
 
 @contextmanager

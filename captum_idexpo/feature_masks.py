@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_idexpo._errors import NonFiniteError
+
 
 def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
     """Rectangular cells, the same for every image.
@@ -37,9 +39,10 @@ def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
                 [2, 2, 3, 3]])
     """
     height, width = _size(inputs)
-    cell_height, cell_width = (cell_size, cell_size) if isinstance(cell_size, int) else cell_size
-    if min(cell_height, cell_width) < 1:
-        raise ValueError(f"cell_size must be at least 1 pixel, given: {cell_size}.")
+    sides = (cell_size, cell_size) if isinstance(cell_size, int) else cell_size
+    if not isinstance(sides, tuple) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"cell_size must be a number of pixels or a pair (height, width), given: {cell_size!r}.")
+    cell_height, cell_width = sides
     rows = torch.arange(height, device=inputs.device) // cell_height
     columns = torch.arange(width, device=inputs.device) // cell_width
     return (rows[:, None] * (columns[-1] + 1) + columns)[None, None]
@@ -114,14 +117,17 @@ def quickshift(inputs: Tensor, **options: Any) -> Tensor:
         >>> quickshift(torch.rand(2, 3, 16, 16), kernel_size=2).shape
         torch.Size([2, 1, 16, 16])
     """
-    convert2lab = options.pop("convert2lab", inputs.dim() == 4 and inputs.shape[1] == 3)
+    _size(inputs)
+    convert2lab = options.pop("convert2lab", inputs.shape[1] == 3)
     return _superpixels("quickshift", inputs, convert2lab=convert2lab, **options)
 
 
 def _superpixels(name: str, inputs: Tensor, **options: Any) -> Tensor:
     segment = _segmentation(name)
     _size(inputs)
-    images = _rescaled(inputs.detach()).movedim(1, -1).double().cpu().numpy()
+    if not bool(inputs.isfinite().all()):
+        raise NonFiniteError(f"captum_idexpo.feature_masks.{name}: the images hold NaN or infinity.")
+    images = _rescaled(inputs.detach().cpu().double()).movedim(1, -1).numpy()
     masks = [torch.as_tensor(segment(image, channel_axis=-1, **options)).long() for image in images]
     return torch.stack(masks)[:, None].to(inputs.device)
 

@@ -132,7 +132,7 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
     """
     figure = _figure(1, 2, (8, 3))
     names = [name for name in (history[0] if history else {}) if name != "epoch"]
-    scores = [name for name in names if name.startswith("val")]
+    scores = [name for name in names if name.startswith("val_") or name == "valscore"]
     losses = [name for name in names if name not in scores]
     for axis, group, title in zip(figure.axes, (losses, scores), ("training loss", "validation"), strict=True):
         for color, name in zip(COLORS * (1 + len(group) // len(COLORS)), group, strict=False):

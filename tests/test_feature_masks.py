@@ -8,6 +8,7 @@ import pytest
 import torch
 from skimage import segmentation
 
+from captum_idexpo import NonFiniteError
 from captum_idexpo.attr import KernelShap
 from captum_idexpo.feature_masks import felzenszwalb, grid, quickshift, slic
 from tests.helpers import smooth_conv_net
@@ -61,11 +62,20 @@ def test_other_inputs_are_an_error(function):
         function(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="images"):
         function(torch.zeros(0, 1, 8, 8))
+    with pytest.raises(ValueError, match="images"):
+        function(IMAGES.numpy())
+
+
+@pytest.mark.parametrize("function", [slic, felzenszwalb, quickshift])
+def test_images_of_nan_are_an_error(function):
+    with pytest.raises(NonFiniteError, match=function.__name__):
+        function(IMAGES * float("nan"))
 
 
 def test_a_cell_has_a_size():
-    with pytest.raises(ValueError, match="cell_size"):
-        grid(IMAGES, 0)
+    for cell_size in (0, 1.5, (2,), (2, 0)):
+        with pytest.raises(ValueError, match="cell_size"):
+            grid(IMAGES, cell_size)
 
 
 def test_a_missing_scikit_image_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from captum_idexpo._modes import eval_mode, module_of, training_mode
@@ -30,6 +31,15 @@ def test_eval_mode_restores_each_module(fails):
     except KeyError:
         pass
     assert modes(model) == modes(other) == before == [True, True, True, False]
+
+
+def test_recurrent_layers_are_held_without_cudnn():
+    enabled = torch.backends.cudnn.enabled
+    with eval_mode(nn.LSTM(2, 2)):
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled == enabled
+    with eval_mode(net()):
+        assert torch.backends.cudnn.enabled == enabled
 
 
 @pytest.mark.parametrize("freeze", [False, True])

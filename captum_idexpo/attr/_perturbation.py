@@ -32,6 +32,8 @@ class Problem:
     """What one call explains: inputs, the baselines that mask them, and the features in terms of which it is explained.
 
     `joint`: the forward function returns one value for the whole batch, which then counts as a single example.
+    `ragged`: which tensors have another leading size than the batch (the token ids of a single example, or an empty
+    tensor); they are kept as one example ``(1, n, ...)`` and reach the forward function as ``(n, ...)``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -39,6 +41,7 @@ class Problem:
     feature_mask: tuple[Tensor, ...]
     layout: FeatureLayout
     is_tuple: bool
+    ragged: tuple[bool, ...]
     joint: bool = False
 
     @classmethod
@@ -50,14 +53,24 @@ class Problem:
         """
         is_tuple = _is_tuple(inputs)
         tensors, formatted_baselines = _format_input_baseline(inputs, baselines)
-        if not len(tensors[0]):
+        batch_size = len(tensors[0])
+        if not batch_size:
             raise IndexError("The batch is empty: there is nothing to explain.")
+        ragged = tuple(len(tensor) != batch_size for tensor in tensors)
+        if batch_size > 1 and any(tensor.numel() for tensor, odd in zip(tensors, ragged, strict=True) if odd):
+            raise AssertionError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
+        if len(formatted_baselines) != len(tensors):
+            raise IndexError(f"There are {len(formatted_baselines)} baselines for {len(tensors)} input tensors.")
         try:
             masks, n_features = construct_feature_mask(feature_mask, tensors)
-            if feature_mask is None:
-                layout = FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors])
-            else:
-                layout = FeatureLayout.of_mask(masks, tensors)
+            tensors = tuple(t[None] if odd else t for t, odd in zip(tensors, ragged, strict=True))
+            layout = (
+                FeatureLayout.of_positions(
+                    [mask.shape if odd else mask.shape[1:] for mask, odd in zip(masks, ragged, strict=True)]
+                )
+                if feature_mask is None
+                else FeatureLayout.of_mask(masks, tensors)
+            )
             aligned = align_baselines(formatted_baselines, tensors)
         except TypeError as error:  # Captum's exception types, this package's texts
             raise IndexError(str(error)) from None
@@ -68,7 +81,7 @@ class Problem:
                 f"{n_features} features make a large surrogate that is slow to fit: group them with a feature_mask.",
                 stacklevel=4,
             )
-        return cls(tensors, aligned, masks, layout, is_tuple)
+        return cls(tensors, aligned, masks, layout, is_tuple, ragged)
 
     @property
     def batch_size(self) -> int:
@@ -92,8 +105,13 @@ class Problem:
         if self.batch_size == 1 and perturbations_per_eval is not None:
             return self, perturbations_per_eval
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
-        with torch.no_grad():
-            output = forward(tuple(torch.cat([tensor] * n_copies) for tensor in self.inputs), n_copies=n_copies)
+        try:
+            with torch.no_grad():
+                output = forward(self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs)), n_copies=n_copies)
+        except Exception:
+            if n_copies == 1 or perturbations_per_eval is not None:
+                raise
+            return self, 1  # it may know one row only; if something else is wrong, that row will tell
         n_values = output.numel() if isinstance(output, Tensor) else 1
         if n_values == 1:
             assert perturbations_per_eval in (None, 1), (
@@ -127,8 +145,8 @@ class Problem:
             return masked_copies(self.inputs, self.baselines, self.layout.spread(chosen, examples), examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-            output = forward(rows, everyone if self.joint else examples, n_copies)
-            values = output.flatten() if isinstance(output, Tensor) else torch.tensor([output], device=self.device)
+            output = forward(self._rows(rows), everyone if self.joint else examples, n_copies)
+            values = output.flatten() if isinstance(output, Tensor) else self._number(output)
             n_expected = n_copies * (examples.stop - examples.start)
             assert values.numel() == n_expected, (
                 f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
@@ -144,14 +162,23 @@ class Problem:
             raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
         return outputs
 
+    def _rows(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rows as the forward function knows them."""
+        return tuple(row.flatten(0, 1) if odd else row for row, odd in zip(rows, self.ragged, strict=True))
+
+    def _number(self, output: Any) -> Tensor:
+        dtype = torch.float64 if self.inputs[0].dtype == torch.float64 else torch.float32
+        return torch.tensor([output], dtype=dtype, device=self.device)
+
     def attribution(self, coefficients: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Each feature's coefficient at each of its positions."""
         first = slice(0, 1) if self.joint else slice(None)
         spread = self.layout.spread(coefficients[None], first)
         attributions = tuple(
-            values[0].expand(len(coefficients), *tensor.shape[1:]).contiguous()
-            for values, tensor in zip(spread, self.inputs, strict=True)
+            values[0, : 1 if odd else None].expand(-1, *tensor.shape[1:])
+            for values, tensor, odd in zip(spread, self.inputs, self.ragged, strict=True)
         )
+        attributions = self._rows(tuple(values.contiguous() for values in attributions))
         return attributions if self.is_tuple else attributions[0]
 
     def example(self, index: int) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +193,7 @@ class Problem:
             )
             return chosen if self.is_tuple else chosen[0]
 
-        return select(self.inputs), {
+        return select(self._rows(self.inputs)), {
             "baselines": select(self.baselines),
             "feature_mask": select(self.feature_mask),
             "num_interp_features": self.layout.n_features,
@@ -195,6 +222,8 @@ class Samples:
         weights = self.masks.new_ones(1, self.n, dtype=outputs.dtype) if self.weights is None else self.weights
         if not bool(weights.isfinite().all()):
             raise NonFiniteError("The similarity function returned a value that is not finite.")
+        if not bool((weights.sum(dim=1) > 0).all()):
+            raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
         if self.lengths is None or min(self.lengths) == max(self.lengths):
             return surrogate.solve(self.masks, outputs, weights)
         parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]

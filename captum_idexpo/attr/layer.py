@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from captum._utils.typing import TargetType
 from captum.attr import LayerGradCam as CaptumLayerGradCam
 from captum.log import log_usage
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_idexpo.attr._graph import depends_on_leaf, no_graph_error, require_gradients_enabled
 
@@ -75,7 +76,9 @@ class LayerGradCam(CaptumLayerGradCam):
         create_graph = grad_kwargs.pop("create_graph", False) or create_graph
         if create_graph:
             require_gradients_enabled(name)
-        with self._without_gradient(attribute_to_layer_input) as made_leaves:
+        # The fused attention kernels have no double backward.
+        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with attention, self._without_gradient(attribute_to_layer_input) as made_leaves:
             attribution: Any = super().attribute.__wrapped__(
                 self,
                 inputs,

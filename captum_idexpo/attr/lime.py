@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -142,13 +143,17 @@ class Lime(CaptumLime):
         problem = Problem.of(inputs, baselines, feature_mask)
         forward = BatchForward(self.forward_func, additional_forward_args, problem.batch_size, target)
         problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
+        # Autocast is for the model; weights and systems keep their precision.
+        precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
         with torch.set_grad_enabled(create_graph):
-            samples = self._draw(problem, n_samples, sampling, 1 if share_masks else problem.n_examples, generator)
+            with precisely():
+                samples = self._draw(problem, n_samples, sampling, 1 if share_masks else problem.n_examples, generator)
             n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))
             bar_class = progress if show_progress else NullProgress
             with bar_class(total=n_forwards, desc=f"{self.get_name()} attribution") as bar:
                 outputs = problem.evaluate(forward, samples.masks, rows_per_forward, name, bar.update)
-            coefficients = samples.fit(surrogate, outputs)
+            with precisely():
+                coefficients = samples.fit(surrogate, outputs)
             return cast(TensorOrTensors, problem.attribution(coefficients) if return_input_shape else coefficients)
 
     def _surrogate(self) -> Surrogate | None:
@@ -225,6 +230,9 @@ class Probabilities(nn.Module):
 
 def id_expo_lime(model: nn.Module, *, alpha: float = 0.01, kernel_width: float = 0.25) -> Lime:
     """The LIME of ID-ExpO's eq. (12) (arXiv 2310.12553): ridge without intercept on the probability of the target.
+
+    In `captum_idexpo.regularizers.InsertionDeletion` pass ``forward_func=model`` beside it, so that insertion and
+    deletion are scored on the logits.
 
     Args:
         model: returns logits ``(B, C)``.

@@ -96,8 +96,9 @@ class InputKernel:
             kept_xx = kept @ xx
             product = kept_xx + (1 - kept) @ feature_sums(x, b)
             of_copy = kept_xx + (1 - kept) @ feature_sums(b, b)
-            squared_norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2) * of_copy.clamp_min(_EPS**2)
-            squared_distance = (1 - product / squared_norms.sqrt()).squeeze(-1) ** 2
+            # Clamped before the root, whose gradient at 0 is infinite.
+            norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
+            squared_distance = (1 - product / norms).squeeze(-1) ** 2
         return torch.exp(-squared_distance / (2 * self.kernel_width**2))
 
 

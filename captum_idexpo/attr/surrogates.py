@@ -118,7 +118,14 @@ class LinearRegression(Surrogate):
         """The coefficients ``(B, D)``; see `Surrogate.solve`."""
         masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
         roots = weights.sqrt()
-        return _apply(torch.linalg.pinv(masks * roots[..., None]), roots * outputs)
+        design = masks * roots[..., None]
+        if self.fit_intercept:
+            # Centred columns are orthogonal to the roots; where one weight dominates, rounding in that direction is
+            # larger than the pseudo-inverse's tolerance and would pass for a feature.
+            direction = (roots / roots.norm(dim=1, keepdim=True))[..., None]
+            for _ in range(2):
+                design = design - direction @ (direction.mT @ design)
+        return _apply(torch.linalg.pinv(design), roots * outputs)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import align_baselines
+from captum_idexpo._evaluation import align_baselines, with_batch_axis
 from captum_idexpo._features import FeatureLayout
 
 
@@ -29,38 +29,53 @@ class Locations:
     present: Tensor | None
 
     @classmethod
-    def of(cls, attributions: Any, inputs: tuple[Tensor, ...], feature_mask: Any) -> Locations:
-        """The locations that attributions of the inputs' shape, or of one channel, speak of.
+    def of(cls, attributions: Any, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
+        """The locations that attributions of the inputs' shape, or of one channel, speak of, or groups of positions.
 
         Raises:
             ValueError: a shape that fits neither the inputs nor their locations.
-            TypeError: something else than floating-point tensors; a feature mask that holds no integers.
+            TypeError: something else than floating-point tensors.
         """
         maps = as_tuple(attributions, "attributions")
         if len(maps) != len(inputs):
             raise ValueError(f"There are {len(maps)} attributions for {len(inputs)} input tensors: give one a tensor.")
         maps = tuple(_aligned(map, tensor) for map, tensor in zip(maps, inputs, strict=True))
-        if feature_mask is None:
+        if groups is None:
             layout = FeatureLayout.of_positions([map.shape[1:] for map in maps])
             return cls(layout, layout.sums(maps), None)
-        layout = FeatureLayout.of_mask(as_tuple(feature_mask, "feature_mask"), inputs)
-        # Mask and map may each be laid out over one channel or all: bring them to a common shape, then average.
-        shapes = [
-            torch.broadcast_shapes(map.shape, (1, *shape)) for map, shape in zip(maps, layout.shapes, strict=True)
+        # Mask and map may each be laid out over one channel or all: bring them to a common shape, then average. Summed
+        # in double precision, so that the order of the sum, which a GPU does not fix, hardly ever changes a rank.
+        wide = maps if inputs[0].device.type == "mps" else [map.double() for map in maps]
+        spread = [
+            map.expand(torch.broadcast_shapes(map.shape, (1, *shape)))
+            for map, shape in zip(wide, groups.shapes, strict=True)
         ]
-        total = layout.sums([map.expand(shape) for map, shape in zip(maps, shapes, strict=True)])
-        count = layout.sums([torch.ones_like(map).expand(shape) for map, shape in zip(maps, shapes, strict=True)])
-        present = layout.present()
-        values = total / count.clamp_min(1)
-        return cls(layout, values, present if present is None else present.expand(values.shape))
+        count = groups.sums([torch.ones_like(map) for map in spread])
+        values = (groups.sums(spread) / count.clamp_min(1)).to(maps[0].dtype)
+        present = groups.present()
+        return cls(groups, values, present if present is None else present.expand(values.shape))
 
     @property
     def counts(self) -> Tensor:
-        """How many locations there are: ``(B,)``, or ``(1,)`` where all examples have as many."""
+        """How many locations there are: ``(B,)``, or ``(1,)`` where all examples have as many; on the CPU."""
         if self.present is None:
-            return torch.tensor([self.values.shape[1]], device=self.values.device)
-        counts = self.present.sum(dim=1)
+            return torch.tensor([self.values.shape[1]])
+        counts = self.present.sum(dim=1).cpu()
         return counts[:1] if bool((counts == counts[0]).all()) else counts
+
+
+def groups_of(feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
+    """The groups of a feature mask; None without one.
+
+    Raises:
+        TypeError, ValueError: a mask that holds no integers or does not fit the inputs.
+    """
+    if feature_mask is None:
+        return None
+    masks = feature_mask if isinstance(feature_mask, tuple) else (feature_mask,)
+    return FeatureLayout.of_mask(
+        tuple(map(with_batch_axis, masks, inputs)) if len(masks) == len(inputs) else masks, inputs
+    )
 
 
 def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
@@ -93,6 +108,8 @@ def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple
     for baseline in baselines:
         if not isinstance(baseline, (Tensor, int, float)):
             raise TypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
+    if len(baselines) == len(tensors):
+        baselines = tuple(map(with_batch_axis, baselines, tensors))
     aligned = align_baselines(baselines, tensors)
     if check_finite:
         require_finite(tensors, "inputs")

@@ -108,11 +108,12 @@ class TargetScorer:
                 f"The forward function must return a tensor with one row for each of its {len(rows[0])} inputs; "
                 f"given: {given}."
             )
-        output = output if output.dim() > 1 else output[:, None]
+        if output[0].numel() == 1:
+            output = output.reshape(-1, 1)
         return output if output.dtype == torch.float64 else output.float()
 
     def _check_target(self, output: Tensor) -> None:
-        sizes = torch.tensor([2] if self.one_column else output.shape[1:], device=output.device)
+        sizes = torch.tensor([2] if self.one_column else list(output.shape[1:]), device=output.device)
         if self._target is None:
             if self.n_columns != 1:
                 raise ValueError(
@@ -141,6 +142,17 @@ def predicted_class(output: Tensor, outputs: str) -> Tensor:
     if output.shape[1] > 1:
         return output.argmax(dim=1)
     return (output.squeeze(1) > _LOWEST_OF_CLASS_1[outputs]).long()
+
+
+def class_labels(target: Any) -> Any:
+    """A loader's labels as a target: those of a binary loss, floats 0.0 and 1.0 of shape ``(B, 1)``, as integers."""
+    if not isinstance(target, Tensor):
+        return target
+    if target.dim() == 2 and target.shape[1] == 1:
+        target = target.squeeze(1)
+    if target.dtype == torch.bool or (target.is_floating_point() and bool((target == target.round()).all())):
+        target = target.long()
+    return target
 
 
 def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:

@@ -24,7 +24,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import default_rows_per_forward, evaluate_copies, masked_copies
-from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
+from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
 
@@ -197,35 +197,42 @@ class StepSchedule:
     n_locations: Tensor
 
     @classmethod
-    def of(cls, n_locations: Tensor, fraction: float, step_size: int | None) -> StepSchedule:
+    def of(
+        cls, n_locations: Tensor, fraction: float, step_size: int | None, device: torch.device | None = None
+    ) -> StepSchedule:
         """The steps s = step_size, 2 step_size, ... up to S = floor(fraction x D).
 
         Args:
-            n_locations: D for each example, or one for all.
+            n_locations: D for each example, or one for all; on the CPU.
+            fraction, step_size: as for `insertion_deletion`.
+            device: of the schedule's tensors; None: the CPU.
 
         Raises:
-            ValueError: fraction not in (0, 1], step_size not in 1..S, or no location in S.
+            ValueError: fraction not in (0, 1], step_size not in 1..S, or no location in S, for every example.
         """
         cls.check_fraction(fraction, step_size)
-        total = (n_locations[:, None] * fraction + 1e-9).floor().long()
-        smallest = int(total.min())
-        if smallest < (step_size or 1):
+        counts = n_locations[:, None]
+        total = (counts.double() * fraction + 1e-9).floor().long()
+        most = int(total.max())
+        if most < (step_size or 1):
             raise ValueError(
-                f"fraction={fraction} of {int(n_locations.min())} locations is {smallest}, less than one step of "
+                f"fraction={fraction} of {int(counts.max())} locations is {most}, less than one step of "
                 f"{step_size or 1}: raise fraction" + (" or lower step_size." if step_size else ".")
             )
-        size = -(-total // MAX_DEFAULT_STEPS) if step_size is None else torch.full_like(total, step_size)
-        n_steps = total // size
-        numbers = torch.arange(1, int(n_steps.max()) + 1, device=total.device)
-        return cls(torch.minimum(numbers, n_steps) * size, n_steps, n_locations[:, None])
+        size = total // (MAX_DEFAULT_STEPS + 1) + 1 if step_size is None else torch.full_like(total, step_size)
+        # An image of few superpixels among others takes one step: all it has, if that is less than the step size.
+        n_steps = (total // size).clamp_min(1)
+        numbers = torch.arange(1, int(n_steps.max()) + 1)
+        steps = torch.minimum(torch.minimum(numbers, n_steps) * size, counts)
+        return cls(steps.to(device), n_steps.to(device), counts.to(device))
 
     @staticmethod
     def check_fraction(fraction: float, step_size: int | None) -> None:
         """Raises ValueError for a fraction not in (0, 1] or a step size that is no positive integer."""
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], given: {fraction}.")
-        if step_size is not None and (not isinstance(step_size, int) or step_size < 1):
-            raise ValueError(f"step_size must be a positive number of locations, given: {step_size!r}.")
+        if step_size is not None:
+            check_count("step_size", step_size)
 
     def mean(self, curve: Tensor) -> Tensor:
         """The mean over each example's own steps, ``(B,)``, of a curve ``(B, n_steps)``."""
@@ -303,11 +310,11 @@ class Masking:
     ) -> Masking:
         """Checks a metric's arguments and prepares them."""
         tensors, aligned = check_inputs(inputs, baselines, check_finite)
-        locations = Locations.of(attributions, tensors, feature_mask)
+        locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
         if check_finite:
             require_finite((locations.values,), "attributions")
         check_temperature(temperature)
-        schedule = StepSchedule.of(locations.counts, fraction, step_size)
+        schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
         max_rows = check_max_rows(max_examples_per_batch, tensors)
         scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
         masks = make_masks(locations, scorer.sign(), temperature)
@@ -360,9 +367,14 @@ def check_max_rows(max_examples_per_batch: int | None, inputs: tuple[Tensor, ...
     """The rows of one forward pass; ValueError for less than one."""
     if max_examples_per_batch is None:
         return default_rows_per_forward(inputs)
-    if max_examples_per_batch < 1:
-        raise ValueError(f"max_examples_per_batch must be at least 1, or None; given: {max_examples_per_batch}.")
-    return max_examples_per_batch
+    return check_count("max_examples_per_batch", max_examples_per_batch)
+
+
+def check_count(name: str, value: Any) -> int:
+    """The value, if it is a positive integer; else ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, given: {value!r}.")
+    return value
 
 
 def make_masks(locations: Locations, sign: Tensor | None, temperature: float | str | None) -> HardMasks | SoftMasks:

@@ -10,9 +10,9 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import evaluate_copies, masked_copies
-from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
+from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import TargetScorer
-from captum_idexpo.metrics.insertion_deletion import check_max_rows
+from captum_idexpo.metrics.insertion_deletion import check_count, check_max_rows
 
 
 def sensitivity_n(
@@ -56,20 +56,22 @@ def sensitivity_n(
         >>> sensitivity_n(lambda x: x.sum(1), x, attributions=x, n=2, outputs="raw").round(decimals=4)
         tensor([1.])
     """
-    if n_samples < 2:
+    check_count("n", n)
+    if check_count("n_samples", n_samples) < 2:
         raise ValueError(f"n_samples must be at least 2 for a correlation, given: {n_samples}.")
     tensors, aligned = check_inputs(inputs, baselines, check_finite)
-    locations = Locations.of(attributions, tensors, feature_mask)
+    locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
     if check_finite:
         require_finite((locations.values,), "attributions")
     smallest = int(locations.counts.min())
-    if not 1 <= n <= smallest:
+    if n > smallest:
         raise ValueError(f"n must lie between 1 and the number of locations, {smallest}; given: {n}.")
     max_rows = check_max_rows(max_examples_per_batch, tensors)
     scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
     sign = scorer.sign()
     values = locations.values if sign is None else locations.values * sign
-    subsets = _random_subsets(locations, n, n_samples, generator)
+    chosen = _random_subsets(locations, n, n_samples, generator)
+    subsets = torch.zeros(n_samples, *values.shape, dtype=torch.bool, device=values.device).scatter_(-1, chosen, True)
 
     def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
         kept = ~subsets[copies, examples]
@@ -83,20 +85,19 @@ def sensitivity_n(
     masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, max_rows)
     if check_finite:
         require_finite((masked.detach(),), "the forward function's output on masked inputs")
-    sums = (subsets.to(values.dtype) * values).sum(dim=-1).T
+    sums = values.expand(n_samples, -1, -1).gather(-1, chosen).sum(dim=-1).T
     scale = torch.maximum(unmasked.detach().abs(), masked.detach().abs().amax(dim=1, keepdim=True))
     return _correlation(sums, unmasked - masked, n * values.detach().abs().amax(dim=1, keepdim=True), scale)
 
 
 def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Generator | None) -> Tensor:
-    """Subsets of n of each example's locations, all equally likely, as masks ``(n_samples, B, D)``."""
+    """Subsets of n of each example's locations, all equally likely, as indices ``(n_samples, B, n)``."""
     values = locations.values
     source = values.device if generator is None else generator.device
     noise = torch.rand(n_samples, *values.shape, device=source, generator=generator).to(values.device)
     if locations.present is not None:
         noise = noise.masked_fill(~locations.present, -1.0)
-    chosen = noise.topk(n, dim=-1).indices
-    return torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, chosen, True)
+    return noise.topk(n, dim=-1).indices
 
 
 def _correlation(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
@@ -106,7 +107,12 @@ def _correlation(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tens
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
     rounding = 16 * torch.finfo(dtype).eps
     varies = (a.abs().amax(1) > rounding * scale_a.squeeze(1)) & (b.abs().amax(1) > rounding * scale_b.squeeze(1))
-    # Divided by their norms before they are multiplied, tiny values do not underflow; where nothing varies, by 1.
-    a = a / torch.where(varies, a.square().sum(1), 1.0).sqrt()[:, None]
-    b = b / torch.where(varies, b.square().sum(1), 1.0).sqrt()[:, None]
+    a, b = _unit(a, varies), _unit(b, varies)
     return torch.where(varies, (a * b).sum(dim=1), 0.0).clamp(-1, 1)
+
+
+def _unit(vectors: Tensor, varies: Tensor) -> Tensor:
+    """Vectors ``(B, n)`` of length 1, scaled first so that no square under- or overflows; unchanged where constant."""
+    largest = vectors.detach().abs().amax(dim=1, keepdim=True)
+    scaled = vectors / torch.where(varies[:, None], largest, 1.0)
+    return scaled / torch.where(varies, scaled.square().sum(dim=1), 1.0).sqrt()[:, None]

@@ -22,15 +22,16 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._evaluation import BatchForward
+from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
-from captum_idexpo.metrics._locations import Locations, check_inputs, require_finite
-from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, predicted_class
+from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
+from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
     InsertionDeletionScores,
     Masking,
     StepSchedule,
+    check_count,
     check_max_rows,
     check_temperature,
     make_masks,
@@ -149,8 +150,9 @@ class InsertionDeletion(nn.Module):
         """The weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
 
         Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: the labels, ``(B,)`` integers (any Captum target); ignored for raw outputs if floating point.
+            inputs: a tensor ``(B, ...)`` or a tuple of them (attributions know no mappings).
+            target: the labels, ``(B,)`` integers (any Captum target), or the ``(B, 1)`` zeros and ones of a binary
+                loss; ignored for raw outputs if floating point.
             annotations: not used; accepted so that all regularizers are called alike.
 
         Returns:
@@ -186,9 +188,7 @@ class InsertionDeletion(nn.Module):
         """
         with self._eval_mode():
             if target is None and self.outputs != "raw":
-                tensors, _ = check_inputs(inputs, None, check_finite=True)
-                forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
-                target = predicted_class(forward(tensors), self.outputs)
+                target = self._predicted_class(inputs)
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             return masking.result()
 
@@ -204,20 +204,23 @@ class InsertionDeletion(nn.Module):
         """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
         baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
+        feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
+        groups = groups_of(feature_mask, tensors)
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             target = None  # a regression's target names no column
-        scorer = TargetScorer(self.forward_func, tensors, target, self._additional_forward_args, self.outputs)
-        feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
+        target = class_labels(target)
+        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
+        additional = self._additional_forward_args
+        scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
         one_column = self._explains_one_column(tensors, scorer)
-        offered = {"baselines": baselines, "feature_mask": feature_mask}
+        offered = {"baselines": _like(inputs, aligned), "feature_mask": _broadcasting(feature_mask, inputs)}
         maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
-        locations = Locations.of(maps, tensors, feature_mask)
+        locations = Locations.of(maps, tensors, groups)
         require_finite((locations.values.detach(),), "attributions")
         if cells is None:
             cells = locations.values
-        schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size)
+        schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
         masks = make_masks(locations, scorer.sign() if one_column else None, temperature)
-        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
         return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores), cells
@@ -227,8 +230,19 @@ class InsertionDeletion(nn.Module):
         if self.explainer.forward_func is self.forward_func:
             return scorer.n_columns == 1
         forward = BatchForward(self.explainer.forward_func, self._additional_forward_args, len(tensors[0]))
+        first = slice(0, 1)
         with torch.no_grad():
-            return bool(forward(tensors)[0].numel() == 1)
+            return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
+
+    def _predicted_class(self, inputs: Any) -> Tensor:
+        tensors, _ = check_inputs(inputs, None, check_finite=True)
+        forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
+        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
+        classes = [
+            predicted_class(forward(tuple(tensor[examples] for tensor in tensors), examples), self.outputs)
+            for examples in slices(len(tensors[0]), max_rows)
+        ]
+        return torch.cat(classes)
 
     def _explain(
         self,
@@ -303,16 +317,17 @@ class InsertionDeletion(nn.Module):
     def _check_settings(self) -> None:
         StepSchedule.check_fraction(self.fraction, self.step_size)
         check_temperature(self.temperature)
-        if self.steps_per_update is not None and self.steps_per_update < 1:
-            raise ValueError(f"steps_per_update must be at least 1, or None; given: {self.steps_per_update}.")
+        for name in ("steps_per_update", "max_examples_per_batch"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.deletion_form not in DELETION_FORMS:
             raise ValueError(f"deletion_form must be one of {DELETION_FORMS}, given: {self.deletion_form!r}.")
         if self.deletion_floor is not None and not 0 <= self.deletion_floor < 1:
             raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
-        found = self.model or module_of(self.forward_func) or module_of(self.explainer.forward_func)
-        if self.eval_mode and found is None:
+        candidates = (self.model, module_of(self.forward_func), module_of(self.explainer.forward_func))
+        if self.eval_mode and all(candidate is None for candidate in candidates):
             warnings.warn(
                 "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
@@ -335,6 +350,18 @@ def _arguments_of(explainer: Any) -> set[str]:
             f"import it with `from captum_idexpo.attr import {name}`."
         )
     return names
+
+
+def _like(inputs: Any, values: tuple[Any, ...]) -> Any:
+    """One value a tensor, as a tuple if the inputs are one."""
+    return values if isinstance(inputs, tuple) else values[0]
+
+
+def _broadcasting(feature_mask: Any, inputs: Any) -> Any:
+    """A feature mask that Captum broadcasts over the batch, whatever its size."""
+    if isinstance(feature_mask, tuple):
+        return tuple(map(with_batch_axis, feature_mask, inputs))
+    return with_batch_axis(feature_mask, inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
 def _not_negative(name: str, weight: float) -> float:

@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._modes import eval_mode, module_of
-from captum_idexpo.metrics._scoring import predicted_class
+from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.loss import call_model, unpack_batch
+from captum_idexpo.training.processes import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,42 +39,43 @@ def evaluate(
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
-    columns: dict[str, list[Tensor]] = {}
+    totals: dict[str, float] = {}
+    n_examples = 0
     with eval_mode(model), _same_random_numbers(judge, accelerator.device):
         for batch in loader:
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
-            scores = _score_batch(model, inputs, target, loss_fn, judge, explain)
+            with failing_together(accelerator):
+                output = call_model(model, inputs)
+                scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
+            # Gathered without the examples that fill up the last batch, before anything is averaged.
+            output, target, scores = accelerator.gather_for_metrics((output, target, scores))
+            n = len(target)
+            scores = {"loss": loss_fn(output, target).expand(1), **_accuracy(model, output, target, judge), **scores}
             for name, values in scores.items():
-                columns.setdefault(name, []).append(accelerator.gather_for_metrics(values))
-    if not columns:
+                totals[name] = totals.get(name, 0.0) + n * float(values.cpu().double().mean())
+            n_examples += n
+    if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
-    means = {name: float(torch.cat(values).double().mean()) for name, values in columns.items()}
+    means = {name: total / n_examples for name, total in totals.items()}
     return _with_validation_score(means, accuracy_weight)
 
 
-def _score_batch(
-    model: nn.Module,
-    inputs: Any,
-    target: Any,
-    loss_fn: Callable[[Any, Any], Tensor],
-    judge: InsertionDeletion | None,
-    explain: str,
-) -> dict[str, Tensor]:
-    """Scores of each example, ``(B,)``; the loss, which only is known as the batch's mean, repeated."""
-    output = call_model(model, inputs)
-    loss = loss_fn(output, target).detach().reshape(1)
-    scores = {"loss": loss.repeat(len(target))}
+def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:
+    """Hard scores of each example, ``(B,)``."""
+    result = judge.scores(inputs, target)
+    scores = {"insertion": result.insertion, "deletion": result.deletion}
+    return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
+
+
+def _accuracy(model: nn.Module, output: Any, target: Any, judge: InsertionDeletion | None) -> dict[str, Tensor]:
+    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
+    labels = class_labels(target)
     regression = judge is not None and judge.outputs == "raw"
-    if not regression and isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
-        # A judge of another forward function than the model says nothing of what the model returns.
-        outputs = judge.outputs if judge is not None and module_of(judge.forward_func) is model else "logits"
-        scores["accuracy"] = (predicted_class(output, outputs) == target).float()
-    if judge is not None:
-        result = judge.scores(inputs, target if explain == "label" else None)
-        scores.update(insertion=result.insertion, deletion=result.deletion)
-        if not regression:
-            scores["one_minus_deletion"] = 1 - result.deletion
-    return scores
+    if regression or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        return {}
+    # A judge of another forward function than the model says nothing of what the model returns.
+    outputs = judge.outputs if judge is not None and module_of(judge.forward_func) is model else "logits"
+    return {"accuracy": (predicted_class(output, outputs) == labels).float()}
 
 
 def _with_validation_score(means: dict[str, float], accuracy_weight: float) -> dict[str, float]:
@@ -85,10 +87,11 @@ def _with_validation_score(means: dict[str, float], accuracy_weight: float) -> d
 @contextmanager
 def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) -> Iterator[None]:
     """Every evaluation draws the same masks, from the seeds the user set, and leaves all streams as they were."""
-    generators = [g for g in _generators(judge) if isinstance(g, Generator)]
+    generators = [generator for generator in _generators(judge) if isinstance(generator, Generator)]
     states = [generator.get_state() for generator in generators]
-    devices = [device] if device.type not in ("cpu", "mps") else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    cuda_devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(cuda_devices):
         torch.manual_seed(torch.initial_seed())
         for generator in generators:
             generator.manual_seed(generator.initial_seed())
@@ -97,6 +100,8 @@ def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) 
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
 
 
 def _generators(judge: InsertionDeletion | None) -> list[Any]:

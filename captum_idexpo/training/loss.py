@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ class ExplanationRegularizedLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        regularizers: Sequence[nn.Module] = (),
+        regularizers: Iterable[nn.Module] = (),
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
     ) -> None:
         super().__init__()
         if isinstance(regularizers, nn.Module) and not isinstance(regularizers, nn.ModuleList):
             raise TypeError(f"regularizers must be a sequence of modules: write [{type(regularizers).__name__}(...)].")
+        regularizers = list(regularizers)
         for regularizer in regularizers:
             if not isinstance(regularizer, nn.Module):
                 raise TypeError(f"Each regularizer must be a torch.nn.Module, given: {type(regularizer).__name__}.")
@@ -63,9 +64,11 @@ class ExplanationRegularizedLoss(nn.Module):
 
         Raises:
             TypeError: a batch of another form.
-            ValueError: a task loss that is no scalar.
+            ValueError: an empty batch, or a task loss that is no scalar.
         """
         inputs, target, annotations = unpack_batch(batch)
+        if isinstance(target, Tensor) and not target.numel():
+            raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
         task = self.loss_fn(call_model(self.model, inputs), target)
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")

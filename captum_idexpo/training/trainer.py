@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._modes import training_mode
+from captum_idexpo._modes import eval_mode, training_mode
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.evaluation import evaluate
 from captum_idexpo.training.history import History
-from captum_idexpo.training.loss import ExplanationRegularizedLoss
+from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
+from captum_idexpo.training.processes import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,7 +71,7 @@ class ExplanationRegularizedTrainer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        regularizers: Sequence[nn.Module] = (),
+        regularizers: Iterable[nn.Module] = (),
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
         *,
         scheduler: Any = None,
@@ -96,13 +97,15 @@ class ExplanationRegularizedTrainer:
         self.accuracy_weight = accuracy_weight
         self.patience = patience
         self.show_progress = show_progress
+        self.history = History()
+        self._prepared: dict[int, tuple[Any, Any]] = {}
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, epochs: int = 1) -> History:
         """Trains, and keeps the weights of the epoch with the best validation score.
 
         Args:
-            train_loader: yields (inputs, target) or (inputs, target, annotations); inputs are a tensor, a tuple or a
-                mapping.
+            train_loader: yields (inputs, target) or (inputs, target, annotations); inputs are a tensor, a tuple or,
+                where no regularizer explains them, a mapping.
             val_loader: yields (inputs, target), for selection and early stopping; None: the last weights are kept.
             epochs: passes over the training data at most.
 
@@ -111,15 +114,16 @@ class ExplanationRegularizedTrainer:
             their names prefixed with "val" ("val_accuracy"), and "valscore".
 
         Raises:
-            NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step, and
-                the model is left with its last finite weights.
+            NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
+                model is left with the last weights whose task loss is finite on the last batch before; `history`
+                holds the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, given: {epochs}.")
         train_loader, val_loader = self._prepare(train_loader), self._prepare(val_loader)
         self.optimizer.zero_grad()
-        history = History()
+        history = self.history = History()
         best_score, best_epoch, best_weights = -math.inf, 0, None
         for epoch in range(1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch, **self._train_epoch(train_loader, epoch, epochs)}
@@ -128,6 +132,9 @@ class ExplanationRegularizedTrainer:
             if val_loader is None:
                 continue
             scores = self._evaluate(val_loader, "predicted")
+            for name, value in scores.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {epoch}.")
             row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
             if row["valscore"] > best_score:
                 best_score, best_epoch, best_weights = row["valscore"], epoch, _copied(self.model.state_dict())
@@ -168,20 +175,20 @@ class ExplanationRegularizedTrainer:
         """One pass over the data; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
-        last_finite = _LastFiniteWeights(self.model)
+        weights, last_batch = _Weights(self.model), None
         totals: dict[str, float] = {}
         n_steps = 0
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         with tqdm(loader, desc=f"epoch {epoch}/{epochs}", disable=hidden) as bar, self._training_mode():
             for step, batch in enumerate(bar, start=1):
                 where = f"epoch {epoch}, step {step}"
-                last_finite.keep()
                 try:
-                    parts = self._step(batch, where)
+                    parts = self._step(batch, where, weights)
                 except NonFiniteError as error:
-                    last_finite.restore()
+                    self._return_to_good(weights, last_batch)
                     where = "" if where in str(error) else f" ({where})"
-                    raise NonFiniteError(f"{error}{where} The model is left with its last finite weights.") from error
+                    raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
+                last_batch = batch
                 totals = {name: totals.get(name, 0.0) + value for name, value in parts.items()}
                 n_steps += 1
                 bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()})
@@ -190,21 +197,23 @@ class ExplanationRegularizedTrainer:
                 f"The training loader yielded no batch in epoch {epoch}: give a DataLoader or a list of batches (an "
                 "iterator is empty after one pass)."
             )
-        if not last_finite.is_finite():
-            last_finite.restore()
+        self.optimizer.zero_grad()
+        if not self._task_loss_is_finite(last_batch):
+            weights.restore()
             raise NonFiniteError(
-                f"A weight turned NaN or infinite in the last step of epoch {epoch}: lower the learning rate. The "
-                "model is left with its last finite weights."
+                f"After the last step of epoch {epoch} the loss is NaN or infinite: lower the learning rate. The model "
+                "is left with the weights before that step."
             )
         return {name: total / n_steps for name, total in totals.items()}
 
-    def _step(self, batch: Any, where: str) -> dict[str, float]:
+    def _step(self, batch: Any, where: str, weights: _Weights) -> dict[str, float]:
         """One update; the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
         batch = send_to_device(batch, self.accelerator.device)
         with self.accelerator.accumulate(self._loss):
-            loss, parts = self._loss(batch)
+            with failing_together(self.accelerator):
+                loss, parts = self._loss(batch)
             values = self.accelerator.reduce(torch.stack([loss.detach(), *parts.values()]), reduction="mean").tolist()
             named = dict(zip(["loss", *parts], values, strict=True))
             for name in [*parts, "loss"]:
@@ -212,10 +221,28 @@ class ExplanationRegularizedTrainer:
                     raise NonFiniteError(f"The loss term {name!r} turned {named[name]} in {where}.")
             self.accelerator.backward(loss)
             if self.accelerator.scaler is None:
-                _check_gradients(self.model, where)
+                with failing_together(self.accelerator):
+                    _check_gradients(self.model, where)
+            weights.keep()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return named
+
+    def _return_to_good(self, weights: _Weights, last_batch: Any) -> None:
+        """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
+        weights.restore_buffers()
+        if last_batch is None or not self._task_loss_is_finite(last_batch):
+            weights.restore()
+
+    @torch.no_grad()
+    def _task_loss_is_finite(self, batch: Any) -> bool:
+        """Whether the current weights are good for a finite task loss on a batch, in every process."""
+        from accelerate.utils import send_to_device
+
+        with eval_mode(self.model):
+            inputs, target, _ = unpack_batch(send_to_device(batch, self.accelerator.device))
+            finite = self.loss_fn(call_model(self.model, inputs), target).isfinite().all()
+        return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
 
     def _training_mode(self) -> Any:
         return training_mode(self._loss, freeze_batch_norm=self.freeze_batch_norm)
@@ -227,30 +254,38 @@ class ExplanationRegularizedTrainer:
             self.scheduler.step()
 
     def _prepare(self, loader: Any) -> Any:
-        return self.accelerator.prepare_data_loader(loader) if isinstance(loader, DataLoader) else loader
+        if not isinstance(loader, DataLoader):
+            return loader
+        if id(loader) not in self._prepared:  # the accelerator keeps every loader that it has prepared
+            self._prepared[id(loader)] = (loader, self.accelerator.prepare_data_loader(loader))
+        return self._prepared[id(loader)][1]
 
 
-class _LastFiniteWeights:
-    """A copy of a model's parameters and buffers from the last time when all of them were finite."""
+class _Weights:
+    """A copy of a model's parameters and buffers that can be put back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = [*model.parameters(), *model.buffers()]
-        self._copies = [tensor.detach().clone() for tensor in self._tensors]
-
-    def is_finite(self) -> bool:
-        checks = [tensor.detach().isfinite().all() for tensor in self._tensors if tensor.is_floating_point()]
-        return bool(torch.stack(checks).all())
+        self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
+        self._parameter_copies = [parameter.detach().clone() for parameter in self._parameters]
+        self._buffer_copies = [buffer.detach().clone() for buffer in self._buffers]
 
     def keep(self) -> None:
-        if self.is_finite():
-            self._copy(self._tensors, self._copies)
+        """Copies them as they are now."""
+        self._copy(self._parameters, self._parameter_copies)
+        self._copy(self._buffers, self._buffer_copies)
 
     def restore(self) -> None:
-        self._copy(self._copies, self._tensors)
+        """Puts the copies back."""
+        self._copy(self._parameter_copies, self._parameters)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Puts the buffers' copies back."""
+        self._copy(self._buffer_copies, self._buffers)
 
     @staticmethod
     @torch.no_grad()
-    def _copy(sources: list[Tensor], destinations: list[Tensor]) -> None:
+    def _copy(sources: list[Any], destinations: list[Any]) -> None:
         for source, destination in zip(sources, destinations, strict=True):
             destination.copy_(source)
 
@@ -272,9 +307,10 @@ def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def _check_gradients(model: nn.Module, where: str) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()])
-    if not bool(finite.all()):
-        name = list(gradients)[int(finite.long().argmin())]
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients.values()]
+    finite = [value.isfinite().all() for value in values]
+    if finite and not bool(torch.stack(finite).all()):
+        name = list(gradients)[[bool(check) for check in finite].index(False)]
         raise NonFiniteError(f"The gradient of the loss in {name!r} turned NaN or infinite in {where}.")
 
 

@@ -84,6 +84,29 @@ def test_the_gradient_is_true(arguments):
     assert gradient_error(loss, net) < 1e-5
 
 
+class Attention(nn.Module):
+    """Its fused kernel has no double backward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation=torch.tanh)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x)).mean(1)).tanh()
+
+
+def test_the_gradient_is_true_through_attention():
+    net, x = Attention().double(), torch.randn(2, 5, 4, dtype=torch.float64)
+
+    def loss():
+        return LayerGradCam(net, net.embed).attribute(x, target=1, create_graph=True).square().sum()
+
+    assert gradient_error(loss, net) < 1e-5
+
+
 def test_captums_own_gradient_is_not():
     """The trap: Captum's map requires grad, but its channel weights are constants. The check above must see that."""
     net = smooth_conv_net()

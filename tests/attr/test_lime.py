@@ -239,10 +239,47 @@ def test_an_empty_second_tensor_is_accepted():
     assert_same(theirs, ours)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0)])
+@pytest.mark.parametrize("perturbations_per_eval", [1, 3])
+def test_an_empty_tensor_may_have_any_leading_size(shape, perturbations_per_eval):
+    net = smooth_net().float()
+    masks = (FEATURE_MASKS["shared"], torch.zeros(shape, dtype=torch.long))
+    for x in (X[:1],) if shape == (1, 0) else (X[:1], X):
+        theirs, ours = both(
+            lambda a, b: net(a) + b.sum(),
+            (x, torch.zeros(shape)),
+            target=1,
+            feature_mask=masks,
+            perturbations_per_eval=perturbations_per_eval,
+        )
+        assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_example_may_have_a_ragged_tensor(masked):
+    """Token ids of one example, as in recommendation models: (4,) beside (1, 6)."""
+    net, embedding = smooth_net().float(), torch.randn(9, 3)
+    forward = lambda a, ids: net(a) + embedding[ids].view(len(a), -1, 3).sum(1)  # noqa: E731
+    masks = {"feature_mask": (FEATURE_MASKS["shared"], torch.tensor([3, 3, 4, 4]))} if masked else {}
+    inputs = (X[:1], torch.tensor([1, 4, 2, 8]))
+    theirs, ours = both(forward, inputs, target=1, perturbations_per_eval=3, **masks)
+    assert ours[1].shape == (4,)
+    assert_same(theirs, ours)
+    with pytest.raises(AssertionError, match="different batch sizes"):
+        Lime(forward).attribute((X, inputs[1][:3]), target=1)
+
+
+def test_a_forward_function_of_one_row_needs_no_setting():
+    net = smooth_net().float()
+    theirs, ours = both(lambda x: net(x.reshape(1, 6)), X[:1], target=1)
+    assert_same(theirs, ours)
+
+
 def test_float64_stays_float64():
     net = smooth_net()
     exact = Lime(net, Ridge(0.1)).attribute(X.double(), target=1)
     assert exact.dtype == torch.float64
+    assert Lime(lambda x: 0.5, Ridge(0.1)).attribute(X.double()).dtype == torch.float64
     assert Lime(net.float(), Ridge(0.1)).attribute(X, target=1).dtype == torch.float32
     assert Lime(lambda x: net(x).half(), Ridge(0.1)).attribute(X, target=1).dtype == torch.float32
 
@@ -440,6 +477,7 @@ def test_bad_arguments_are_named():
         (RuntimeError, "does not fit the input", {"feature_mask": torch.zeros(3, 6, dtype=torch.long)}),
         (RuntimeError, "baseline of shape", {"baselines": torch.zeros(1, 5)}),
         (AssertionError, "baseline", {"baselines": "zero"}),
+        (IndexError, "2 baselines for 1 input", {"baselines": (0, 0)}),
         (ValueError, "n_samples", {"n_samples": 0}),
         (ValueError, "perturbations_per_eval", {"perturbations_per_eval": 0}),
         (ValueError, "sampling", {"sampling": "latin"}),
@@ -467,6 +505,32 @@ def test_outputs_that_are_not_finite_are_an_error():
         Lime(lambda x: net(x) / 0, Ridge()).attribute(X, target=1)
     with pytest.raises(NonFiniteError, match="similarity"):
         Lime(net, Ridge(), lambda *_, **__: float("nan")).attribute(X, target=1)
+
+
+def test_a_kernel_that_sees_nothing_is_an_error():
+    with pytest.raises(ValueError, match="raise the kernel_width"):
+        Lime(smooth_net(), Ridge(), MaskSimilarity(0.001)).attribute(X.double(), target=1, n_samples=5)
+
+
+def test_large_inputs_do_not_overflow_the_kernel():
+    net = smooth_net().float()
+    assert_same(*both(lambda x: net(x / 1e10), X * 1e10, target=1))
+
+
+def test_autocast_leaves_weights_and_systems_alone():
+    net = smooth_net().float()
+    torch.manual_seed(0)
+    plain = Lime(lambda x: net(x).float(), Ridge(0.1), get_exp_kernel_similarity_function("cosine", 0.1))
+    expected = plain.attribute(X, target=1)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        casted = Lime(lambda x: precise(net, x), Ridge(0.1), plain.similarity_func).attribute(X, target=1)
+    torch.testing.assert_close(casted, expected)
+
+
+def precise(net, x):
+    with torch.autocast("cpu", enabled=False):
+        return net(x)
 
 
 def test_many_features_are_warned_of():

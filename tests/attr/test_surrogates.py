@@ -46,6 +46,20 @@ def test_equals_scikit_learn(name, n_samples, n_features):
     torch.testing.assert_close(ours.solve(*arguments), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(("n_samples", "n_features"), [(25, 64), (12, 16), (5, 6), (70, 64)])
+@pytest.mark.parametrize("kind", ["one dominates", "two dominate", "eight decades"])
+def test_regression_survives_weights_of_many_sizes(n_samples, n_features, kind):
+    masks, outputs, weights = problem(n_samples, n_features, batch=10)
+    if kind == "eight decades":
+        weights = 10 ** (-8 * weights)
+    else:
+        weights = torch.ones_like(weights)
+        weights[:, : 1 + kind.startswith("two")] = 1e6
+    expected = sklearn_coefficients(linear_model.LinearRegression(), masks, outputs, weights)
+    error = (LinearRegression().solve(masks, outputs, weights) - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-9
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
 def test_ridge_equals_its_normal_equations(n_samples, n_features, seed):

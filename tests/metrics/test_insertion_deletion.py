@@ -13,6 +13,7 @@ from torch import nn
 
 from captum_idexpo import NonFiniteError
 from captum_idexpo.metrics import deletion, insertion, insertion_deletion
+from captum_idexpo.metrics.insertion_deletion import StepSchedule
 from tests.helpers import gradient_error, smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(1)
@@ -107,6 +108,32 @@ def test_a_feature_mask_makes_groups_locations(temperature):
     assert (scores.fractions[:, -1] == 1).all()
 
 
+@pytest.mark.parametrize("n_locations", [1, 31, 32, 33, 64, 65, 97, 98, 129, 1000, 1024])
+def test_the_default_step_is_the_smallest_that_gives_at_most_32(n_locations):
+    size = next(size for size in range(1, n_locations + 1) if n_locations // size <= 32)
+    schedule = StepSchedule.of(torch.tensor([n_locations]), 1.0, None)
+    assert schedule.steps[0].tolist() == list(range(size, n_locations + 1, size))
+
+
+@pytest.mark.parametrize(
+    ("n_locations", "fraction"),
+    [(100, 0.53), (75, 0.84), (200, 0.59), (375, 0.072), (1000, 0.251), (500, 0.502), (10, 0.3), (10, 0.29)],
+)
+def test_the_number_of_locations_is_rounded_in_double_precision(n_locations, fraction):
+    schedule = StepSchedule.of(torch.tensor([n_locations]), fraction, 1)
+    assert schedule.steps.shape[1] == math.floor(fraction * n_locations + 1e-9)
+
+
+def test_an_image_of_one_superpixel_takes_one_step():
+    net, features = smooth_conv_net(), torch.arange(36).view(1, 1, 6, 6).repeat(4, 1, 1, 1) // 6
+    features[1] = 0
+    scores = insertion_deletion(net, IMAGES, PIXELS, feature_mask=features, target=Y, fraction=0.5, step_size=3)
+    whole = net(IMAGES).softmax(1)[1, Y[1]]
+    torch.testing.assert_close(scores.insertion[1], whole)
+    assert float(scores.fractions[1, 0]) == 1.0
+    assert scores.fractions[0].tolist() == [0.5]
+
+
 @pytest.mark.parametrize("mask", ["(1, 1, H, W)", "(1, C, H, W)", "(H, W)"])
 @pytest.mark.parametrize("attribution", ["pixels", "elements"])
 def test_masks_and_maps_may_have_one_channel_or_all(mask, attribution):
@@ -116,6 +143,29 @@ def test_masks_and_maps_may_have_one_channel_or_all(mask, attribution):
     ours = insertion(net, IMAGES, phi, feature_mask=shapes[mask], target=Y)
     expected = insertion(net, IMAGES, PIXELS, feature_mask=cells[None, None], target=Y)
     torch.testing.assert_close(ours, expected)
+
+
+def test_a_mask_or_baseline_without_batch_axis_broadcasts_whatever_the_batch_size():
+    """Captum would read a first size equal to the batch's as one row an example."""
+    net = smooth_conv_net()
+    images, maps = IMAGES.repeat(2, 1, 1, 1)[:6], PIXELS.repeat(2, 1, 1)[:6]
+    mask = torch.arange(36).view(6, 6) // 12
+    baseline = torch.randn(2, 6, 6, dtype=torch.float64)
+    whole = insertion(net, images, maps, baseline, mask, target=1)
+    for b in range(6):
+        alone = insertion(net, images[b : b + 1], maps[b : b + 1], baseline, mask, target=1)
+        torch.testing.assert_close(whole[b : b + 1], alone)
+    columns, x = torch.randn(6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
+    whole = insertion(smooth_net(), x, x, columns, target=1)
+    torch.testing.assert_close(whole[:1], insertion(smooth_net(), x[:1], x[:1], columns, target=1))
+
+
+def test_raw_outputs_of_one_value_need_no_target_in_any_shape():
+    net = smooth_conv_net(n_classes=1)
+    expected = insertion(net, IMAGES, PIXELS, outputs="raw")
+    for shape in ((-1,), (-1, 1, 1)):
+        ours = insertion(lambda x, s=shape: net(x).reshape(s), IMAGES, PIXELS, outputs="raw")
+        torch.testing.assert_close(ours, expected)
 
 
 def test_pixels_may_have_a_channel_axis():
@@ -384,6 +434,7 @@ BAD = {
     "fraction 0": (ValueError, "fraction", {"fraction": 0.0}),
     "fraction above 1": (ValueError, "fraction", {"fraction": 1.5}),
     "step 0": (ValueError, "step_size", {"step_size": 0}),
+    "boolean step": (ValueError, "step_size", {"step_size": True}),
     "negative step": (ValueError, "step_size", {"step_size": -1}),
     "step beyond S": (ValueError, "less than one step of 19", {"step_size": 19, "fraction": 0.5}),
     "no location in S": (ValueError, "raise fraction", {"fraction": 0.01}),

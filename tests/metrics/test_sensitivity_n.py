@@ -100,6 +100,40 @@ def test_groups_of_a_feature_mask_are_masked_together():
         assert masked.any(1).sum() == 2
 
 
+def test_groups_that_occur_in_other_examples_only_are_never_drawn():
+    """A gap in the numbers, and fewer groups in one example: the subsets hold n groups that are there."""
+    net, images, seen = smooth_conv_net(), torch.randn(2, 2, 6, 6, dtype=torch.float64), []
+
+    def forward(x):
+        seen.append(x.detach())
+        return net(x)
+
+    cells = (torch.arange(36).view(1, 1, 6, 6) // 9 * 2).repeat(2, 1, 1, 1)
+    cells[1] %= 4
+    sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=40)
+    for index, row in enumerate(torch.cat(seen[2:])):
+        masked = (row == 7.0).all(0)
+        groups = cells[index % 2, 0]
+        assert sum(bool(masked[groups == group].all()) for group in groups.unique()) == 2
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
+def test_float32_neither_underflows_nor_overflows(scale):
+    x, phi = X.float(), PHI.float()
+    generator = torch.Generator()
+    expected = sensitivity_n(lambda x: x.sum(1), X, PHI, 2, outputs="raw", generator=generator.manual_seed(0))
+    for factors in ((scale, 1.0), (1.0, scale)):
+        scores = sensitivity_n(
+            lambda x, f=factors[1]: x.sum(1) * f,
+            x,
+            phi * factors[0],
+            2,
+            outputs="raw",
+            generator=generator.manual_seed(0),
+        )
+        torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
+
+
 def test_the_generator_decides():
     net, state = smooth_net(), torch.get_rng_state()
 
@@ -143,7 +177,8 @@ def test_bad_arguments_are_named():
     net = smooth_net()
     for text, n, arguments in (
         ("n must lie between 1 and the number of locations, 6", 7, {}),
-        ("n must lie between 1", 0, {}),
+        ("n must be a positive integer", 0, {}),
+        ("n must be a positive integer", 1.5, {}),
         ("n_samples", 2, {"n_samples": 1}),
         ("target is missing", 2, {"target": None}),
         ("NaN", 2, {"attributions": PHI * math.nan}),

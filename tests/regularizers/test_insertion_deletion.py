@@ -289,6 +289,27 @@ def test_a_model_behind_a_lambda_is_held_if_it_is_named():
     assert torch.equal(buffers[0], net[1].running_mean)
 
 
+def test_the_explainers_own_module_is_held_too():
+    net = smooth_conv_net().train()
+    buffers = state(net)[0]
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), forward_func=lambda x: net(x), **SETTINGS)
+    regularizer(X, Y)
+    regularizer.scores(X)
+    assert torch.equal(buffers[0], net[1].running_mean)
+
+
+def test_rows_are_bounded():
+    net, rows = smooth_conv_net(), []
+    net.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
+    explainer = Lime(net, Ridge(0.1), MaskSimilarity())
+    regularizer = InsertionDeletion(explainer, max_examples_per_batch=2, feature_mask=CELLS, **SETTINGS)
+    regularizer.attribute_kwargs = {"perturbations_per_eval": 1, "n_samples": 3}
+    regularizer(X, Y)
+    regularizer.scores(X)
+    explained = [len(X)] * 4  # LIME's look at the outputs, and its samples
+    assert sorted(rows, reverse=True)[:9] == [*explained, *explained, 2]
+
+
 def test_without_gradients_the_values_are_the_same_and_have_no_graph():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), **SETTINGS)
@@ -477,6 +498,8 @@ BAD = {
     "fraction": (ValueError, "fraction", {"fraction": 0.0}),
     "step size": (ValueError, "step_size", {"step_size": 0}),
     "steps per update": (ValueError, "steps_per_update", {"steps_per_update": 0}),
+    "fractional steps per update": (ValueError, "steps_per_update", {"steps_per_update": 1.5}),
+    "zero rows": (ValueError, "max_examples_per_batch", {"max_examples_per_batch": 0}),
     "form": (ValueError, "deletion_form", {"deletion_form": "square"}),
     "floor": (ValueError, "deletion_floor", {"deletion_floor": 1.0}),
     "temperature": (ValueError, "temperature", {"temperature": 0.0}),
@@ -504,6 +527,9 @@ def test_bad_batches_are_named():
         regularizer(X[:0], Y[:0])
     with pytest.raises(ValueError, match="NaN"):
         regularizer(X * math.nan, Y)
+    lime = InsertionDeletion(Lime(NET, Ridge()), baselines=0.0, feature_mask=torch.zeros(1, 1, 6, 6))
+    with pytest.raises(TypeError, match="must hold integers"):
+        lime(X, Y)
     with pytest.raises(TypeError, match="given: dict"):
         regularizer({"x": X}, Y)
     with pytest.raises(ValueError, match="baseline of shape"):

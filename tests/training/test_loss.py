@@ -91,6 +91,15 @@ def test_other_batches_are_an_error(batch):
         ExplanationRegularizedLoss(smooth_conv_net())(batch)
 
 
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        ExplanationRegularizedLoss(smooth_conv_net())((X[:0], Y[:0]))
+
+
+def test_regularizers_may_come_from_a_generator():
+    assert len(ExplanationRegularizedLoss(smooth_conv_net(), (Term(a=1.0) for _ in range(2))).regularizers) == 2
+
+
 def test_other_regularizers_are_an_error():
     net = smooth_conv_net()
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):

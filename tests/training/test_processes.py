@@ -1,0 +1,78 @@
+"""Two gloo processes on one machine: the same scores as one, and a failure in one stops both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys, torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion
+from tests.helpers import smooth_conv_net
+
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=generator)
+y = torch.randint(3, (22,), generator=generator)
+net = smooth_conv_net()
+regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
+trainer = ExplanationRegularizedTrainer(
+    net,
+    torch.optim.SGD(net.parameters(), lr=0.01),
+    [regularizer],
+    accelerator=Accelerator(cpu=True),
+    show_progress=False,
+)
+result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}
+if trainer.accelerator.num_processes > 1:
+    x[:1] = float("nan")  # in the first process's part only
+    try:
+        trainer.fit(DataLoader(TensorDataset(x, y), batch_size=4))
+    except NonFiniteError as error:
+        result["error"] = str(error)
+    torch.distributed.barrier()  # both are still here
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    script = tmp_path_factory.mktemp("processes") / "run.py"
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = []
+    for command in ([str(script)], [*launch, str(script)]):
+        result = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        assert result.returncode == 0, result.stderr
+        found.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")])
+    return found
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(results):
+    [one], two = results
+    assert len(two) == 2
+    for process in two:
+        assert process["evaluate"] == pytest.approx(one["evaluate"], abs=1e-12)
+
+
+def test_a_failure_in_one_process_stops_both(results):
+    _, two = results
+    errors = sorted(process["error"] for process in two)
+    assert any("Another process" in error for error in errors)
+    assert any("'task'" in error for error in errors)
+    assert all("epoch 1, step 1" in error for error in errors)
