@@ -39,9 +39,9 @@ from captum_idexpo.visualization import COLORS, draw_heat_map, draw_image, plot_
 EXPLAINERS = {"gradcam": "Grad-CAM", "lime": "LIME"}
 WEIGHTS = (0.0, 0.001, 0.002, 0.005, 0.01)
 SEEDS = range(5)
-# Of the front's weights, for each explainer the best trade at no more than a point of accuracy.
-DEMO_WEIGHT = {"gradcam": 0.002, "lime": 0.01}
-DEMO_SEED = 1
+# From the front: Grad-CAM has nine tenths of its gain at the smallest weight, LIME gains up to the largest; neither
+# costs any of the five splits more than a point of accuracy.
+DEMO_WEIGHT = {"gradcam": 0.001, "lime": 0.01}
 EPOCHS = {"gradcam": 20, "lime": 8}
 SCORES = ("accuracy", "insertion", "1 - deletion", "sensitivity-n")
 
@@ -149,6 +149,7 @@ def judge(model: nn.Sequential, split: Split, explainer: str) -> Judgement:
     regularizer = make_regularizer(model, explainer, 0.0, seed=0)
     predicted = model(x).argmax(dim=1)
     scores = regularizer.scores(x, predicted)
+    regularizer.generator.manual_seed(0)  # the same masks, so the same explanations
     (maps,) = regularizer.attribution(x, predicted)
     mask = grid(x, 2) if explainer == "lime" else None
     generator = torch.Generator().manual_seed(0)
@@ -168,11 +169,12 @@ def judge(model: nn.Sequential, split: Split, explainer: str) -> Judgement:
 def demo(out: Path) -> None:
     """Both explainers, before, plainly fine-tuned and with ID-ExpO: prints a table and writes a picture."""
     start = time.perf_counter()
+    torch.set_num_threads(2)  # the same numbers on every machine of this kind, however many cores it has
     show_progress = sys.stderr.isatty()
     # The network is sure of itself: from the start some deleted digits lie below the floor, as the warning would say.
     warnings.filterwarnings("ignore", message="The deletion floor")
-    split = Split.of_seed(DEMO_SEED)
-    pretrained = pretrain(split, DEMO_SEED)
+    split = Split.of_seed(0)
+    pretrained = pretrain(split, 0)
     figure = Figure(figsize=(12, 9), layout="constrained")
     panels = figure.subfigures(2, 1)
     lines = [f"{'explainer':10}{'model':12}" + "".join(f"{name:>15}" for name in SCORES)]
@@ -181,8 +183,8 @@ def demo(out: Path) -> None:
         print(f"{title}: fine-tuning plainly, then with ID-ExpO at weight {weight}", flush=True)
         models = {
             "before": pretrained,
-            "plain": fine_tune(pretrained, split, explainer, 0.0, DEMO_SEED, show_progress),
-            "ID-ExpO": fine_tune(pretrained, split, explainer, weight, DEMO_SEED, show_progress),
+            "plain": fine_tune(pretrained, split, explainer, 0.0, 0, show_progress),
+            "ID-ExpO": fine_tune(pretrained, split, explainer, weight, 0, show_progress),
         }
         judgements = {name: judge(model, split, explainer) for name, model in models.items()}
         for name, judgement in judgements.items():
