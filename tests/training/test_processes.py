@@ -39,19 +39,20 @@ if trainer.accelerator.num_processes > 1:
     except NonFiniteError as error:
         result["error"] = str(error)
     torch.distributed.barrier()  # both are still here
-print(json.dumps(result))
+with open(f"{sys.argv[1]}-{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(result, file)
 """
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    script = tmp_path_factory.mktemp("processes") / "run.py"
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "run.py"
     script.write_text(SCRIPT)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = []
-    for command in ([str(script)], [*launch, str(script)]):
+    for name, command in (("one", []), ("two", launch)):
         result = subprocess.run(
-            [sys.executable, *command],
+            [sys.executable, *command, str(script), str(folder / name)],
             capture_output=True,
             text=True,
             check=False,
@@ -59,8 +60,7 @@ def results(tmp_path_factory):
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         assert result.returncode == 0, result.stderr
-        found.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")])
-    return found
+    return [[json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")] for name in ("one", "two")]
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(results):
