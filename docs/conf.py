@@ -31,6 +31,7 @@ nitpicky = False
 suppress_warnings = [
     "ref.any",  # names of torch's and Captum's objects, which are not documented here
     "config.cache",  # the figure scraper below is a function
+    "myst.header",  # the included results have no title of their own
 ]
 
 

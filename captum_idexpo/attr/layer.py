@@ -8,11 +8,11 @@ from typing import Any
 
 from captum._utils.typing import TargetType
 from captum.attr import LayerGradCam as CaptumLayerGradCam
-from captum.log import log_usage
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_idexpo.attr._graph import depends_on_leaf, no_graph_error, require_gradients_enabled
+from captum_idexpo.attr._usage import logged
 
 
 class LayerGradCam(CaptumLayerGradCam):
@@ -39,7 +39,7 @@ class LayerGradCam(CaptumLayerGradCam):
         True
     """
 
-    @log_usage(part_of_slo=True)
+    @logged
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],

@@ -14,13 +14,13 @@ from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import BaselineType, TargetType
 from captum.attr import Lime as CaptumLime
 from captum.attr._core.lime import default_perturb_func
-from captum.log import log_usage
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._evaluation import BatchForward
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
+from captum_idexpo.attr._usage import logged
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge, Surrogate, as_surrogate
 
@@ -68,7 +68,7 @@ class Lime(CaptumLime):
     ) -> None:
         super().__init__(forward_func, interpretable_model, similarity_func, perturb_func)
 
-    @log_usage(part_of_slo=True)
+    @logged
     def attribute(
         self,
         inputs: TensorOrTensors,

@@ -115,8 +115,8 @@ class ExplanationRegularizedTrainer:
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
-                model is left with the last weights whose task loss is finite on the last batch before; `history`
-                holds the epochs before.
+                model is left with the last weights whose task loss is finite on the last batch before. Or a validation
+                score did; then with the best weights so far. `history` holds the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
         """
         if epochs < 1:
@@ -134,6 +134,8 @@ class ExplanationRegularizedTrainer:
             scores = self._evaluate(val_loader, "predicted")
             for name, value in scores.items():
                 if not math.isfinite(value):
+                    if best_weights is not None:
+                        self.model.load_state_dict(best_weights)
                     raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {epoch}.")
             row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
             if row["valscore"] > best_score:
