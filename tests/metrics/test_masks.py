@@ -1,0 +1,47 @@
+"""The masks alone: order, ties, thresholds, absent locations, written out in lists."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_idexpo.metrics.masks import HardMasks, SoftMasks
+
+NUMBERS = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
+
+
+def literal_soft(values, s, temperature):
+    ranked = sorted(values, reverse=True)
+    gaps = len(set(values)) - 1
+    if not gaps:
+        return [0.5] * len(values)
+    t = gaps / (ranked[0] - ranked[-1])
+    threshold = (ranked[s - 1] + ranked[s]) / 2 if s < len(values) else ranked[-1] - 1 / (2 * t)
+    return [1 / (1 + math.exp(-temperature * t * (value - threshold))) for value in values]
+
+
+@settings(max_examples=80, deadline=None)
+@given(NUMBERS, st.integers(0, 3), st.sampled_from([1.0, 2.5]))
+def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absent, temperature):
+    values = torch.tensor([[*map(float, numbers), *[9.0] * n_absent]], dtype=torch.float64)
+    present = torch.tensor([[True] * len(numbers) + [False] * n_absent]) if n_absent else None
+    steps = torch.arange(1, len(numbers) + 1)[:, None]
+    hard, soft = HardMasks(values, present)(steps), SoftMasks(values, present, temperature)(steps)
+    for s in range(1, len(numbers) + 1):
+        order = sorted(range(len(numbers)), key=lambda d: (-numbers[d], d))
+        assert hard[s - 1, 0, : len(numbers)].tolist() == [d in order[:s] for d in range(len(numbers))]
+        expected = literal_soft(list(map(float, numbers)), s, temperature)
+        assert soft[s - 1, 0, : len(numbers)].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_after_all_locations_no_mask_falls_below_the_paper_s_bound():
+    soft = SoftMasks(torch.randn(5, 7, dtype=torch.float64))(torch.full((1, 5), 7))
+    assert float(soft.min()) == pytest.approx(1 / (1 + math.exp(-0.5)))
+
+
+def test_half_precision_is_ranked_in_single():
+    assert SoftMasks(torch.randn(1, 4).half())(torch.tensor([[2]])).dtype == torch.float32
