@@ -23,6 +23,7 @@ generator = torch.Generator().manual_seed(0)
 x = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=generator)
 y = torch.randint(3, (22,), generator=generator)
 net = smooth_conv_net()
+net[3].p = 0.0
 regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
 trainer = ExplanationRegularizedTrainer(
     net,
@@ -32,7 +33,10 @@ trainer = ExplanationRegularizedTrainer(
     show_progress=False,
 )
 result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}
-if trainer.accelerator.num_processes > 1:
+processes = trainer.accelerator.num_processes
+result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
+result["weight"] = net[0].weight.flatten().tolist()
+if processes > 1:
     x[:1] = float("nan")  # in the first process's part only
     try:
         trainer.fit(DataLoader(TensorDataset(x, y), batch_size=4))
@@ -68,6 +72,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(results):
     assert len(two) == 2
     for process in two:
         assert process["evaluate"] == pytest.approx(one["evaluate"], abs=1e-12)
+
+
+def test_training_does_not_depend_on_the_number_of_processes(results):
+    """The same examples in an update, shared out: the same loss and parts, the same weights."""
+    [one], two = results
+    for process in two:
+        assert process["weight"] == pytest.approx(one["weight"], abs=1e-12)
+        for ours, theirs in zip(process["history"], one["history"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-12)
 
 
 def test_a_failure_in_one_process_stops_both(results):
