@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from captum._utils.typing import TargetType
 from captum.attr import LayerGradCam as CaptumLayerGradCam
 from torch import Tensor
@@ -68,12 +69,16 @@ class LayerGradCam(CaptumLayerGradCam):
             ``(B, 1, h, w)`` for a layer of ``(B, C, h, w)``, a tuple where the layer's output is one.
 
         Raises:
-            RuntimeError: create_graph where no graph can exist.
+            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
             AssertionError, IndexError: as Captum, on a target that does not fit.
         """
         name = type(self).__name__
         grad_kwargs = dict(grad_kwargs or {})
         create_graph = grad_kwargs.pop("create_graph", False) or create_graph
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{name} takes gradients inside, which torch.inference_mode() forbids: use torch.no_grad() instead."
+            )
         if create_graph:
             require_gradients_enabled(name)
         # The fused attention kernels have no double backward.
