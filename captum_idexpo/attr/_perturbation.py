@@ -104,6 +104,8 @@ class Problem:
         """
         if self.batch_size == 1 and perturbations_per_eval is not None:
             return self, perturbations_per_eval
+        if any(odd and tensor.numel() for odd, tensor in zip(self.ragged, self.inputs, strict=True)):
+            return self, 1  # copies of token ids, put one after the other, may need offsets that only the user knows
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
         try:
             with torch.no_grad():

@@ -265,6 +265,14 @@ def test_one_example_may_have_a_ragged_tensor(masked):
     theirs, ours = both(forward, inputs, target=1, perturbations_per_eval=3, **masks)
     assert ours[1].shape == (4,)
     assert_same(theirs, ours)
+    bag = nn.EmbeddingBag(9, 3, mode="sum")  # one example's offsets are not those of many
+    theirs, ours = both(
+        lambda a, ids, offsets: net(a) + bag(ids, offsets),
+        inputs,
+        target=1,
+        additional_forward_args=(torch.tensor([0]),),
+    )
+    assert_same(theirs, ours)
     with pytest.raises(AssertionError, match="different batch sizes"):
         Lime(forward).attribute((X, inputs[1][:3]), target=1)
 
