@@ -111,7 +111,7 @@ class Problem:
             with torch.no_grad():
                 output = forward(self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs)), n_copies=n_copies)
         except Exception:
-            if n_copies == 1 or perturbations_per_eval is not None:
+            if n_copies == 1:
                 raise
             return self, 1  # it may know one row only; if something else is wrong, that row will tell
         n_values = output.numel() if isinstance(output, Tensor) else 1
