@@ -15,7 +15,7 @@ from torch import Tensor
 
 # A forward pass of about a megabyte of float32 inputs keeps a CPU's cache warm (a batch of 400 CIFAR rows takes half
 # as long again as chunks of 50) and is large enough to occupy its cores; a GPU wants more rows.
-_VALUES_PER_FORWARD = {"cpu": 2**18}
+_VALUES_PER_FORWARD_ON_CPU = 2**18
 _VALUES_PER_FORWARD_ON_ACCELERATORS = 2**24
 _MAX_ROWS_PER_FORWARD = 2**13
 
@@ -25,7 +25,8 @@ Perturbation = Callable[[slice, slice], tuple[Tensor, ...]]
 
 def default_rows_per_forward(inputs: tuple[Tensor, ...]) -> int:
     """Rows of one forward pass when the user names none: 2^18 input values on a CPU, 2^24 on an accelerator."""
-    budget = _VALUES_PER_FORWARD.get(inputs[0].device.type, _VALUES_PER_FORWARD_ON_ACCELERATORS)
+    on_cpu = inputs[0].device.type == "cpu"
+    budget = _VALUES_PER_FORWARD_ON_CPU if on_cpu else _VALUES_PER_FORWARD_ON_ACCELERATORS
     values_per_row = sum(tensor[0].numel() for tensor in inputs)
     return max(1, min(_MAX_ROWS_PER_FORWARD, budget // max(1, values_per_row)))
 

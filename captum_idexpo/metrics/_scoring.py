@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -150,9 +151,8 @@ def class_labels(target: Any) -> Any:
         return target
     if target.dim() == 2 and target.shape[1] == 1:
         target = target.squeeze(1)
-    if target.dtype == torch.bool or (target.is_floating_point() and bool((target == target.round()).all())):
-        target = target.long()
-    return target
+    zeros_and_ones = target.is_floating_point() and bool(((target == 0) | (target == 1)).all())
+    return target.long() if zeros_and_ones or target.dtype == torch.bool else target
 
 
 def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:
@@ -176,7 +176,7 @@ def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor
     else:
         rows = [target if isinstance(target, tuple) else (target,)] * n_examples
     for row in rows:
-        if not all(isinstance(number, int) and not isinstance(number, bool) for number in row):
+        if not all(isinstance(number, Integral) and not isinstance(number, bool) for number in row):
             raise TypeError(
                 f"target must be an integer, a tuple of integers, a tensor, a list or None; given: {target!r}."
             )

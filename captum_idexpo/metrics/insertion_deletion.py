@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -372,9 +373,9 @@ def check_max_rows(max_examples_per_batch: int | None, inputs: tuple[Tensor, ...
 
 def check_count(name: str, value: Any) -> int:
     """The value, if it is a positive integer; else ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, given: {value!r}.")
-    return value
+    return int(value)
 
 
 def make_masks(locations: Locations, sign: Tensor | None, temperature: float | str | None) -> HardMasks | SoftMasks:

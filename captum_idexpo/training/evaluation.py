@@ -39,8 +39,8 @@ def evaluate(
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
-    totals: dict[str, float] = {}
-    n_examples = 0
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     with eval_mode(model), _same_random_numbers(judge, accelerator.device):
         for batch in loader:
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
@@ -49,14 +49,13 @@ def evaluate(
                 scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
             # Gathered without the examples that fill up the last batch, before anything is averaged.
             output, target, scores = accelerator.gather_for_metrics((output, target, scores))
-            n = len(target)
             scores = {"loss": loss_fn(output, target).expand(1), **_accuracy(model, output, target, judge), **scores}
             for name, values in scores.items():
-                totals[name] = totals.get(name, 0.0) + n * float(values.cpu().double().mean())
-            n_examples += n
-    if not n_examples:
+                sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
+                counts[name] = counts.get(name, 0) + len(target)
+    if not sums:
         raise ValueError("The loader yielded no batch to evaluate on.")
-    means = {name: total / n_examples for name, total in totals.items()}
+    means = {name: total / counts[name] for name, total in sums.items()}
     return _with_validation_score(means, accuracy_weight)
 
 
@@ -69,7 +68,8 @@ def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str
 
 def _accuracy(model: nn.Module, output: Any, target: Any, judge: InsertionDeletion | None) -> dict[str, Tensor]:
     """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
-    labels = class_labels(target)
+    # Zeros and ones are labels where a judge of classes says so; else floats are a regression's, whole numbers or not.
+    labels = target if judge is None else class_labels(target)
     regression = judge is not None and judge.outputs == "raw"
     if regression or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -300,6 +301,12 @@ def test_chunks_change_nothing_but_memory(max_examples_per_batch):
     assert max(rows) <= max_examples_per_batch
 
 
+def test_numpys_integers_are_integers():
+    net = smooth_conv_net()
+    ours = insertion(net, IMAGES, PIXELS, target=Y, step_size=np.int64(4))
+    assert torch.equal(ours, insertion(net, IMAGES, PIXELS, target=Y, step_size=4))
+
+
 def test_hard_scores_repeat_bit_for_bit():
     net = smooth_conv_net().float()
     scores = [insertion_deletion(net, IMAGES.float(), PIXELS.float(), target=Y) for _ in range(3)]
@@ -347,7 +354,7 @@ def test_one_column_is_class_1_and_its_complement_class_0(shape):
 def test_targets_in_all_of_captums_forms():
     net = smooth_conv_net()
     expected = insertion(net, IMAGES, PIXELS, target=Y)
-    for target in ([0, 1, 2, 0], [(0,), (1,), (2,), (0,)], Y.int()):
+    for target in ([0, 1, 2, 0], [(0,), (1,), (2,), (0,)], Y.int(), list(Y.numpy())):
         assert torch.equal(insertion(net, IMAGES, PIXELS, target=target), expected)
     one = insertion(net, IMAGES, PIXELS, target=2)
     for target in (torch.tensor(2), torch.tensor([2]), (2,)):

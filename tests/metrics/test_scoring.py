@@ -66,4 +66,5 @@ def test_labels_of_a_binary_loss_become_integers():
     assert class_labels(torch.tensor([[0.0], [1.0]])).tolist() == [0, 1]
     assert class_labels(torch.tensor([True, False])).dtype == torch.int64
     assert class_labels(torch.tensor([0.5, 1.0])).dtype == torch.float32
+    assert class_labels(torch.tensor([2.0, 1.0])).dtype == torch.float32
     assert class_labels([0, 1]) == [0, 1]

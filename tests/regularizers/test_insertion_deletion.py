@@ -186,7 +186,7 @@ class HalfTrue(captum.attr.LayerGradCam):
 # --- fewer steps an update -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_locations", "k"), [(32, 4), (30, 4), (7, 7), (5, 1)])
+@pytest.mark.parametrize(("n_locations", "k"), [(32, 4), (30, 4), (7, 7), (5, 1), (5, 2), (7, 3)])
 def test_drawn_steps_are_stratified_and_unbiased(n_locations, k):
     schedule = StepSchedule.of(torch.tensor([n_locations]), 1.0, 1)
     steps, weights = schedule.draw(k, 40_000, torch.float32, torch.Generator().manual_seed(0))

@@ -152,6 +152,16 @@ def test_regression_has_no_accuracy():
     assert trainer.fit(data, data, epochs=2)[-1]["loss"] < 1
 
 
+@pytest.mark.parametrize("values", [(5.0, 6.0), (0.0, 1.0)])
+def test_whole_numbers_of_a_regression_are_no_labels(values):
+    """Wine is rated 5 or 6: without a judge of classes there is no accuracy to select by."""
+    y = torch.tensor(values * 11).double()[:, None]
+    net = smooth_conv_net(n_classes=1)
+    scores = make(net, regularized=False, loss_fn=mse_loss).evaluate(DataLoader(TensorDataset(X, y), batch_size=8))
+    assert set(scores) == {"loss", "valscore"}
+    assert scores["valscore"] == pytest.approx(-2 * scores["loss"])
+
+
 def test_the_best_weights_are_restored():
     net = smooth_conv_net()
     trainer = make(net, lr=0.3)
