@@ -80,9 +80,10 @@ def test_masks_keep_the_input_or_put_the_baseline():
         (torch.int64, 0.5, torch.float32),
         (torch.float16, 0.5, torch.float16),
         (torch.float64, torch.zeros(1, 2), torch.float64),
+        (torch.float32, torch.zeros(1, 2, dtype=torch.float64), torch.float32),
     ],
 )
-def test_copies_have_the_type_that_captum_gives_them(dtype, baseline, expected):
+def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected):
     x = torch.ones(1, 2, dtype=dtype)
     (copy,) = masked_copies((x,), align_baselines((baseline,), (x,)), (torch.ones(1, 1, 2).bool(),), slice(None))
     assert copy.dtype == expected

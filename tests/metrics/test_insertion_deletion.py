@@ -241,6 +241,14 @@ def test_a_constant_map_is_harmless_and_alone(temperature):
         assert gradient[[0, 1, 3]].abs().amax((1, 2)).min() > 0
 
 
+def test_a_map_of_one_value_is_constant_whatever_the_sizes_of_its_groups():
+    """The mean over a group of equal float32 values is that value, so ties between groups stay ties."""
+    net, x = smooth_net(40).float(), torch.randn(1, 40)
+    mask = torch.tensor([[0] * 3 + [1] * 7 + [2] * 11 + [3] * 19])
+    soft = insertion_deletion(net, x, torch.full((1, 40), 0.1), feature_mask=mask, target=1, temperature="auto")
+    torch.testing.assert_close(soft.insertion, net(0.5 * x).softmax(1)[:, 1])
+
+
 def test_a_nearly_constant_map_overflows_nothing():
     phi = torch.full((1, 4), 0.0)
     phi[0, 0] = 1e-45
