@@ -6,29 +6,43 @@ Rows are ordered copy by copy: all examples of the first copy, then all of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from captum._utils.common import _run_forward
 from torch import Tensor
 
-# A forward pass of about a megabyte of float32 inputs keeps a CPU's cache warm (a batch of 400 CIFAR rows takes half
-# as long again as chunks of 50) and is large enough to occupy its cores; a GPU wants more rows.
+from captum_idexpo._features import FeatureLayout
+from captum_idexpo._recomputation import Chunk, MemoryBudget
+
+# On a CPU a forward pass of about a megabyte of float32 inputs keeps the caches warm and is large enough to occupy the
+# cores; a batch of 400 CIFAR images takes a ResNet-20 half as long again as chunks of 50. A GPU wants more rows.
 _VALUES_PER_FORWARD_ON_CPU = 2**18
 _VALUES_PER_FORWARD_ON_ACCELERATORS = 2**24
-_MAX_ROWS_PER_FORWARD = 2**13
+_MAX_ROWS_ON_CPU = 2**10
+_MAX_ROWS_ON_ACCELERATORS = 2**13
+# Large images want a few rows all the same, as long as these stay within eight megabytes.
+_ROWS_OF_LARGE_INPUTS = 8
+_VALUES_OF_LARGE_INPUTS = 2**21
+_ROWS_TO_LOOK_AT = 8
 
-Perturbation = Callable[[slice, slice], tuple[Tensor, ...]]
-"""(examples, copies) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
+Perturbation = Callable[..., tuple[Tensor, ...]]
+"""(examples, copies, *through) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
 
 
 def default_rows_per_forward(inputs: tuple[Tensor, ...]) -> int:
-    """Rows of one forward pass when the user names none: 2^18 input values on a CPU, 2^24 on an accelerator."""
+    """Rows of one forward pass when the user names none, the same in every run.
+
+    2^18 input values and at most 1024 rows on a CPU, 2^24 and 8192 on an accelerator. Of inputs that are larger, up to
+    eight rows if they have 2^21 values at most, else one.
+    """
     on_cpu = inputs[0].device.type == "cpu"
     budget = _VALUES_PER_FORWARD_ON_CPU if on_cpu else _VALUES_PER_FORWARD_ON_ACCELERATORS
-    values_per_row = sum(tensor[0].numel() for tensor in inputs)
-    return max(1, min(_MAX_ROWS_PER_FORWARD, budget // max(1, values_per_row)))
+    most = _MAX_ROWS_ON_CPU if on_cpu else _MAX_ROWS_ON_ACCELERATORS
+    values_per_row = max(1, sum(tensor[0].numel() for tensor in inputs))
+    few = min(_ROWS_OF_LARGE_INPUTS, _VALUES_OF_LARGE_INPUTS // values_per_row)
+    return max(1, few, min(most, budget // values_per_row))
 
 
 class BatchForward:
@@ -80,6 +94,9 @@ def evaluate_copies(
     n_examples: int,
     n_copies: int,
     max_rows: int,
+    *,
+    through: Sequence[Tensor] = (),
+    memory: MemoryBudget | None = None,
     on_forward: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Evaluates ``n_copies`` perturbed copies of each example, at most ``max_rows`` rows at a time.
@@ -87,22 +104,44 @@ def evaluate_copies(
     Args:
         evaluate: (rows, examples, copies) -> one value a row; rows are ``n_copies * n_examples`` of the slices given.
         perturb: makes the copies asked for.
+        through: what the copies are made of and gradients flow to; `perturb` is handed them.
+        memory: bounds what the graph keeps; None: it keeps everything.
         on_forward: called after each forward pass (progress bars).
 
     Returns:
         ``(n_examples, n_copies)``. Follows the ambient gradient mode.
     """
-    blocks = []
-    for examples in slices(n_examples, max_rows):
-        block_size = examples.stop - examples.start
-        values = []
-        for copies in slices(n_copies, max(1, max_rows // block_size)):
-            rows = tuple(tensor.flatten(0, 1) for tensor in perturb(examples, copies))
-            chunk = evaluate(rows, examples, copies.stop - copies.start)
-            values.append(chunk.reshape(-1, block_size))
+
+    def evaluate_chunk(chunk: Chunk, through: Sequence[Tensor]) -> Tensor:
+        examples, copies = chunk
+        rows = tuple(tensor.flatten(0, 1) for tensor in perturb(examples, copies, *through))
+        return evaluate(rows, examples, copies.stop - copies.start)
+
+    fitting = None
+    if memory is not None:
+        few = min(n_examples, max_rows, _ROWS_TO_LOOK_AT)
+        n_copies_of_few = min(n_copies, max(1, min(max_rows, _ROWS_TO_LOOK_AT) // few))
+        memory.look(evaluate_chunk, (slice(0, few), slice(0, n_copies_of_few)), through)
+        fitting = memory.admit(n_examples * n_copies)
+        max_rows = max_rows if fitting is None else min(max_rows, fitting)
+    blocks = [
+        [(examples, copies) for copies in slices(n_copies, max(1, max_rows // (examples.stop - examples.start)))]
+        for examples in slices(n_examples, max_rows)
+    ]
+    chunks = [chunk for block in blocks for chunk in block]
+    values = []
+    if memory is None or fitting is None:
+        for chunk in chunks:
+            values.append(evaluate_chunk(chunk, through))
             on_forward()
-        blocks.append(torch.cat(values))
-    return torch.cat(blocks, dim=1).T
+    else:
+        values = memory.evaluate(evaluate_chunk, chunks, through, on_forward)
+    in_order = iter(values)
+    columns = [
+        torch.cat([next(in_order).reshape(-1, examples.stop - examples.start) for examples, _ in block])
+        for block in blocks
+    ]
+    return torch.cat(columns, dim=1).T
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -111,30 +150,52 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def masked_copies(
-    inputs: tuple[Tensor, ...], baselines: tuple[Any, ...], keep: tuple[Tensor, ...], examples: slice
+    inputs: tuple[Tensor, ...],
+    baselines: tuple[Any, ...],
+    layout: FeatureLayout,
+    keep: Tensor,
+    examples: slice = slice(None),
 ) -> tuple[Tensor, ...]:
     """Copies of the inputs, the baseline standing where a boolean or soft mask says so.
 
     Args:
         inputs: each ``(B, ...)``.
         baselines: each a number or a tensor that broadcasts against its input, aligned by `align_baselines`.
-        keep: for each input ``(k, b, ...)``: True (or 1.0) keeps the input, False (or 0.0) puts the baseline.
+        layout: where the D features lie in the inputs.
+        keep: ``(k, b, D)``: True (or 1.0) keeps the feature, False (or 0.0) puts the baseline.
         examples: which b examples.
     """
-    copies = []
-    for tensor, baseline, mask in zip(inputs, baselines, keep, strict=True):
-        tensor = tensor[examples]
-        if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) > 1:
-            baseline = baseline[examples]
-        dtype = torch.result_type(tensor, baseline)
-        if mask.dtype == torch.bool:
-            if not isinstance(baseline, Tensor):
-                baseline = torch.full((), baseline, dtype=dtype, device=tensor.device)
-            copies.append(torch.where(mask, tensor.to(dtype), baseline.to(dtype)))
-        else:
-            dtype = dtype if dtype.is_floating_point else mask.dtype
-            copies.append(baseline + mask.to(dtype) * (tensor.to(dtype) - baseline))
-    return tuple(copies)
+    chosen = [
+        baseline[examples]
+        if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) > 1
+        else baseline
+        for baseline, tensor in zip(baselines, inputs, strict=True)
+    ]
+    dtypes = [_copies_dtype(tensor, baseline, keep) for tensor, baseline in zip(inputs, chosen, strict=True)]
+    # A mask of the inputs' type multiplies several times faster than a boolean one chooses; it is smallest before it
+    # is laid out over the inputs.
+    laid_out = layout.spread(keep.to(dtypes[0]) if len(set(dtypes)) == 1 else keep, examples)
+    return tuple(
+        _mix(tensor[examples].to(dtype), baseline, mask.to(dtype))
+        for tensor, baseline, mask, dtype in zip(inputs, chosen, laid_out, dtypes, strict=True)
+    )
+
+
+def _copies_dtype(tensor: Tensor, baseline: Any, keep: Tensor) -> torch.dtype:
+    dtype = torch.result_type(tensor, baseline)
+    return dtype if dtype.is_floating_point or not keep.is_floating_point() else keep.dtype
+
+
+def _mix(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
+    """The tensor where the mask is 1, the baseline where it is 0, both to the last digit; mixtures between."""
+    copies: Tensor = mask * tensor
+    if not isinstance(baseline, Tensor) and baseline == 0:
+        return copies
+    if mask.dtype == torch.bool:
+        return torch.where(mask, tensor, baseline)
+    baseline = baseline.to(mask.dtype) if isinstance(baseline, Tensor) else baseline
+    copies = mask * tensor + (baseline - mask * baseline)
+    return copies
 
 
 def align_baselines(baselines: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:

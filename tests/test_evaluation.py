@@ -14,6 +14,7 @@ from captum_idexpo._evaluation import (
     evaluate_copies,
     masked_copies,
 )
+from captum_idexpo._features import FeatureLayout
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,22 +63,36 @@ def test_arguments_go_with_their_examples(target):
         assert output.tolist() == [float(row[0]) + 100 * c for row, c in zip(rows[0], columns, strict=True)]
 
 
-def test_masks_keep_the_input_or_put_the_baseline():
-    x, keep = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[[True, False], [False, True]]])
-    (copy,) = masked_copies((x,), (9.0,), (keep,), slice(None))
-    assert copy.tolist() == [[[1.0, 9.0], [9.0, 4.0]]]
-    each = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
-    (copy,) = masked_copies((x,), (each,), (keep[:, 1:],), slice(1, 2))
-    assert copy.tolist() == [[[30.0, 4.0]]]
-    (copy,) = masked_copies((x,), (1.0,), (torch.full((1, 2, 2), 0.25),), slice(None))
-    assert copy.tolist() == [[[1.0, 1.25], [1.5, 1.75]]]
+def literal_copies(x, baseline, keep):
+    """(k, b, D) masks over inputs (b, D), entry by entry."""
+    baseline = torch.as_tensor(baseline).expand(x.shape)
+    return [
+        [[float(x[b, d] if kept[b, d] else baseline[b, d]) for d in range(x.shape[1])] for b in range(len(x))]
+        for kept in keep
+    ]
+
+
+@pytest.mark.parametrize(
+    "baseline", [0, 0.0, 9.1, torch.tensor([[10.3, 20.7]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])]
+)
+def test_masks_keep_the_input_or_put_the_baseline(baseline):
+    x, keep = torch.tensor([[1.1, -2.2], [3.3, 1e-9]]), torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]]).bool()
+    layout = FeatureLayout.of_positions([x.shape[1:]])
+    (copies,) = masked_copies((x,), (baseline,), layout, keep)
+    assert copies.tolist() == literal_copies(x, baseline, keep)  # to the last digit
+    (copies,) = masked_copies((x,), (baseline,), layout, keep[:, 1:], slice(1, 2))
+    assert copies.tolist() == [[rows[1]] for rows in literal_copies(x, baseline, keep)]
+    (copies,) = masked_copies((x,), (1.0,), layout, torch.full((1, 2, 2), 0.25))
+    torch.testing.assert_close(copies[0], 1 + 0.25 * (x - 1))
 
 
 @pytest.mark.parametrize(
     ("dtype", "baseline", "expected"),
     [
         (torch.int64, 0, torch.int64),
+        (torch.int64, 7, torch.int64),
         (torch.int64, 0.5, torch.float32),
+        (torch.bool, torch.tensor([[True, False]]), torch.bool),
         (torch.float16, 0.5, torch.float16),
         (torch.float64, torch.zeros(1, 2), torch.float64),
         (torch.float32, torch.zeros(1, 2, dtype=torch.float64), torch.float32),
@@ -85,11 +100,16 @@ def test_masks_keep_the_input_or_put_the_baseline():
 )
 def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected):
     x = torch.ones(1, 2, dtype=dtype)
-    (copy,) = masked_copies((x,), align_baselines((baseline,), (x,)), (torch.ones(1, 1, 2).bool(),), slice(None))
+    layout = FeatureLayout.of_positions([x.shape[1:]])
+    (copy,) = masked_copies((x,), align_baselines((baseline,), (x,)), layout, torch.tensor([[[True, False]]]))
     assert copy.dtype == expected
+    last = baseline[0, 1] if isinstance(baseline, torch.Tensor) else baseline
+    assert copy.tolist() == [[[1, last]]]
 
 
 def test_the_default_chunk_holds_a_bounded_number_of_values():
     assert default_rows_per_forward((torch.zeros(2, 3, 32, 32),)) == 85
+    assert default_rows_per_forward((torch.zeros(2, 3, 224, 224),)) == 8
+    assert default_rows_per_forward((torch.zeros(2, 3, 448, 448),)) == 3
     assert default_rows_per_forward((torch.zeros(2, 3, 1024, 1024),)) == 1
-    assert default_rows_per_forward((torch.zeros(2, 5), torch.zeros(2, 0))) == 8192
+    assert default_rows_per_forward((torch.zeros(2, 5), torch.zeros(2, 0))) == 1024

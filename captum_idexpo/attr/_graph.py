@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from captum_idexpo._recomputation import leaves_of
+
 
 def require_gradients_enabled(name: str) -> None:
     """Raises where the ambient mode would cut the graph of everything computed."""
@@ -31,15 +33,4 @@ def no_graph_error(name: str) -> RuntimeError:
 
 def depends_on_leaf(tensor: Tensor, *, except_for: list[Tensor]) -> bool:
     """Whether a tensor's graph reaches a leaf other than those given."""
-    if tensor.grad_fn is None:
-        return tensor.requires_grad and all(tensor is not leaf for leaf in except_for)
-    seen, stack = {tensor.grad_fn}, [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and all(leaf is not other for other in except_for):
-            return True
-        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= parents
-        stack.extend(parents)
-    return False
+    return any(all(leaf is not other for other in except_for) for leaf in leaves_of(tensor))

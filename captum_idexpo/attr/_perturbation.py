@@ -23,6 +23,7 @@ from captum_idexpo._evaluation import (
     masked_copies,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Surrogate
 
@@ -127,7 +128,7 @@ class Problem:
         )
         if perturbations_per_eval is not None:
             return self, perturbations_per_eval * self.batch_size
-        return self, max(default_rows_per_forward(self.inputs), self.batch_size)
+        return self, default_rows_per_forward(self.inputs)
 
     def evaluate(
         self,
@@ -136,15 +137,16 @@ class Problem:
         rows_per_forward: int,
         name: str,
         on_forward: Callable[[], object],
+        memory: MemoryBudget | None,
     ) -> Tensor:
         """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
         keep = (masks != 0).transpose(0, 1)  # copy by copy, as the rows of a forward pass
         everyone = slice(None)
 
-        def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
+        def perturb(examples: slice, copies: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
             chosen = keep[copies] if keep.shape[1] == 1 else keep[copies, examples]
             examples = everyone if self.joint else examples
-            return masked_copies(self.inputs, self.baselines, self.layout.spread(chosen, examples), examples)
+            return masked_copies(inputs, self.baselines, self.layout, chosen, examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             output = forward(self._rows(rows), everyone if self.joint else examples, n_copies)
@@ -155,11 +157,20 @@ class Problem:
                 "choosing the target): it must return one for each. Is the target missing, or does it return one value "
                 "for the whole batch (then perturbations_per_eval must be 1)?"
             )
-            if torch.is_grad_enabled() and not values.requires_grad:
-                raise no_graph_error(name)
             return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
-        outputs = evaluate_copies(evaluate, perturb, self.n_examples, len(keep), rows_per_forward, on_forward)
+        outputs = evaluate_copies(
+            evaluate,
+            perturb,
+            self.n_examples,
+            len(keep),
+            rows_per_forward,
+            through=self.inputs,
+            memory=memory,
+            on_forward=on_forward,
+        )
+        if torch.is_grad_enabled() and not outputs.requires_grad:
+            raise no_graph_error(name)
         if not bool(outputs.isfinite().all()):
             raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
         return outputs

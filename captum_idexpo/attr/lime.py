@@ -17,6 +17,8 @@ from captum.attr._core.lime import default_perturb_func
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._evaluation import BatchForward
+from captum_idexpo._modes import module_of
+from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
@@ -85,6 +87,7 @@ class Lime(CaptumLime):
         sampling: str = "captum",
         share_masks: bool = False,
         generator: Generator | None = None,
+        memory_budget: float | MemoryBudget | None = None,
     ) -> TensorOrTensors:
         """The coefficients of the surrogate fitted to the outputs on masked copies.
 
@@ -106,6 +109,9 @@ class Lime(CaptumLime):
                 same distribution at once, on the inputs' device.
             share_masks: use the same masks for all examples of the batch.
             generator: source of the "independent" masks.
+            memory_budget: bytes of activations that the graph may keep until the backward pass. Where it would keep
+                more, masked copies are evaluated again there, for a third of the step's time and the same gradient.
+                None: no bound.
 
         Returns:
             Attributions of the inputs' shape (the first one's where the forward function returns one value a batch),
@@ -142,6 +148,7 @@ class Lime(CaptumLime):
 
         problem = Problem.of(inputs, baselines, feature_mask)
         forward = BatchForward(self.forward_func, additional_forward_args, problem.batch_size, target)
+        memory = MemoryBudget.of(memory_budget, create_graph, module_of(self.forward_func))
         problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
         # Autocast is for the model; weights and systems keep their precision.
         precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
@@ -151,7 +158,7 @@ class Lime(CaptumLime):
             n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))
             bar_class = progress if show_progress else NullProgress
             with bar_class(total=n_forwards, desc=f"{self.get_name()} attribution") as bar:
-                outputs = problem.evaluate(forward, samples.masks, rows_per_forward, name, bar.update)
+                outputs = problem.evaluate(forward, samples.masks, rows_per_forward, name, bar.update, memory)
             with precisely():
                 coefficients = samples.fit(surrogate, outputs)
             return cast(TensorOrTensors, problem.attribution(coefficients) if return_input_shape else coefficients)

@@ -6,6 +6,7 @@ independent one in a single draw on the inputs' device, for training.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical
@@ -36,9 +37,8 @@ def independent_lime_masks(
     n_examples: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None = None
 ) -> Tensor:
     """LIME's masks, each feature kept with probability 1/2, in one draw, ``(n_examples, n_samples, D)``."""
-    source = device if generator is None else generator.device
-    masks = torch.empty(n_examples, n_samples, n_features, dtype=torch.bool, device=source)
-    return masks.bernoulli_(0.5, generator=generator).to(device)
+    n_masked = n_examples * n_samples * n_features
+    return _random_bits(n_masked, device, generator).view(n_examples, n_samples, n_features)
 
 
 def independent_kernel_shap_masks(
@@ -48,7 +48,8 @@ def independent_kernel_shap_masks(
     source = device if generator is None else generator.device
     probabilities = _coalition_sizes(n_features).probs.to(source)
     n_random = max(0, n_samples - 2)
-    noise = torch.rand(n_examples, n_random, n_features, device=source, generator=generator)
+    noise = _random_numbers(n_examples * n_random * n_features, source, generator)
+    noise = noise.view(n_examples, n_random, n_features)
     sizes = torch.zeros(n_examples, n_random, 1, dtype=torch.long, device=source)
     if n_random:
         sizes = torch.multinomial(probabilities, n_examples * n_random, True, generator=generator).view_as(sizes)
@@ -75,8 +76,29 @@ def _largest(sizes: list[Tensor], noise: list[Tensor]) -> Tensor:
 def _above_threshold(noise: Tensor, sizes: Tensor) -> Tensor:
     """Keeps the ``sizes`` (..., 1) largest of the noise (..., D)."""
     n_features = noise.shape[-1]
-    threshold = noise.sort(dim=-1).values.gather(-1, n_features - sizes - 1)
-    return noise > threshold
+    return noise > _sorted(noise).gather(-1, n_features - sizes - 1)
+
+
+def _sorted(noise: Tensor) -> Tensor:
+    """Sorted along the last axis; on a CPU by NumPy, which is ten times faster at it than torch."""
+    if noise.device.type == "cpu":
+        return torch.from_numpy(np.sort(noise.numpy(), axis=-1))
+    return noise.sort(dim=-1).values
+
+
+def _random_bits(n: int, device: torch.device, generator: Generator | None) -> Tensor:
+    """n fair coins, thirty-two to a random number: ``(n,)``, bool."""
+    source = device if generator is None else generator.device
+    octets = _random_numbers(-(-n // 32), source, generator).view(torch.uint8)
+    positions = torch.arange(8, dtype=torch.uint8, device=source)[:, None]
+    return ((octets >> positions) & 1).view(torch.bool).flatten()[:n].to(device)
+
+
+def _random_numbers(n: int, device: torch.device, generator: Generator | None) -> Tensor:
+    """n numbers ``(n,)``, uniform over all of int32."""
+    wide = torch.empty(-(-n // 2), dtype=torch.int64, device=device)
+    wide.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return wide.view(torch.int32)[:n]
 
 
 def _with_end_points(masks: Tensor, n_features: int) -> Tensor:

@@ -86,19 +86,20 @@ class InputKernel:
 
         def feature_sums(left: list[Tensor], right: list[Tensor]) -> Tensor:
             sums = layout.sums([p * q for p, q in zip(left, right, strict=True)])
-            return (sums.sum(dim=0, keepdim=True) if joint else sums)[..., None]
+            return sums.sum(dim=0, keepdim=True) if joint else sums
 
         if self.distance_mode == "euclidean":
             difference = [p - q for p, q in zip(x, b, strict=True)]
-            squared_distance = ((1 - kept) @ feature_sums(difference, difference)).squeeze(-1)
+            squared = feature_sums(difference, difference)
+            squared_distance = ((1 - kept) @ squared[..., None]).squeeze(-1)
         else:
-            xx = feature_sums(x, x)
-            kept_xx = kept @ xx
-            product = kept_xx + (1 - kept) @ feature_sums(x, b)
-            of_copy = kept_xx + (1 - kept) @ feature_sums(b, b)
+            # Products of the copy with the input and with itself: the baseline's, plus what kept features add.
+            xx, xb, bb = feature_sums(x, x), feature_sums(x, b), feature_sums(b, b)
+            of_baseline = torch.stack([xb, bb], dim=-1).sum(dim=1, keepdim=True)
+            product, of_copy = (of_baseline + kept @ torch.stack([xx - xb, xx - bb], dim=-1)).unbind(-1)
             # Clamped before the root, whose gradient at 0 is infinite.
             norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
-            squared_distance = (1 - product / norms).squeeze(-1) ** 2
+            squared_distance = (1 - product / norms) ** 2
         return torch.exp(-squared_distance / (2 * self.kernel_width**2))
 
 

@@ -81,12 +81,11 @@ class Ridge(Surrogate):
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
         """The coefficients ``(B, D)``; see `Surrogate.solve`."""
-        masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
-        weighted = masks.mT * weights[:, None, :]
         n_samples, n_features = masks.shape[1:]
         if n_features <= n_samples:
-            gram = weighted @ masks
-            return _solve_gram(gram + self.alpha * _eye(gram), _apply(weighted, outputs))
+            gram, moments = _normal_equations(masks, outputs, weights, self.fit_intercept)
+            return _solve_gram(gram + self.alpha * _eye(gram), moments)
+        masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
         # With fewer samples than features the same minimiser comes from the samples' side:
         # (Z'KZ + aI)^-1 Z'K = Z' R (R Z Z' R + aI)^-1 R with R the root of K.
         roots = weights.sqrt()
@@ -253,6 +252,19 @@ def _centred(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, T
     """Subtracts the weighted means, which stands for fitting an intercept."""
     share = weights / weights.sum(dim=1, keepdim=True)
     return masks - share[:, None, :] @ masks, outputs - (share * outputs).sum(dim=1, keepdim=True)
+
+
+def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Gram matrices ``(B or 1, D, D)`` and moments ``(B, D)`` of weighted least squares, with or without intercept."""
+    total = weights.sum(dim=1, keepdim=True)
+    if centred:
+        outputs = outputs - (weights * outputs).sum(dim=1, keepdim=True) / total
+    weighted = masks.mT * weights[:, None, :]
+    gram, moments = weighted @ masks, _apply(weighted, outputs)
+    if centred:  # of masks of zeros and ones, so that the subtraction costs no digits
+        sums = weighted.sum(dim=2)
+        gram = gram - sums[:, :, None] * sums[:, None, :] / total[..., None]
+    return gram, moments
 
 
 def _eye(gram: Tensor) -> Tensor:

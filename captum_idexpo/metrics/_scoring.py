@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._evaluation import BatchForward, evaluate_copies
+from captum_idexpo._recomputation import MemoryBudget
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
 Score = Literal["probability", "log_probability", "log_complement"]
@@ -84,16 +85,18 @@ class TargetScorer:
             return _BINARY[self.outputs](output.squeeze(1), label, score)
         return _MULTICLASS[self.outputs](output, label, score)
 
-    def unmasked(self, inputs: tuple[Tensor, ...], score: Score, max_rows: int) -> Tensor:
+    def unmasked(
+        self, inputs: tuple[Tensor, ...], score: Score, max_rows: int, memory: MemoryBudget | None = None
+    ) -> Tensor:
         """The score of the inputs themselves, ``(B, 1)``."""
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self(rows, examples, n_copies, score)
 
-        def plain(examples: slice, _: slice) -> tuple[Tensor, ...]:
+        def plain(examples: slice, _: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
             return tuple(tensor[None, examples] for tensor in inputs)
 
-        return evaluate_copies(evaluate, plain, len(inputs[0]), 1, max_rows)
+        return evaluate_copies(evaluate, plain, len(inputs[0]), 1, max_rows, through=inputs, memory=memory)
 
     def sign(self) -> Tensor | None:
         """+1 or -1 an example ``(B, 1)``: an attribution explains the single column, class 0 is its complement."""

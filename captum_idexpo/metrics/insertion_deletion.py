@@ -25,6 +25,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import default_rows_per_forward, evaluate_copies, masked_copies
+from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
@@ -290,6 +291,7 @@ class Masking:
     masks: HardMasks | SoftMasks
     max_rows: int
     check_finite: bool
+    memory: MemoryBudget | None = None
 
     @classmethod
     def of(
@@ -327,18 +329,19 @@ class Masking:
         n_examples = len(self.inputs[0])
         steps = steps.expand(n_examples, -1).T
 
-        def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
-            selected = self.masks(steps[copies, examples], examples)
+        def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            selected = self.masks(steps[copies, examples], examples, values)
             if direction == "deletion":
                 selected = ~selected if selected.dtype == torch.bool else 1 - selected
-            return masked_copies(
-                self.inputs, self.baselines, self.locations.layout.spread(selected, examples), examples
-            )
+            return masked_copies(inputs, self.baselines, self.locations.layout, selected, examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self.scorer(rows, examples, n_copies, score)
 
-        scores = evaluate_copies(evaluate, perturb, n_examples, len(steps), self.max_rows)
+        through = (self.masks.values, *self.inputs)
+        scores = evaluate_copies(
+            evaluate, perturb, n_examples, len(steps), self.max_rows, through=through, memory=self.memory
+        )
         if self.check_finite:
             require_finite((scores.detach(),), f"the forward function's output during {direction}")
         return scores

@@ -18,9 +18,10 @@ class HardMasks:
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None) -> None:
-        self._rank = _descending(values.detach(), present).indices.argsort(dim=-1)
+        self.values = values.detach()
+        self._rank = _descending(self.values, present).indices.argsort(dim=-1)
 
-    def __call__(self, steps: Tensor, examples: slice = slice(None)) -> Tensor:
+    def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
         """Masks ``(k, b, D)``, bool, for numbers of locations ``(k, b)`` of the given examples."""
         return self._rank[examples] < steps[..., None]
 
@@ -40,8 +41,8 @@ class SoftMasks:
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
-        self._values = values if values.dtype == torch.float64 else values.float()
-        ordered = _descending(self._values.detach(), present).values
+        self.values = values if values.dtype == torch.float64 else values.float()
+        ordered = _descending(self.values.detach(), present).values
         self._ordered = ordered
         self._n_locations = _count(present, ordered)
         self._smallest = ordered.gather(1, self._n_locations - 1)
@@ -51,9 +52,13 @@ class SoftMasks:
         slope = temperature * self._n_gaps / self._spread
         self._slope = torch.where(slope.isfinite(), slope, 0.0)
 
-    def __call__(self, steps: Tensor, examples: slice = slice(None)) -> Tensor:
-        """Masks ``(k, b, D)`` in (0, 1) for numbers of locations ``(k, b)`` of the given examples."""
-        return torch.sigmoid(self._slope[examples] * (self._values[examples] - self._thresholds(steps, examples)))
+    def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
+        """Masks ``(k, b, D)`` in (0, 1) for numbers of locations ``(k, b)`` of the given examples.
+
+        Their graph leads to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given first.
+        """
+        values = self.values if values is None else values
+        return torch.sigmoid(self._slope[examples] * (values[examples] - self._thresholds(steps, examples)))
 
     def _thresholds(self, steps: Tensor, examples: slice) -> Tensor:
         ordered, n_locations = self._ordered[examples], self._n_locations[examples].T

@@ -73,9 +73,8 @@ def sensitivity_n(
     chosen = _random_subsets(locations, n, n_samples, generator)
     subsets = torch.zeros(n_samples, *values.shape, dtype=torch.bool, device=values.device).scatter_(-1, chosen, True)
 
-    def perturb(examples: slice, copies: slice) -> tuple[Tensor, ...]:
-        kept = ~subsets[copies, examples]
-        return masked_copies(tensors, aligned, locations.layout.spread(kept, examples), examples)
+    def perturb(examples: slice, copies: slice, *_: Tensor) -> tuple[Tensor, ...]:
+        return masked_copies(tensors, aligned, locations.layout, ~subsets[copies, examples], examples)
 
     def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
         return scorer(rows, examples, n_copies, "probability")

@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
+from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
@@ -75,6 +76,9 @@ class InsertionDeletion(nn.Module):
             no example depends on its batch mates.
         generator: source of the drawn steps, and of an explainer's masks with ``sampling="independent"``. None: torch's
             global generator.
+        memory_budget: bytes of activations that LIME's, KernelSHAP's and the masked copies' graphs may keep together
+            until the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the
+            same gradient. None: no bound.
 
     Raises:
         TypeError: the explainer is none, or is Captum's own, through which nothing can be trained.
@@ -119,6 +123,7 @@ class InsertionDeletion(nn.Module):
         eval_mode: bool = True,
         generator: Generator | None = None,
         max_examples_per_batch: int | None = None,
+        memory_budget: float | None = None,
     ) -> None:
         super().__init__()
         self.explainer = explainer
@@ -142,6 +147,7 @@ class InsertionDeletion(nn.Module):
         self.eval_mode = eval_mode
         self.generator = generator
         self.max_examples_per_batch = max_examples_per_batch
+        self.memory_budget = memory_budget
         self.floor_share: Tensor | None = None
         self._floor_reported = False
         self._check_settings()
@@ -163,7 +169,8 @@ class InsertionDeletion(nn.Module):
             ValueError, TypeError, IndexError: as `captum_idexpo.metrics.insertion_deletion`.
         """
         with self._eval_mode():
-            masking, cells = self._masking(inputs, target, self.temperature, create_graph=torch.is_grad_enabled())
+            memory = MemoryBudget.of(self.memory_budget, torch.is_grad_enabled(), *self._models())
+            masking, cells = self._masking(inputs, target, self.temperature, torch.is_grad_enabled(), memory)
             steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
             terms = {}
             if self.insertion_weight:
@@ -200,7 +207,14 @@ class InsertionDeletion(nn.Module):
             spread = masking.locations.layout.spread(masking.locations.values[None])
             return tuple(values[0] for values in spread)
 
-    def _masking(self, inputs: Any, target: Any, temperature: Any, create_graph: bool) -> tuple[Masking, Tensor]:
+    def _masking(
+        self,
+        inputs: Any,
+        target: Any,
+        temperature: Any,
+        create_graph: bool,
+        memory: MemoryBudget | None = None,
+    ) -> tuple[Masking, Tensor]:
         """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
         baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
@@ -213,7 +227,11 @@ class InsertionDeletion(nn.Module):
         additional = self._additional_forward_args
         scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
         one_column = self._explains_one_column(tensors, scorer)
-        offered = {"baselines": _like(inputs, aligned), "feature_mask": _broadcasting(feature_mask, inputs)}
+        offered = {
+            "baselines": _like(inputs, aligned),
+            "feature_mask": _broadcasting(feature_mask, inputs),
+            "memory_budget": memory,
+        }
         maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups)
         require_finite((locations.values.detach(),), "attributions")
@@ -223,7 +241,7 @@ class InsertionDeletion(nn.Module):
         masks = make_masks(locations, scorer.sign() if one_column else None, temperature)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
-        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores), cells
+        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores, memory), cells
 
     def _explains_one_column(self, tensors: tuple[Tensor, ...], scorer: TargetScorer) -> bool:
         """Whether the explainer's forward function has a single column, of which class 0 is the complement."""
@@ -284,7 +302,7 @@ class InsertionDeletion(nn.Module):
             self._report_floor((log_p.detach() < lowest).float().mean())
             log_p = log_p.clamp_min(lowest)
         return (
-            log_p - masking.scorer.unmasked(masking.inputs, "log_probability", masking.max_rows)
+            log_p - masking.scorer.unmasked(masking.inputs, "log_probability", masking.max_rows, masking.memory)
             if self.deletion_form == "ratio"
             else log_p
         )
@@ -312,7 +330,10 @@ class InsertionDeletion(nn.Module):
     def _eval_mode(self) -> Any:
         if not self.eval_mode:
             return nullcontext()
-        return held_in_eval_mode(self.model, module_of(self.forward_func), module_of(self.explainer.forward_func))
+        return held_in_eval_mode(*self._models())
+
+    def _models(self) -> tuple[nn.Module | None, ...]:
+        return self.model, module_of(self.forward_func), module_of(self.explainer.forward_func)
 
     def _check_settings(self) -> None:
         StepSchedule.check_fraction(self.fraction, self.step_size)
@@ -326,8 +347,8 @@ class InsertionDeletion(nn.Module):
             raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
-        candidates = (self.model, module_of(self.forward_func), module_of(self.explainer.forward_func))
-        if self.eval_mode and all(candidate is None for candidate in candidates):
+        MemoryBudget.of(self.memory_budget, graph=False)
+        if self.eval_mode and all(model is None for model in self._models()):
             warnings.warn(
                 "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",

@@ -24,8 +24,8 @@ def test_equals_captums_kernel_on_the_copies(mode, joint):
     for b in range(len(masks)):
         examples = slice(None) if joint else slice(b, b + 1)
         for m in range(7):
-            keep = layout.spread(masks[b : b + 1, m : m + 1], examples)
-            copies = tuple(copy[0] for copy in masked_copies(inputs, baselines, keep, examples))
+            chosen = masks[b : b + 1, m : m + 1]
+            copies = tuple(copy[0] for copy in masked_copies(inputs, baselines, layout, chosen, examples))
             original = tuple(tensor[examples] for tensor in inputs)
             assert float(ours[b, m]) == pytest.approx(float(captums(original, copies, None)), abs=1e-6)
 
