@@ -61,6 +61,8 @@ class Lime(CaptumLime):
         True
     """
 
+    _samplings = streams.LIME_SAMPLINGS
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -106,9 +108,10 @@ class Lime(CaptumLime):
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the graph of the forward function; else it is detached.
             sampling: "captum" draws Captum's masks from torch's global generator; "independent" draws masks of the
-                same distribution at once, on the inputs' device.
+                same distribution at once, on the inputs' device; "paired" and "orthogonal" are designs with less noise
+                for the same n_samples, and so is KernelShap's "leverage" (`captum_idexpo.attr.sampling`).
             share_masks: use the same masks for all examples of the batch.
-            generator: source of the "independent" masks.
+            generator: source of the masks, but Captum's.
             memory_budget: bytes of activations that the graph may keep until the backward pass. Where it would keep
                 more, masked copies are evaluated again there, for a third of the step's time and the same gradient.
                 None: no bound.
@@ -123,7 +126,7 @@ class Lime(CaptumLime):
             AssertionError, IndexError: as Captum, on a target or feature mask that does not fit.
         """
         name = type(self).__name__
-        _check_arguments(name, n_samples, perturbations_per_eval, create_graph, sampling, generator)
+        _check_arguments(name, n_samples, perturbations_per_eval, create_graph, sampling, self._samplings, generator)
         surrogate = self._surrogate()
         if surrogate is None:
             if create_graph or share_masks or sampling != "captum":
@@ -181,12 +184,10 @@ class Lime(CaptumLime):
                     "sampling='captum' and share_masks=False only."
                 )
             samples = self._draw_one_by_one(problem, n_samples)
-        elif sampling == "captum":
-            masks = streams.captum_lime_masks(n_sets, n_samples, problem.layout.n_features)
-            samples = Samples(masks.to(problem.device))
         else:
-            device, n_features = problem.device, problem.layout.n_features
-            samples = Samples(streams.independent_lime_masks(n_sets, n_samples, n_features, device, generator))
+            n_features = problem.layout.n_features
+            masks = streams.lime_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
+            samples = Samples(masks)
         if kernel is not None:
             return samples.weighted(
                 kernel.weights(samples.masks, problem.layout, problem.inputs, problem.baselines, problem.joint)
@@ -262,17 +263,18 @@ def _check_arguments(
     perturbations_per_eval: int | None,
     create_graph: bool,
     sampling: str,
+    samplings: tuple[str, ...],
     generator: Generator | None,
 ) -> None:
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, given: {n_samples}.")
     if perturbations_per_eval is not None and perturbations_per_eval < 1:
         raise ValueError(f"perturbations_per_eval must be at least 1, or None; given: {perturbations_per_eval}.")
-    if sampling not in ("captum", "independent"):
-        raise ValueError(f"sampling must be 'captum' or 'independent', given: {sampling!r}.")
+    if sampling not in samplings:
+        raise ValueError(f"sampling must be one of {samplings}, given: {sampling!r}.")
     if sampling == "captum" and generator is not None:
         raise ValueError(
-            "Captum's stream comes from torch's global generator (torch.manual_seed): pass sampling='independent' to "
+            "Captum's stream comes from torch's global generator (torch.manual_seed): choose another sampling to "
             "draw from a generator."
         )
     if create_graph:

@@ -1,60 +1,174 @@
 """Which features the perturbed copies of LIME and KernelSHAP keep: the random masks.
 
-Two streams of the same distributions: Captum's own, draw by draw, so that equal seeds give Captum's numbers, and an
-independent one in a single draw on the inputs' device, for training.
+* "captum": Captum's own stream, draw by draw, so that equal seeds give Captum's numbers;
+* "independent": the same distribution in a single draw on the inputs' device;
+* "paired": each mask is followed by its complement, which cancels every interaction of even order;
+* "orthogonal": pairs made of blocks whose columns (LIME: Hadamard matrices) or rows (KernelSHAP) are orthogonal, so
+  that features take less from each other; KernelSHAP's coalition sizes in exact proportion;
+* "leverage" (KernelSHAP): as "orthogonal", but all coalition sizes equally often and weighted back to Shapley's
+  distribution, the leverage scores of Musco and Witter (2024, arXiv 2410.01917).
+
+Every design has the same limit of infinitely many samples. Masks are ``(n_sets, n_samples, D)``, bool.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical
 
+LIME_SAMPLINGS: tuple[str, ...] = ("captum", "independent", "paired", "orthogonal")
+KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")
 
-def captum_lime_masks(n_examples: int, n_samples: int, n_features: int) -> Tensor:
-    """LIME's masks as Captum draws them from torch's global generator, on the CPU, ``(n_examples, n_samples, D)``."""
+
+def lime_masks(
+    sampling: str, n_sets: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None
+) -> Tensor:
+    """LIME's masks, each feature kept with probability 1/2."""
+    if sampling == "captum":
+        return captum_lime_masks(n_sets, n_samples, n_features).to(device)
+    source = device if generator is None else generator.device
+    if sampling == "independent":
+        return _coins((n_sets, n_samples, n_features), source, generator).to(device)
+    n_pairs = -(-n_samples // 2)
+    draw = _orthogonal_coins if sampling == "orthogonal" else _coins
+    return _with_complements(draw((n_sets, n_pairs, n_features), source, generator))[:, :n_samples].to(device)
+
+
+def kernel_shap_masks(
+    sampling: str, n_sets: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """KernelSHAP's masks (the full, the empty, then coalitions) and their weights ``(n_sets, n_samples)``.
+
+    None stands for weights of 1.
+    """
+    shapley = _coalition_sizes(n_features).probs
+    if sampling == "captum":
+        return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
+    source = device if generator is None else generator.device
+    shapley = shapley.to(source)
+    drawn = torch.where(shapley > 0, 1 / (n_features - 1), 0.0) if sampling == "leverage" else shapley
+    n_random = max(0, n_samples - 2)
+    n_drawn = n_random if sampling == "independent" else -(-n_random // 2)
+    shape = (n_sets, n_drawn, n_features)
+    if sampling in ("independent", "paired"):
+        sizes = torch.zeros(n_sets, n_drawn, dtype=torch.long, device=source)
+        if n_drawn:
+            sizes = torch.multinomial(drawn, n_sets * n_drawn, True, generator=generator).view_as(sizes)
+        masks = _largest(_noise(shape, source, generator), sizes)
+    else:
+        sizes = _in_proportion(drawn, n_sets, n_drawn, generator)
+        masks = _largest(_orthogonal_rows(shape, source, generator), sizes)
+    if sampling != "independent":
+        masks = _with_complements(masks)[:, :n_random]
+    masks = _with_end_points(masks)[:, :n_samples]
+    if sampling != "leverage":
+        return masks.to(device), None
+    ratio = torch.ones(n_features + 1, device=source)
+    ratio[1:n_features] = (shapley / drawn)[1:]
+    return masks.to(device), ratio[masks.sum(dim=-1)].to(device)
+
+
+# --- Captum's stream -------------------------------------------------------------------------------------------------
+
+
+def captum_lime_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
+    """LIME's masks as Captum draws them from torch's global generator, on the CPU."""
     masks = []
-    for _ in range(n_examples):
+    for _ in range(n_sets):
         masks.append(torch.bernoulli(torch.ones(n_samples, n_features) * 0.5).bool())
         replay_captum_fit(n_features)
     return torch.stack(masks)
 
 
-def captum_kernel_shap_masks(n_examples: int, n_samples: int, n_features: int) -> Tensor:
-    """KernelSHAP's masks as Captum draws them from torch's global generator, ``(n_examples, n_samples, D)``."""
-    sizes = _coalition_sizes(n_features).probs[None]
+def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
+    """KernelSHAP's masks as Captum draws them from torch's global generator, on the CPU."""
+    probabilities = _coalition_sizes(n_features).probs[None]
     masks = []
-    for _ in range(n_examples):
+    for _ in range(n_sets):
         # Captum draws a size, then its noise, sample by sample; no single call has the same stream.
-        draws = [(torch.multinomial(sizes, 1, True), torch.randn(1, n_features)) for _ in range(2, n_samples)]
-        masks.append(_with_end_points(_largest([size for size, _ in draws], [noise for _, noise in draws]), n_features))
+        draws = [(torch.multinomial(probabilities, 1, True), torch.randn(1, n_features)) for _ in range(2, n_samples)]
+        sizes = torch.cat([size[0] for size, _ in draws]) if draws else torch.zeros(0, dtype=torch.long)
+        noise = torch.cat([noise for _, noise in draws]) if draws else torch.zeros(0, n_features)
+        masks.append(_with_end_points(_largest(noise, sizes)))
         replay_captum_fit(n_features)
     return torch.stack(masks)[:, :n_samples]
 
 
-def independent_lime_masks(
-    n_examples: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None = None
-) -> Tensor:
-    """LIME's masks, each feature kept with probability 1/2, in one draw, ``(n_examples, n_samples, D)``."""
-    n_masked = n_examples * n_samples * n_features
-    return _random_bits(n_masked, device, generator).view(n_examples, n_samples, n_features)
+def replay_captum_fit(n_features: int) -> None:
+    """Draws what Captum's fit of a surrogate draws: a DataLoader's seed and a linear layer's initial weights."""
+    torch.empty((), dtype=torch.int64).random_()
+    torch.nn.Linear(n_features, 1)
 
 
-def independent_kernel_shap_masks(
-    n_examples: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None = None
-) -> Tensor:
-    """KernelSHAP's masks (the full, the empty, then Shapley-distributed coalitions) in one draw."""
-    source = device if generator is None else generator.device
-    probabilities = _coalition_sizes(n_features).probs.to(source)
-    n_random = max(0, n_samples - 2)
-    noise = _random_numbers(n_examples * n_random * n_features, source, generator)
-    noise = noise.view(n_examples, n_random, n_features)
-    sizes = torch.zeros(n_examples, n_random, 1, dtype=torch.long, device=source)
-    if n_random:
-        sizes = torch.multinomial(probabilities, n_examples * n_random, True, generator=generator).view_as(sizes)
-    masks = _with_end_points(_above_threshold(noise, sizes), n_features)
-    return masks[:, :n_samples].to(device)
+# --- coins and subsets -----------------------------------------------------------------------------------------------
+
+Shape = tuple[int, int, int]
+"""(sets, masks, features)"""
+
+
+def _coins(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
+    """Fair coins, thirty-two to a random number."""
+    n = shape[0] * shape[1] * shape[2]
+    octets = _noise((-(-n // 32),), device, generator).view(torch.uint8)
+    positions = torch.arange(8, dtype=torch.uint8, device=device)[:, None]
+    return ((octets >> positions) & 1).view(torch.bool).flatten()[:n].view(shape)
+
+
+def _orthogonal_coins(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
+    """Fair coins whose columns are orthogonal: blocks of Hadamard rows, columns and signs at random.
+
+    Where one block would do, two halves: with all columns of one length nothing would tell signal from noise to a
+    surrogate that looks at the residuals.
+    """
+    n_sets, n, n_features = shape
+    matrix = hadamard(max(2, n_features)).to(device)
+    order = len(matrix)
+    n_blocks = max(2, -(-n // order))
+    size = order if n > order else -(-n // n_blocks)
+    rows = _permutations((n_sets, n_blocks, order), device, generator)[..., :size, None]
+    columns = _permutations((n_sets, n_blocks, order), device, generator)[..., None, :n_features]
+    signs = _coins((n_sets, n_blocks, n_features), device, generator)[:, :, None]
+    return ((matrix[rows, columns] > 0) ^ signs).flatten(1, 2)[:, :n]
+
+
+def _orthogonal_rows(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
+    """Blocks of D - 1 orthogonal directions, each uniform on the sphere of vectors that add up to 0."""
+    n_sets, n, n_features = shape
+    size = n_features - 1
+    gauss = torch.randn(n_sets, -(-n // size), n_features, size, device=device, generator=generator)
+    directions = torch.linalg.qr(gauss - gauss.mean(dim=2, keepdim=True)).Q
+    # LAPACK's signs depend on the first coordinates and would favour some features.
+    signs = _coins((n_sets, directions.shape[1], size), device, generator)[:, :, None]
+    return torch.where(signs, directions, -directions).mT.flatten(1, 2)[:, :n]
+
+
+def hadamard(n: int) -> Tensor:
+    """The smallest Hadamard matrix of at least n rows that Sylvester's and Paley's constructions give, +1 and -1."""
+    primes = [p for p in range(3, 2 * n + 4, 4) if all(p % q for q in range(3, math.isqrt(p) + 1, 2))]
+    orders = [
+        (core << doublings, core) for core in [1, *(p + 1 for p in primes)] for doublings in range(n.bit_length() + 1)
+    ]
+    order, core = min(candidate for candidate in orders if candidate[0] >= n)
+    matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def _paley(prime: int) -> Tensor:
+    """Paley's first construction, of order prime + 1 for a prime that leaves 3 when divided by 4."""
+    residue = -torch.ones(prime)
+    residue[torch.arange(prime) ** 2 % prime] = 1
+    residue[0] = 0
+    index = torch.arange(prime)
+    skew = torch.zeros(prime + 1, prime + 1)
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    skew[1:, 1:] = residue[(index - index[:, None]) % prime]
+    return skew + torch.eye(prime + 1)
 
 
 def _coalition_sizes(n_features: int) -> Categorical:
@@ -67,16 +181,22 @@ def _coalition_sizes(n_features: int) -> Categorical:
     return Categorical(probabilities)
 
 
-def _largest(sizes: list[Tensor], noise: list[Tensor]) -> Tensor:
-    if not sizes:
-        return torch.zeros(0, 0, dtype=torch.bool)
-    return _above_threshold(torch.cat(noise), torch.cat(sizes))
+def _in_proportion(probabilities: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
+    """n values a set ``(n_sets, n)`` of a distribution over 0, 1, ...: systematic sampling, in random order.
+
+    Each draw by itself has the distribution; each value comes as often as is expected, rounded down or up.
+    """
+    device = probabilities.device
+    points = (torch.arange(n, device=device) + torch.rand(n_sets, 1, device=device, generator=generator)) / max(n, 1)
+    edges = probabilities.cumsum(0) / probabilities.sum()
+    values = torch.searchsorted(edges, points, right=True).clamp_max(len(probabilities) - 1)
+    return values.gather(1, _permutations((n_sets, n), device, generator))
 
 
-def _above_threshold(noise: Tensor, sizes: Tensor) -> Tensor:
-    """Keeps the ``sizes`` (..., 1) largest of the noise (..., D)."""
+def _largest(noise: Tensor, sizes: Tensor) -> Tensor:
+    """Keeps as many of the largest entries of noise ``(..., D)`` as sizes ``(...)`` say."""
     n_features = noise.shape[-1]
-    return noise > _sorted(noise).gather(-1, n_features - sizes - 1)
+    return noise > _sorted(noise).gather(-1, (n_features - 1 - sizes)[..., None])
 
 
 def _sorted(noise: Tensor) -> Tensor:
@@ -86,28 +206,25 @@ def _sorted(noise: Tensor) -> Tensor:
     return noise.sort(dim=-1).values
 
 
-def _random_bits(n: int, device: torch.device, generator: Generator | None) -> Tensor:
-    """n fair coins, thirty-two to a random number: ``(n,)``, bool."""
-    source = device if generator is None else generator.device
-    octets = _random_numbers(-(-n // 32), source, generator).view(torch.uint8)
-    positions = torch.arange(8, dtype=torch.uint8, device=source)[:, None]
-    return ((octets >> positions) & 1).view(torch.bool).flatten()[:n].to(device)
+def _permutations(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
+    """Random permutations of the last axis."""
+    return _noise(shape, device, generator).argsort(dim=-1)
 
 
-def _random_numbers(n: int, device: torch.device, generator: Generator | None) -> Tensor:
-    """n numbers ``(n,)``, uniform over all of int32."""
+def _noise(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
+    """Numbers uniform over all of int32, which are cheaper than floats and have fewer ties."""
+    n = math.prod(shape)
     wide = torch.empty(-(-n // 2), dtype=torch.int64, device=device)
     wide.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return wide.view(torch.int32)[:n]
+    return wide.view(torch.int32)[:n].view(shape)
 
 
-def _with_end_points(masks: Tensor, n_features: int) -> Tensor:
-    """Puts the full and the empty coalition before the random ones (..., n, D)."""
-    full = masks.new_ones(*masks.shape[:-2], 1, n_features)
-    return torch.cat([full, torch.zeros_like(full), *([masks] if masks.numel() else [])], dim=-2)
+def _with_complements(masks: Tensor) -> Tensor:
+    """Each mask ``(..., n, D)`` followed by its complement, ``(..., 2n, D)``."""
+    return torch.stack([masks, ~masks], dim=-2).flatten(-3, -2)
 
 
-def replay_captum_fit(n_features: int) -> None:
-    """Draws what Captum's fit of a surrogate draws: a DataLoader's seed and a linear layer's initial weights."""
-    torch.empty((), dtype=torch.int64).random_()
-    torch.nn.Linear(n_features, 1)
+def _with_end_points(masks: Tensor) -> Tensor:
+    """Puts the full and the empty coalition before the random ones ``(..., n, D)``."""
+    full = masks.new_ones(*masks.shape[:-2], 1, masks.shape[-1])
+    return torch.cat([full, ~full, masks], dim=-2)

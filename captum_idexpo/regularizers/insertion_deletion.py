@@ -74,7 +74,7 @@ class InsertionDeletion(nn.Module):
             the forward function.
         eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics stay untouched and
             no example depends on its batch mates.
-        generator: source of the drawn steps, and of an explainer's masks with ``sampling="independent"``. None: torch's
+        generator: source of the drawn steps, and of an explainer's masks if these are not Captum's. None: torch's
             global generator.
         memory_budget: bytes of activations that LIME's, KernelSHAP's and the masked copies' graphs may keep together
             until the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the

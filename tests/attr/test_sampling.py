@@ -1,4 +1,4 @@
-"""The independent streams have Captum's distributions (that the captum streams are Captum's, test_lime.py shows)."""
+"""Every design has the distribution it claims (that the captum streams are Captum's, test_lime.py shows)."""
 
 from __future__ import annotations
 
@@ -6,47 +6,122 @@ import pytest
 import torch
 
 from captum_idexpo.attr.sampling import (
+    KERNEL_SHAP_SAMPLINGS,
+    LIME_SAMPLINGS,
     captum_kernel_shap_masks,
     captum_lime_masks,
-    independent_kernel_shap_masks,
-    independent_lime_masks,
+    hadamard,
+    kernel_shap_masks,
+    lime_masks,
 )
 
 CPU = torch.device("cpu")
+OWN_LIME, OWN_KERNEL_SHAP = LIME_SAMPLINGS[1:], KERNEL_SHAP_SAMPLINGS[1:]
 
 
-def test_lime_keeps_each_feature_with_probability_one_half():
-    masks = independent_lime_masks(3, 20_000, 4, CPU, torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(masks.mean(1), torch.full((3, 4), 0.5).double(), atol=0.015, rtol=0)
-    centred = masks - 0.5
-    covariance = centred.mT @ centred / masks.shape[1]
-    torch.testing.assert_close(covariance, torch.eye(4).double().expand(3, 4, 4) / 4, atol=0.01, rtol=0)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("n_features", [2, 5, 8])
-def test_kernel_shap_draws_shapley_sizes_and_uniform_subsets(n_features):
-    masks = independent_kernel_shap_masks(2, 20_002, n_features, CPU, torch.Generator().manual_seed(0))
+def shares_of_patterns(masks, weights=None):
+    """How much of the weight falls on each of the 2^D masks."""
+    patterns = (masks * 2 ** torch.arange(masks.shape[-1])).sum(-1).flatten()
+    weights = torch.ones(len(patterns)) if weights is None else weights.flatten()
+    return torch.zeros(2 ** masks.shape[-1]).index_add(0, patterns, weights) / weights.sum()
+
+
+@pytest.mark.parametrize("sampling", OWN_LIME)
+@pytest.mark.parametrize("n_features", [1, 2, 5])
+@pytest.mark.parametrize("n_samples", [5, 24])
+def test_every_lime_mask_is_equally_likely(sampling, n_features, n_samples):
+    masks = lime_masks(sampling, 60_000 // n_samples, n_samples, n_features, CPU, generator())
+    assert masks.shape == (60_000 // n_samples, n_samples, n_features)
+    expected = torch.full((2**n_features,), 0.5**n_features)
+    torch.testing.assert_close(shares_of_patterns(masks), expected, atol=0.012, rtol=0)
+    # Each place in a set by itself, too.
+    torch.testing.assert_close(
+        masks.float().mean(0), torch.full((n_samples, n_features), 0.5), atol=4 * 0.5 / len(masks) ** 0.5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("sampling", OWN_KERNEL_SHAP)
+@pytest.mark.parametrize("n_features", [2, 3, 5])
+@pytest.mark.parametrize("n_samples", [7, 24])
+def test_coalitions_have_shapleys_sizes_and_are_uniform_given_these(sampling, n_features, n_samples):
+    masks, weights = kernel_shap_masks(sampling, 60_000 // n_samples, n_samples, n_features, CPU, generator())
+    assert masks.shape == (60_000 // n_samples, n_samples, n_features)
     assert masks[:, 0].all()
     assert not masks[:, 1].any()
-    sizes = masks[:, 2:].sum(-1)
-    k = torch.arange(1, n_features).double()
-    expected = 1 / (k * (n_features - k))
-    observed = torch.stack([(sizes == size).double().mean() for size in range(1, n_features)])
-    torch.testing.assert_close(observed, expected / expected.sum(), atol=0.015, rtol=0)
-    share = masks[:, 2:].double().mean((0, 1))
-    torch.testing.assert_close(share, torch.full_like(share, 0.5), atol=0.015, rtol=0)
+    assert (weights is None) == (sampling != "leverage")
+    sizes = torch.tensor([bin(pattern).count("1") for pattern in range(2**n_features)]).double()
+    binomials = torch.tensor([torch.exp(torch.lgamma(torch.tensor(n_features + 1.0)))] * len(sizes)).double()
+    binomials = binomials / ((sizes + 1).lgamma() + (n_features - sizes + 1).lgamma()).exp()
+    expected = torch.where((sizes > 0) & (sizes < n_features), 1 / (sizes * (n_features - sizes) * binomials), 0.0)
+    shares = shares_of_patterns(masks[:, 2:], None if weights is None else weights[:, 2:])
+    torch.testing.assert_close(shares.double(), expected / expected.sum(), atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", ["paired", "orthogonal"])
+def test_pairs_are_complements(sampling):
+    masks = lime_masks(sampling, 3, 20, 7, CPU, generator())
+    assert torch.equal(masks[:, ::2], ~masks[:, 1::2])
+    masks, _ = kernel_shap_masks(sampling, 3, 20, 7, CPU, generator())
+    assert torch.equal(masks[:, 2::2], ~masks[:, 3::2])
+    assert lime_masks(sampling, 3, 21, 7, CPU, generator()).shape == (3, 21, 7)
+
+
+@pytest.mark.parametrize("n_features", [3, 8, 41])
+def test_orthogonal_designs_have_orthogonal_columns(n_features):
+    order = len(hadamard(n_features))
+    masks = 2.0 * lime_masks("orthogonal", 2, 4 * order, n_features, CPU, generator())[:, ::2] - 1  # two whole blocks
+    for block in (masks[:, :order], masks[:, order:]):
+        torch.testing.assert_close(block.mT @ block, order * torch.eye(n_features).expand(2, -1, -1))
+    assert not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 11, 41, 64, 65, 76, 100, 300])
+def test_hadamard_matrices(n):
+    matrix = hadamard(n)
+    order = len(matrix)
+    assert n <= order <= max(2 * n - 1, 1)
+    torch.testing.assert_close(matrix @ matrix.T, order * torch.eye(order))
+    assert (matrix.abs() == 1).all()
+
+
+def test_sizes_come_in_proportion():
+    masks, weights = kernel_shap_masks("leverage", 4, 2 + 2 * 90, 10, CPU, generator())
+    counts = torch.stack([(masks[:, 2::2].sum(-1) == size).sum(-1) for size in range(1, 10)])
+    assert (counts == 10).all()  # ninety pairs, nine sizes
+    by_size = {int(size): float(weight) for size, weight in zip(masks[0].sum(-1), weights[0], strict=True)}
+    shapley = torch.tensor([1 / (k * (10 - k)) for k in range(1, 10)])
+    for size in range(1, 10):
+        assert by_size[size] == pytest.approx(float(9 * shapley[size - 1] / shapley.sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("n_samples", [1, 2, 3])
 def test_few_samples(n_samples):
-    for masks in (captum_kernel_shap_masks(2, n_samples, 3), independent_kernel_shap_masks(2, n_samples, 3, CPU)):
+    for sampling in KERNEL_SHAP_SAMPLINGS:
+        masks, _ = kernel_shap_masks(sampling, 2, n_samples, 3, CPU, None)
         assert masks.shape == (2, n_samples, 3)
         assert masks.dtype == torch.bool
-    assert captum_lime_masks(2, n_samples, 3).shape == (2, n_samples, 3)
+    for sampling in LIME_SAMPLINGS:
+        assert lime_masks(sampling, 2, n_samples, 3, CPU, None).shape == (2, n_samples, 3)
 
 
-def test_a_generator_leaves_the_global_stream_alone():
+def test_the_captum_streams_are_the_captum_designs():
+    torch.manual_seed(0)
+    expected = captum_lime_masks(2, 9, 4), captum_kernel_shap_masks(2, 9, 4)
+    torch.manual_seed(0)
+    assert torch.equal(lime_masks("captum", 2, 9, 4, CPU, None), expected[0])
+    assert torch.equal(kernel_shap_masks("captum", 2, 9, 4, CPU, None)[0], expected[1])
+
+
+def test_a_generator_leaves_the_global_stream_alone_and_repeats():
     state = torch.get_rng_state()
-    independent_lime_masks(2, 5, 3, CPU, torch.Generator().manual_seed(0))
-    independent_kernel_shap_masks(2, 5, 3, CPU, torch.Generator().manual_seed(0))
+    for sampling in OWN_LIME:
+        first, second = (lime_masks(sampling, 2, 50, 9, CPU, generator(3)) for _ in range(2))
+        assert torch.equal(first, second)
+    for sampling in OWN_KERNEL_SHAP:
+        first, second = (kernel_shap_masks(sampling, 2, 50, 9, CPU, generator(3))[0] for _ in range(2))
+        assert torch.equal(first, second)
     assert torch.equal(state, torch.get_rng_state())
