@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_N_STRENGTHS = 25
-_DECADES = 3.0  # on either side of the mean eigenvalue
+# Four a decade, from a millionth of the mean eigenvalue, which leaves exact data alone, to a thousand times it.
+_EXPONENTS = (-6.0, 3.0)
+_N_STRENGTHS = 37
 
 
 def averaged_ridge(
@@ -43,7 +44,7 @@ def averaged_ridge(
     n = (judged[2] > 0).sum(dim=1, keepdim=True) - n_fixed
     rank = (eigenvalues > 1e-9 * eigenvalues.amax(dim=1, keepdim=True)).sum(dim=1, keepdim=True).clamp_min(1)
     scale = (eigenvalues.sum(dim=1, keepdim=True) / rank).clamp_min(1e-12)
-    grid = torch.logspace(-_DECADES, _DECADES, _N_STRENGTHS, dtype=scale.dtype, device=scale.device)
+    grid = torch.logspace(*_EXPONENTS, _N_STRENGTHS, dtype=scale.dtype, device=scale.device)
     strengths = (scale * grid)[..., None]  # (B or 1, A, 1)
     residuals = squares - (moments[:, None] ** 2 / (eigenvalues[:, None] + strengths)).sum(dim=-1)
     # An exact fit leaves rounding, maybe a negative one.

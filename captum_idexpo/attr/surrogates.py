@@ -277,7 +277,7 @@ class ShapleyRegression(Surrogate):
             # Adding the direction of ones, to which every row is orthogonal, makes the system regular.
             weighted = free.mT * weights[:, None]
             correction = _solve_gram(weighted @ free + 1 / n_features, _apply(weighted, residuals))
-        return total / n_features + correction
+        return _equal_shares_and(correction, total)
 
 
 @dataclass(frozen=True)
@@ -309,10 +309,9 @@ class BayesianShapleyRegression(Surrogate):
         if n_samples > 2 and _in_pairs(masks[:, 2:]):
             free, residuals = _half_differences(free), _half_differences(residuals)
             weights = weights[:, ::2]
-        if n_samples > 2:
-            correction = averaged_ridge(free, residuals, weights)
-            total = total + n_features * (correction - correction.mean(dim=-1, keepdim=True))
-        return total.expand(-1, n_features) / n_features
+        if n_samples == 2:
+            return total.expand(-1, n_features) / n_features
+        return _equal_shares_and(averaged_ridge(free, residuals, weights), total)
 
 
 def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,6 +319,11 @@ def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor
     total = outputs[:, :1] - outputs[:, 1:2]
     share = masks[:, 2:].mean(dim=-1)
     return total, masks[:, 2:] - share[..., None], outputs[:, 2:] - outputs[:, 1:2] - share * total
+
+
+def _equal_shares_and(correction: Tensor, total: Tensor) -> Tensor:
+    """The coefficients ``(B, D)``: equal shares of the total and a correction, of which rounding alone has a sum."""
+    return total / correction.shape[-1] + correction - correction.mean(dim=-1, keepdim=True)
 
 
 def _in_pairs(masks: Tensor) -> bool:
