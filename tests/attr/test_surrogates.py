@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import linear_model
 
-from captum_idexpo.attr.surrogates import Lasso, LinearRegression, Ridge, ShapleyRegression, as_surrogate
+from captum_idexpo.attr.surrogates import (
+    BayesianRidge,
+    BayesianShapleyRegression,
+    Lasso,
+    LinearRegression,
+    Ridge,
+    ShapleyRegression,
+    as_surrogate,
+)
 
 PAIRS = {
     "ridge": (Ridge(0.3), linear_model.Ridge(0.3), 1e-10),
@@ -70,7 +78,16 @@ def test_ridge_equals_its_normal_equations(n_samples, n_features, seed):
 
 
 @pytest.mark.parametrize(
-    "surrogate", [Ridge(0.1), Ridge(0.1, False), LinearRegression(), Lasso(0.01), ShapleyRegression()]
+    "surrogate",
+    [
+        Ridge(0.1),
+        Ridge(0.1, False),
+        LinearRegression(),
+        Lasso(0.01),
+        BayesianRidge(),
+        ShapleyRegression(),
+        BayesianShapleyRegression(),
+    ],
 )
 @pytest.mark.parametrize("n_samples", [5, 30])
 def test_shared_masks_equal_repeated_ones(surrogate, n_samples):
@@ -86,7 +103,8 @@ def test_a_singular_example_leaves_its_batch_mates_alone():
     masks[1, 2:, 4] = masks[1, 2:, 3]  # two features that always go together
     masks[:, 0], masks[:, 1] = 1, 0
     together = ShapleyRegression().solve(masks, outputs, weights)
-    alone = torch.cat([ShapleyRegression().solve(masks[b : b + 1], outputs[b : b + 1], weights) for b in range(3)])
+    each = [slice(b, b + 1) for b in range(3)]
+    alone = torch.cat([ShapleyRegression().solve(masks[b], outputs[b], weights[b]) for b in each])
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
     assert together[1, 3] == pytest.approx(float(together[1, 4]))  # least norm shares equally
 
@@ -137,3 +155,18 @@ def test_lasso_says_that_it_needs_scikit_learn(monkeypatch):
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         Lasso().solve(*problem(5, 2))
     Ridge().solve(*problem(5, 2))
+
+
+def test_weights_count_in_kernel_shap_but_those_of_the_end_points():
+    masks, outputs, weights = problem(20, 5)
+    masks[:, 0], masks[:, 1] = 1, 0
+    counts = torch.randint(1, 4, (20,), generator=torch.Generator().manual_seed(0))
+    counts[:2] = 1
+    repeated = torch.arange(20).repeat_interleave(counts)
+    expected = ShapleyRegression().solve(masks[:, repeated], outputs[:, repeated], torch.ones(1, len(repeated)))
+    weighted = counts.double().expand(3, -1).clone()
+    weighted[:, :2] = 77.0
+    torch.testing.assert_close(ShapleyRegression().solve(masks, outputs, weighted), expected)
+    few = ShapleyRegression().solve(masks[:, :5], outputs[:, :5], weighted[:, :5])  # fewer samples than features
+    assert few.isfinite().all()
+    torch.testing.assert_close(few.sum(1), outputs[:, 0] - outputs[:, 1])
