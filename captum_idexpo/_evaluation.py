@@ -25,7 +25,8 @@ _MAX_ROWS_ON_ACCELERATORS = 2**13
 # Large images want a few rows all the same, as long as these stay within eight megabytes.
 _ROWS_OF_LARGE_INPUTS = 8
 _VALUES_OF_LARGE_INPUTS = 2**21
-_ROWS_TO_LOOK_AT = 8
+ROWS_TO_LOOK_AT = 8
+"""Where a forward function is only looked at, be it for the shape of its output or the size of its graph."""
 
 Perturbation = Callable[..., tuple[Tensor, ...]]
 """(examples, copies, *through) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
@@ -119,8 +120,8 @@ def evaluate_copies(
 
     fitting = None
     if memory is not None:
-        few = min(n_examples, max_rows, _ROWS_TO_LOOK_AT)
-        n_copies_of_few = min(n_copies, max(1, min(max_rows, _ROWS_TO_LOOK_AT) // few))
+        few = min(n_examples, max_rows, ROWS_TO_LOOK_AT)
+        n_copies_of_few = min(n_copies, max(1, min(max_rows, ROWS_TO_LOOK_AT) // few))
         memory.look(evaluate_chunk, (slice(0, few), slice(0, n_copies_of_few)), through)
         fitting = memory.admit(n_examples * n_copies)
         max_rows = max_rows if fitting is None else min(max_rows, fitting)

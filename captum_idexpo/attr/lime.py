@@ -274,8 +274,8 @@ def _check_arguments(
         raise ValueError(f"sampling must be one of {samplings}, given: {sampling!r}.")
     if sampling == "captum" and generator is not None:
         raise ValueError(
-            "Captum's stream comes from torch's global generator (torch.manual_seed): choose another sampling to "
-            "draw from a generator."
+            "Captum's stream comes from torch's global generator (torch.manual_seed): pass sampling='independent' or "
+            "another design to draw from a generator."
         )
     if create_graph:
         require_gradients_enabled(name)

@@ -55,9 +55,8 @@ def kernel_shap_masks(
     n_drawn = n_random if sampling == "independent" else -(-n_random // 2)
     shape = (n_sets, n_drawn, n_features)
     if sampling in ("independent", "paired"):
-        sizes = torch.zeros(n_sets, n_drawn, dtype=torch.long, device=source)
-        if n_drawn:
-            sizes = torch.multinomial(drawn, n_sets * n_drawn, True, generator=generator).view_as(sizes)
+        points = torch.rand(n_sets, n_drawn, device=source, generator=generator)
+        sizes = _at(points, drawn)
         masks = _largest(_noise(shape, source, generator), sizes)
     else:
         sizes = _in_proportion(drawn, n_sets, n_drawn, generator)
@@ -188,9 +187,13 @@ def _in_proportion(probabilities: Tensor, n_sets: int, n: int, generator: Genera
     """
     device = probabilities.device
     points = (torch.arange(n, device=device) + torch.rand(n_sets, 1, device=device, generator=generator)) / max(n, 1)
+    return _at(points, probabilities).gather(1, _permutations((n_sets, n), device, generator))
+
+
+def _at(points: Tensor, probabilities: Tensor) -> Tensor:
+    """The value 0, 1, ... of a distribution at each quantile in [0, 1)."""
     edges = probabilities.cumsum(0) / probabilities.sum()
-    values = torch.searchsorted(edges, points, right=True).clamp_max(len(probabilities) - 1)
-    return values.gather(1, _permutations((n_sets, n), device, generator))
+    return torch.searchsorted(edges, points, right=True).clamp_max(len(probabilities) - 1)
 
 
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:

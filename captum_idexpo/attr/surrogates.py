@@ -144,7 +144,7 @@ class BayesianRidge(Surrogate):
                 of_pairs,
             )
         shrunk = averaged_ridge(design, rest, weights, evidence=evidence, n_fixed=1 if evidence else 2)
-        shrunk = shrunk - shrunk.mean(dim=-1, keepdim=True)
+        shrunk = _without_mean(shrunk)
         targets = targets - masks @ shrunk[..., None]
         slope = _fixed_effects(targets, constant_and_slope, weights)[:, 1]
         return shrunk + slope / masks.shape[-1]
@@ -268,15 +268,17 @@ class ShapleyRegression(Surrogate):
         n_samples, n_features = masks.shape[1:]
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
-        total, free, residuals = _beside_equal_shares(masks, outputs)
         weights = weights[:, 2:]
+        total, share, residuals = _beside_equal_shares(masks, outputs)
         if n_samples - 2 < n_features - 1:
             roots = weights.sqrt()
+            free = masks[:, 2:] - share[..., None]
             correction = _apply(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
         else:
-            # Adding the direction of ones, to which every row is orthogonal, makes the system regular.
-            weighted = free.mT * weights[:, None]
-            correction = _solve_gram(weighted @ free + 1 / n_features, _apply(weighted, residuals))
+            gram, moments = _normal_equations(masks[:, 2:], residuals, weights, centred=False)
+            # Of the masks' part orthogonal to the vector of ones; adding that direction makes the system regular.
+            gram = _without_mean(_without_mean(gram).mT) + 1 / n_features
+            correction = _solve_gram(gram, _without_mean(moments))
         return _equal_shares_and(correction, total)
 
 
@@ -304,8 +306,9 @@ class BayesianShapleyRegression(Surrogate):
         n_samples, n_features = masks.shape[1:]
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
-        total, free, residuals = _beside_equal_shares(masks, outputs)
         weights = weights[:, 2:]
+        total, share, residuals = _beside_equal_shares(masks, outputs)
+        free = masks[:, 2:] - share[..., None]
         if n_samples > 2 and _in_pairs(masks[:, 2:]):
             free, residuals = _half_differences(free), _half_differences(residuals)
             weights = weights[:, ::2]
@@ -315,15 +318,20 @@ class BayesianShapleyRegression(Surrogate):
 
 
 def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs' total change, then masks and outputs of the coalitions without what equal shares of it explain."""
+    """The outputs' total change; of each coalition its share of the features, and what equal shares leave of it."""
     total = outputs[:, :1] - outputs[:, 1:2]
     share = masks[:, 2:].mean(dim=-1)
-    return total, masks[:, 2:] - share[..., None], outputs[:, 2:] - outputs[:, 1:2] - share * total
+    return total, share, outputs[:, 2:] - outputs[:, 1:2] - share * total
+
+
+def _without_mean(vectors: Tensor) -> Tensor:
+    """Along the last axis."""
+    return vectors - vectors.mean(dim=-1, keepdim=True)
 
 
 def _equal_shares_and(correction: Tensor, total: Tensor) -> Tensor:
     """The coefficients ``(B, D)``: equal shares of the total and a correction, of which rounding alone has a sum."""
-    return total / correction.shape[-1] + correction - correction.mean(dim=-1, keepdim=True)
+    return total / correction.shape[-1] + _without_mean(correction)
 
 
 def _in_pairs(masks: Tensor) -> bool:

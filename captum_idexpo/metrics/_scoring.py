@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import BatchForward, evaluate_copies
+from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, evaluate_copies
 from captum_idexpo._recomputation import MemoryBudget
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
@@ -32,7 +32,7 @@ class TargetScorer:
         additional_forward_args: passed to the forward function after the inputs.
         outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
         check_values: look at the values, which costs a synchronisation on an accelerator.
-        max_rows: of the forward pass that looks at them; None: the whole batch.
+        max_rows: of a forward pass.
 
     Raises:
         ValueError: unknown outputs; a missing target; a target or output of the wrong shape; outputs that cannot be
@@ -57,8 +57,8 @@ class TargetScorer:
         n_examples = len(inputs[0])
         self._target = target_indices(target, n_examples, inputs[0].device)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
-        # One look at plain inputs tells how many columns there are, and whether target and values make sense.
-        seen = slice(0, min(n_examples, max_rows or n_examples))
+        # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
+        seen = slice(0, min(n_examples, max_rows or n_examples, ROWS_TO_LOOK_AT))
         with torch.no_grad():
             output = self._output(tuple(tensor[seen] for tensor in inputs), seen, 1)
         self.n_columns = output[0].numel()

@@ -158,7 +158,7 @@ def test_lasso_says_that_it_needs_scikit_learn(monkeypatch):
 
 
 def test_weights_count_in_kernel_shap_but_those_of_the_end_points():
-    masks, outputs, weights = problem(20, 5)
+    masks, outputs, _ = problem(20, 5)
     masks[:, 0], masks[:, 1] = 1, 0
     counts = torch.randint(1, 4, (20,), generator=torch.Generator().manual_seed(0))
     counts[:2] = 1
