@@ -40,13 +40,13 @@ def bare(subject: Subject, model: nn.Module, device: torch.device, n_rows: int, 
     def run(size: int, total: int) -> None:
         for start in range(0, total, size):
             with torch.set_grad_enabled(backward):
-                output = model(rows[: min(size, total - start)])
+                output = model(rows[start : min(start + size, total)])
                 if backward:
                     output.sum().backward()
 
     sizes = [size for size in subject.rows if size <= n_rows] or [n_rows]
-    rows, _ = subject.batch(device, max(sizes))
-    sample = min(n_rows, 2 * max(sizes))
+    rows, _ = subject.batch(device, n_rows)
+    sample = min(n_rows, 4 * max(sizes))
     return partial(run, min(sizes, key=lambda size: _fastest(lambda: run(size, sample))), n_rows)
 
 

@@ -75,9 +75,8 @@ class TargetScorer:
             target = torch.ones(len(output), 1, dtype=torch.long, device=output.device) * int(self.one_column)
         else:
             target = target[examples].repeat(n_copies, 1)
-        index = torch.arange(len(output), device=output.device)
         for column in target.T[:-1]:
-            output = output[index, column]
+            output = output[torch.arange(len(output), device=output.device), column]
         label = target[:, -1]
         if self.outputs == "raw":
             return output.gather(1, label[:, None]).squeeze(1)

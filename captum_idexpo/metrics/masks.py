@@ -19,11 +19,13 @@ class HardMasks:
 
     def __init__(self, values: Tensor, present: Tensor | None = None) -> None:
         self.values = values.detach()
-        self._rank = _descending(self.values, present).indices.argsort(dim=-1)
+        order = _descending(self.values, present).indices
+        places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
+        self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand(order.shape))
 
     def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
         """Masks ``(k, b, D)``, bool, for numbers of locations ``(k, b)`` of the given examples."""
-        return self._rank[examples] < steps[..., None]
+        return self._rank[examples] < steps[..., None].int()
 
 
 class SoftMasks:
