@@ -63,11 +63,10 @@ class MemoryBudget:
             return tensor.detach()
 
         stand_ins = _cut_off(through)
-        here = _Conditions(self._modules, through[0].device)
-        with here.noted():
-            pass
-        with here, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        before = _Conditions(self._modules, through[0].device)
+        with before.noted(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             values = evaluate(chunk, stand_ins)
+        before.restore()
         self._bytes_per_row = sum(storages.values()) / max(1, values.numel())
         leaves = [leaf for leaf in leaves_of(values) if all(leaf is not tensor for tensor in stand_ins)]
         self._leaves.update({id(leaf): leaf for leaf in leaves})
@@ -188,6 +187,18 @@ class _Conditions:
             yield
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes what an evaluation did to random numbers and statistics."""
+        torch.set_rng_state(self._random_state)
+        if self._device_module:
+            self._device_module.set_rng_state(self._random_state_of_device, self._device)
+        for module, copies in self._buffers:
+            for name, copy in copies.items():
+                buffer = module._buffers[name]
+                if copy is not None and buffer is not None:
+                    buffer.copy_(copy)
 
     @property
     def _device_module(self) -> Any:

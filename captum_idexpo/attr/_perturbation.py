@@ -21,11 +21,14 @@ from captum_idexpo._evaluation import (
     default_rows_per_forward,
     evaluate_copies,
     masked_copies,
+    slices,
 )
 from captum_idexpo._features import FeatureLayout
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Surrogate
+
+_VALUES_AT_ONCE = 2**22  # of masks that a surrogate is fitted to
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,13 @@ class Samples:
             raise NonFiniteError("The similarity function returned a value that is not finite.")
         if not bool((weights.sum(dim=1) > 0).all()):
             raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
-        if self.lengths is None or min(self.lengths) == max(self.lengths):
+        if self.lengths is not None and min(self.lengths) < max(self.lengths):
+            parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
+            return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
+        # Systems are copies of the masks in double precision: of large ones a few examples' at a time.
+        at_once = max(1, _VALUES_AT_ONCE // max(1, self.masks[0].numel()))
+        if len(self.masks) <= at_once:
             return surrogate.solve(self.masks, outputs, weights)
-        parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
-        return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
+        weights = weights.expand(len(outputs), -1)
+        blocks = slices(len(outputs), at_once)
+        return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in blocks])

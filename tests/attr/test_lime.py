@@ -570,3 +570,15 @@ def test_id_expo_lime_explains_both_classes_of_one_column():
     torch.manual_seed(0)
     constant = Lime(lambda x: torch.ones(len(x), dtype=x.dtype), Ridge(1e-9, False), MaskSimilarity())
     torch.testing.assert_close(attributions[0] + attributions[1], constant.attribute(X.double(), n_samples=50))
+
+
+def test_large_systems_are_solved_a_few_examples_at_a_time(monkeypatch):
+    """The same coefficients, whatever fits at once."""
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = []
+    for at_once in (2**22, 2 * 40 * 6, 1):
+        monkeypatch.setattr("captum_idexpo.attr._perturbation._VALUES_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        expected.append(Lime(smooth_net(), Ridge()).attribute(x, target=0, n_samples=40))
+    torch.testing.assert_close(expected[0], expected[1])
+    torch.testing.assert_close(expected[0], expected[2])
