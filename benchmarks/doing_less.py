@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,8 +283,9 @@ def report(out: Path) -> None:
     if not panels:
         return
     (out / "doing_less.md").write_text("\n".join(lines))
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    for axis, (title, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    n_rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 4 * n_rows), layout="constrained")
+    for axis, (title, runs) in zip(figure.subplots(n_rows, 2, squeeze=False).flat, panels, strict=False):
         draw(axis, title, runs)
     figure.savefig(out / "doing_less.png", dpi=110)
     print("\n".join(lines))
@@ -323,15 +325,16 @@ def with_error(values: list[float], sign: str = "") -> str:
 def draw(axis: Axes, title: str, runs: Runs) -> None:
     """What each setting adds to plain fine-tuning's validation score, against its model evaluations."""
     plain, *others = runs
-    for color, setting in zip((*COLORS[1:], COLORS[0]), others, strict=False):
+    looks = product("os", (*COLORS[1:], COLORS[0]))
+    for (marker, color), setting in zip(looks, others, strict=False):
         gain, error = mean_and_error(gains(runs[setting], runs[plain]))
         evaluations = mean(runs[setting], "evaluations")
-        axis.errorbar(evaluations, gain, error, fmt="o", color=color, capsize=3, label=setting)
+        axis.errorbar(evaluations, gain, error, fmt=marker, color=color, capsize=3, label=setting)
     axis.set(title=title, xscale="log", xlabel="model evaluations a training image")
     axis.set_xticks([50, 100, 200, 400], labels=["50", "100", "200", "400"])
     axis.minorticks_off()
     axis.set_ylabel("validation score over plain fine-tuning")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8, framealpha=0.6)
 
 
 def main() -> None:
