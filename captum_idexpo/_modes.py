@@ -15,13 +15,17 @@ from torch.nn.modules.batchnorm import _NormBase
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     """Holds models in eval mode; each module's own mode returns afterwards, also after an exception.
 
-    cuDNN's recurrent layers have no backward in eval mode: where there are some, cuDNN is left aside meanwhile.
+    cuDNN's recurrent layers have no backward in eval mode: where there are some, cuDNN is left aside meanwhile. A graph
+    keeps BatchNorm's statistics by reference and would silently follow when a later forward pass moves them: it is made
+    with copies.
     """
     cudnn = torch.backends.cudnn
     cudnn_enabled = cudnn.enabled
     with _restored_modes(models) as modules:
         for module in modules:
             module.training = False
+            if is_batch_norm(module) and torch.is_grad_enabled():
+                module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         if any(isinstance(module, nn.RNNBase) for module in modules):
             cudnn.enabled = False
         try:
@@ -55,9 +59,10 @@ def module_of(function: Any) -> nn.Module | None:
 @contextmanager
 def _restored_modes(models: Iterable[nn.Module | None]) -> Iterator[list[nn.Module]]:
     modules = [module for model in models if model is not None for module in model.modules()]
-    modes = [module.training for module in modules]
+    before = [(module, module.training, module._buffers) for module in modules]
     try:
         yield modules
     finally:
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode, buffers in before:
             module.training = mode
+            module._buffers = buffers

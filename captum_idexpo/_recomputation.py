@@ -67,9 +67,11 @@ class MemoryBudget:
         with before.noted(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             values = evaluate(chunk, stand_ins)
         before.restore()
-        self._bytes_per_row = sum(storages.values()) / max(1, values.numel())
         leaves = [leaf for leaf in leaves_of(values) if all(leaf is not tensor for tensor in stand_ins)]
         self._leaves.update({id(leaf): leaf for leaf in leaves})
+        for leaf in self._leaves.values():  # of which graphs keep views
+            storages.pop(leaf.untyped_storage().data_ptr(), None)
+        self._bytes_per_row = sum(storages.values()) / max(1, values.numel())
 
     def admit(self, n_rows: int) -> int | None:
         """None where a graph over so many rows fits, which is then counted as kept; else how many fit at a time."""
@@ -120,6 +122,7 @@ class _TwoPasses(torch.autograd.Function):
             with condition.noted():
                 values.append(evaluate(chunk, tensors[:n_through]).flatten())
             on_forward()
+        ctx.values = [value.detach() for value in values]
         return tuple(values)
 
     @staticmethod
@@ -127,19 +130,19 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         totals: list[Tensor | None] = [None] * len(tensors)
-        for chunk, condition, gradient in zip(ctx.chunks, ctx.conditions, gradients, strict=True):
-            parts = _TwoPasses._second_pass(ctx, chunk, condition, gradient, tensors)
+        for index, gradient in enumerate(gradients):
+            parts = _TwoPasses._second_pass(ctx, index, gradient, tensors)
             totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
         return (None, None, None, None, None, *totals)
 
     @staticmethod
-    def _second_pass(
-        ctx: Any, chunk: Chunk, condition: _Conditions, gradient: Tensor, tensors: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def _second_pass(ctx: Any, index: int, gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """One chunk's share of the gradient; its graph ends with this call."""
         through = _cut_off(tensors[: ctx.n_through])
+        condition = ctx.conditions[index]
         with torch.enable_grad(), condition:
-            values = ctx.evaluate(chunk, through).flatten()
+            values = ctx.evaluate(ctx.chunks[index], through).flatten()
+        _check_repeated(values.detach(), ctx.values[index], condition.is_rough(through))
         parts: list[Tensor | None] = [None] * len(tensors)
         if values.requires_grad:
             wanted = {i: t for i, t in enumerate([*through, *tensors[ctx.n_through :]]) if t.requires_grad}
@@ -174,10 +177,10 @@ class _Conditions:
     def noted(self) -> Iterator[None]:
         """Notes all that there is, and every module that is called inside, as it is before its first call."""
         self._modes: dict[nn.Module, bool] = {}
-        self._buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._random_state = torch.get_rng_state()
         self._random_state_of_device = self._device_module.get_rng_state(self._device) if self._device_module else None
-        one = torch.ones(1, 1, device=self._device)
+        one = torch.ones(1, 1, device=self._device, dtype=torch.float32)
         self._precision = (one @ one).dtype  # autocast's, where it is on
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
@@ -188,16 +191,21 @@ class _Conditions:
         finally:
             handle.remove()
 
+    def is_rough(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the forward function may have computed in half precision."""
+        half = any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors)
+        return half or self._precision != torch.float32
+
     @torch.no_grad()
     def restore(self) -> None:
         """Undoes what an evaluation did to random numbers and statistics."""
         torch.set_rng_state(self._random_state)
         if self._device_module:
             self._device_module.set_rng_state(self._random_state_of_device, self._device)
-        for module, copies in self._buffers:
+        for module, copies in self._buffers.items():
             for name, copy in copies.items():
                 buffer = module._buffers[name]
-                if copy is not None and buffer is not None:
+                if copy is not None and buffer is not None and buffer is not copy:
                     buffer.copy_(copy)
 
     @property
@@ -208,9 +216,8 @@ class _Conditions:
         if module in self._modes:
             return
         self._modes[module] = module.training
-        if module.training and module._buffers:
-            copies = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
-            self._buffers.append((module, copies))
+        if module._buffers:
+            self._buffers[module] = _copies(module._buffers) if module.training else dict(module._buffers)
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
@@ -220,21 +227,25 @@ class _Conditions:
                 of_device = self._device_module.get_rng_state(self._device)
                 stack.callback(self._device_module.set_rng_state, of_device, self._device)
                 self._device_module.set_rng_state(self._random_state_of_device, self._device)
-            autocast = self._precision if self._precision != torch.get_default_dtype() else None
+            autocast = self._precision if self._precision != torch.float32 else None
             stack.enter_context(torch.autocast(self._device.type, dtype=autocast, enabled=autocast is not None))
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = self._cudnn
             for module, mode in self._modes.items():
                 stack.callback(setattr, module, "training", module.training)
                 module.training = mode
-            for module, copies in self._buffers:
+            for module, buffers in self._buffers.items():
                 stack.callback(setattr, module, "_buffers", module._buffers)
-                # Copies of the copies, since BatchNorm moves these statistics once more.
-                module._buffers = {name: None if b is None else b.clone() for name, b in copies.items()}
+                # In training copies of the copies, since BatchNorm moves these statistics once more.
+                module._buffers = _copies(buffers) if self._modes[module] else buffers
             self._leave = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
         self._leave.close()
+
+
+def _copies(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:
@@ -251,6 +262,18 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
         seen |= parents
         stack.extend(parents)
     return leaves
+
+
+def _check_repeated(values: Tensor, first: Tensor, rough: bool) -> None:
+    """Refuses a second pass that is not the first one again, whatever the reason: its gradient would be another's."""
+    tolerance = 0.1 if rough else 1e-3 if first.dtype == torch.float32 else 1e-6
+    if bool(((values - first).abs() > tolerance * first.abs().amax()).any()):
+        raise RuntimeError(
+            "With a memory_budget the forward function is evaluated again in the backward pass, where it returned "
+            "other values: it draws random numbers that are not torch's, or something it uses was changed in between "
+            "(BatchNorm's statistics by a forward pass in training mode, an argument, a mode). Call backward() before "
+            "such a change, or leave memory_budget out."
+        )
 
 
 def _check_leaves(values: Tensor, known: list[Tensor]) -> None:

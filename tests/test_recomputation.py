@@ -131,11 +131,22 @@ def test_autocast_is_the_same_in_the_second_pass():
     first_pass = len(seen)
     attribution.square().sum().backward()
     assert seen[first_pass:] == 20 * [(True, torch.bfloat16)]
+    seen.clear()
+    torch.set_default_dtype(torch.float64)  # of which autocast leaves products alone
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            attribution = lime.attribute(x[:1], create_graph=True, memory_budget=TINY, **arguments)
+        first_pass = len(seen)
+        attribution.square().sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen[first_pass:] == 20 * [(True, torch.bfloat16)]
 
 
-def test_a_graph_can_be_used_twice():
-    model = smooth_conv_net()
-    loss = lime_of(model, memory_budget=TINY).square().sum()
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_can_be_used_twice(training):
+    model = smooth_conv_net().train(training)
+    loss = lime_of(model, memory_budget=4e5 if training else TINY).square().sum()
     loss.backward(retain_graph=True)
     once = gradients(model)
     loss.backward()
@@ -227,3 +238,65 @@ def test_rows_at_a_time_follow_the_budget_and_a_fitting_graph_is_kept():
     assert rows[TINY] <= 8  # what is looked at
     assert passes[None] == passes[1e9] == 1.0
     assert all(passes[budget] == pytest.approx(2.0, rel=0.03) for budget in (1e6, 1e5, TINY))
+
+
+@pytest.mark.parametrize("memory_budget", [None, TINY])
+@pytest.mark.parametrize("explainer", ["lime", "gradcam"])
+def test_a_later_forward_pass_in_training_mode_changes_nothing(memory_budget, explainer):
+    """The regularizer first, then the task's pass, which moves BatchNorm's statistics, then backward."""
+    results = []
+    for forward_between in (False, True):
+        model = smooth_conv_net().train()
+        x, y = batch()
+        torch.manual_seed(2)
+        terms = regularizer(model, explainer, memory_budget)(x, y)
+        if forward_between:
+            model(x)
+        sum(terms.values()).backward()
+        results.append(gradients(model))
+    assert largest_difference(results[1], results[0]) < 1e-10
+
+
+def test_a_second_pass_that_is_another_is_an_error():
+    numbers = iter(range(10**6))
+
+    def counting(model, x):
+        return model(x) * next(numbers)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth_conv_net()
+
+        def encode(self, x):  # a method that is not called through the module
+            return nn.functional.dropout(self.net(x), 0.5, self.training)
+
+    model = smooth_conv_net()
+    with pytest.raises(RuntimeError, match="returned other values"):
+        lime_of(lambda x: counting(model, x), memory_budget=TINY).sum().backward()
+    encoder = Encoder().eval().requires_grad_()
+    encoder.training = True
+    attribution = lime_of(lambda x: encoder.encode(x), memory_budget=TINY)
+    encoder.eval()
+    with pytest.raises(RuntimeError, match="returned other values"):
+        attribution.sum().backward()
+    encoder.training = True
+    attribution = lime_of(encoder.encode, memory_budget=TINY)  # whose module is known
+    encoder.eval()
+    attribution.sum().backward()
+    scale = torch.ones(3, dtype=torch.float64)
+    arguments = {"additional_forward_args": (scale,)}
+    attribution = lime_of(lambda x, s: model(x) * s[:, None], memory_budget=TINY, **arguments)
+    scale.mul_(3)
+    with pytest.raises(RuntimeError, match="returned other values"):
+        attribution.sum().backward()
+
+
+def test_weights_are_no_activations():
+    """A linear layer's graph keeps a view of its weight, once, however many rows there are."""
+    model, seen = nn.Sequential(nn.Linear(6, 3000), nn.Tanh(), nn.Linear(3000, 2)), []
+    model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    arguments = {"target": 0, "n_samples": 100, "sampling": "independent", "create_graph": True}
+    Lime(model, Ridge()).attribute(torch.randn(4, 6), memory_budget=3e6, **arguments).sum().backward()
+    row = 4 * (2 * 3000 + 6)  # the second layer's input, which is the hyperbolic tangent's output, and the mask
+    assert 0.4 * 3e6 / 3 / row < max(seen) < 2.5 * 3e6 / 3 / row

@@ -238,6 +238,8 @@ class Samples:
         weights = self.masks.new_ones(1, self.n, dtype=outputs.dtype) if self.weights is None else self.weights
         if not bool(weights.isfinite().all()):
             raise NonFiniteError("The similarity function returned a value that is not finite.")
+        if not bool((weights >= 0).all()):
+            raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")
         if not bool((weights.sum(dim=1) > 0).all()):
             raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
         if self.lengths is not None and min(self.lengths) < max(self.lengths):

@@ -13,6 +13,7 @@ Every design has the same limit of infinitely many samples. Masks are ``(n_sets,
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -30,7 +31,7 @@ def lime_masks(
     """LIME's masks, each feature kept with probability 1/2."""
     if sampling == "captum":
         return captum_lime_masks(n_sets, n_samples, n_features).to(device)
-    source = device if generator is None else generator.device
+    source = _source(device, generator)
     if sampling == "independent":
         return _coins((n_sets, n_samples, n_features), source, generator).to(device)
     n_pairs = -(-n_samples // 2)
@@ -48,7 +49,7 @@ def kernel_shap_masks(
     shapley = _coalition_sizes(n_features).probs
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
-    source = device if generator is None else generator.device
+    source = _source(device, generator)
     shapley = shapley.to(source)
     drawn = torch.where(shapley > 0, 1 / (n_features - 1), 0.0) if sampling == "leverage" else shapley
     n_random = max(0, n_samples - 2)
@@ -137,7 +138,7 @@ def _orthogonal_coins(shape: Shape, device: torch.device, generator: Generator |
 def _orthogonal_rows(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
     """Blocks of D - 1 orthogonal directions, each uniform on the sphere of vectors that add up to 0."""
     n_sets, n, n_features = shape
-    size = n_features - 1
+    size = max(1, min(n_features - 1, n))
     gauss = torch.randn(n_sets, -(-n // size), n_features, size, device=device, generator=generator)
     directions = torch.linalg.qr(gauss - gauss.mean(dim=2, keepdim=True)).Q
     # LAPACK's signs depend on the first coordinates and would favour some features.
@@ -145,6 +146,16 @@ def _orthogonal_rows(shape: Shape, device: torch.device, generator: Generator | 
     return torch.where(signs, directions, -directions).mT.flatten(1, 2)[:, :n]
 
 
+def _source(device: torch.device, generator: Generator | None) -> torch.device:
+    """Where the random numbers are drawn: at the generator; of MPS, whose integers have 32 bits, on the CPU."""
+    if generator is None:
+        return torch.device("cpu") if device.type == "mps" else device
+    if generator.device.type == "mps":
+        raise ValueError("A generator on MPS cannot draw masks: give one on the CPU, torch.Generator().")
+    return generator.device
+
+
+@functools.lru_cache(maxsize=8)
 def hadamard(n: int) -> Tensor:
     """The smallest Hadamard matrix of at least n rows that Sylvester's and Paley's constructions give, +1 and -1."""
     primes = [p for p in range(3, 2 * n + 4, 4) if all(p % q for q in range(3, math.isqrt(p) + 1, 2))]

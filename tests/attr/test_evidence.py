@@ -207,3 +207,11 @@ def test_kernel_shap_takes_regressions_that_give_shapley_values():
 def test_leverage_is_no_design_for_lime():
     with pytest.raises(ValueError, match=r"one of \('captum', 'independent', 'paired', 'orthogonal'\)"):
         Lime(smooth_net(), Ridge()).attribute(torch.randn(1, 6).double(), target=0, sampling="leverage")
+
+
+@pytest.mark.parametrize("surrogate", [Ridge(), LinearRegression(), BayesianRidge()])
+def test_a_negative_similarity_is_refused(surrogate):
+    signs = iter([1.0, -0.1] * 50)
+    lime = Lime(smooth_net(), surrogate, lambda *_, **__: next(signs))
+    with pytest.raises(ValueError, match="negative"):
+        lime.attribute(torch.randn(1, 6).double(), target=0, n_samples=20)

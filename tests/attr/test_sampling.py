@@ -8,6 +8,7 @@ import torch
 from captum_idexpo.attr.sampling import (
     KERNEL_SHAP_SAMPLINGS,
     LIME_SAMPLINGS,
+    _orthogonal_rows,
     captum_kernel_shap_masks,
     captum_lime_masks,
     hadamard,
@@ -125,3 +126,27 @@ def test_a_generator_leaves_the_global_stream_alone_and_repeats():
         first, second = (kernel_shap_masks(sampling, 2, 50, 9, CPU, generator(3))[0] for _ in range(2))
         assert torch.equal(first, second)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_orthogonal_rows_are_orthogonal_and_add_up_to_zero():
+    for n in (3, 9, 20):
+        rows = _orthogonal_rows((2, n, 10), CPU, generator())
+        assert rows.shape == (2, n, 10)
+        torch.testing.assert_close(rows.sum(-1), torch.zeros(2, n), atol=1e-5, rtol=0)
+        block = rows[:, : min(n, 9)]
+        torch.testing.assert_close(block @ block.mT, torch.eye(block.shape[1]).expand(2, -1, -1), atol=1e-5, rtol=0)
+
+
+def test_one_block_of_columns_is_drawn_in_two_halves():
+    """So that not all columns are orthogonal, which would leave nothing to judge the noise by."""
+    order = len(hadamard(8))
+    masks = 2.0 * lime_masks("orthogonal", 1, 2 * order, 8, CPU, generator())[:, ::2] - 1
+    assert not torch.equal(masks.mT @ masks, order * torch.eye(8)[None])
+
+
+def test_a_generator_on_mps_is_refused():
+    class OnMps:
+        device = torch.device("mps")
+
+    with pytest.raises(ValueError, match="give one on the CPU"):
+        lime_masks("independent", 1, 2, 3, CPU, OnMps())
