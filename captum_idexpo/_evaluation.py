@@ -130,7 +130,7 @@ def evaluate_copies(
         fitting = memory.admit(n_examples * n_copies)
         max_rows = max_rows if fitting is None else min(max_rows, fitting)
     blocks = [
-        [(examples, copies) for copies in slices(n_copies, max(1, max_rows // (examples.stop - examples.start)))]
+        [(examples, copies) for copies in _even_slices(n_copies, max_rows // (examples.stop - examples.start))]
         for examples in slices(n_examples, max_rows)
     ]
     chunks = [chunk for block in blocks for chunk in block]
@@ -152,6 +152,12 @@ def evaluate_copies(
 def slices(total: int, size: int) -> Iterator[slice]:
     """``range(total)`` in slices of the given size; the last one may be shorter."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _even_slices(total: int, at_most: int) -> Iterator[slice]:
+    """As few slices as can be, of nearly one size: a short last one would cost most of a long one's time."""
+    n_slices = -(-total // max(1, at_most))
+    return slices(total, -(-total // max(1, n_slices)))
 
 
 def masked_copies(
