@@ -101,7 +101,7 @@ def _chart(subjects: dict[str, dict[str, Any]], path: Path) -> None:
         for job, result in jobs.items():
             for contender, ratio in ratios(result).items():
                 foreign = contender in ("Captum", "Quantus", "loop over examples")
-                axis.barh(position, ratio.median, color=COLORS[1 if foreign else 0])
+                axis.barh(position, ratio.median, color=COLORS[0 if foreign else 1])
                 axis.plot([ratio.low, ratio.high], [position, position], color="black", linewidth=1)
                 axis.text(ratio.high * 1.04, position, f"{ratio.median:.2f}", va="center", fontsize=7)
                 labels.append((position, f"{job}: {contender}"))
@@ -111,6 +111,9 @@ def _chart(subjects: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set(title=SUBJECTS[name].title, xscale="log")
         axis.axvline(1.0, color="grey", linewidth=1, linestyle="--")
         axis.margins(x=0.12)
+        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.invert_yaxis()
     axes[-1].set_xlabel("time over the bare model on as many rows")
     figure.savefig(path, dpi=110)
