@@ -300,3 +300,30 @@ def test_weights_are_no_activations():
     Lime(model, Ridge()).attribute(torch.randn(4, 6), memory_budget=3e6, **arguments).sum().backward()
     row = 4 * (2 * 3000 + 6)  # the second layer's input, which is the hyperbolic tangent's output, and the mask
     assert 0.4 * 3e6 / 3 / row < max(seen) < 2.5 * 3e6 / 3 / row
+
+
+class MovingScale(nn.Module):
+    """Multiplies by a buffer that each forward pass in training mode moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = smooth_conv_net()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.scale.mul_(1.1)
+        return self.net(x) * self.scale.clone()
+
+
+def test_buffers_that_a_forward_pass_moves_are_those_of_the_first_pass_every_time():
+    model = MovingScale().train()
+    model.net.eval()
+    loss = lime_of(model, memory_budget=4e5).square().sum()
+    scale = model.scale.clone()
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    assert torch.equal(model.scale, scale)
+    for twice, single in zip(gradients(model), once, strict=True):
+        torch.testing.assert_close(twice, 2 * single)

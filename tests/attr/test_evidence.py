@@ -215,3 +215,20 @@ def test_a_negative_similarity_is_refused(surrogate):
     lime = Lime(smooth_net(), surrogate, lambda *_, **__: next(signs))
     with pytest.raises(ValueError, match="negative"):
         lime.attribute(torch.randn(1, 6).double(), target=0, n_samples=20)
+
+
+def test_kernel_shap_shrinks_weighted_half_differences_of_pairs():
+    """Written out: a pair's half difference, less what equal shares explain of it, with the pair's weight."""
+    masks, weights = kernel_shap_masks("leverage", 1, 22, 6, CPU, torch.Generator().manual_seed(0))
+    outputs = torch.randn(1, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z, v, w = masks[0].double(), outputs[0], weights[0].double()
+    total = v[0] - v[1]
+    rows, targets = [], []
+    for j in range(2, 22, 2):
+        difference = (z[j] - z[j + 1]) / 2
+        rows.append(difference - difference.mean())
+        targets.append((v[j] - v[j + 1]) / 2 - difference.mean() * total)
+    expected = total / 6 + literal_average(torch.stack(rows), torch.stack(targets), w[2::2])
+    ours = BayesianShapleyRegression().solve(masks, outputs, weights)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+    assert w[2::2].unique().numel() > 1
