@@ -1,8 +1,16 @@
 """Sphinx settings."""
 
+import sys
+from pathlib import Path
+
 from sphinx_gallery.scrapers import figure_rst
 
 from captum_idexpo import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+import catalogue
+
+catalogue.write(Path(__file__).parent / "attributions.rst")
 
 project = "captum-idexpo"
 author = "The captum-idexpo authors"

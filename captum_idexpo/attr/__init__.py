@@ -1,8 +1,74 @@
 """Captum's attributions, trainable: the same classes, arguments and numbers, with a graph into the model's weights."""
 
+from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation, Occlusion
+from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
+from captum_idexpo.attr.gradients import GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
+from captum_idexpo.attr.guided import Deconvolution, GuidedBackprop, GuidedGradCam
 from captum_idexpo.attr.kernel_shap import KernelShap
-from captum_idexpo.attr.layer import LayerGradCam
+from captum_idexpo.attr.layer import (
+    InternalInfluence,
+    LayerActivation,
+    LayerConductance,
+    LayerFeatureAblation,
+    LayerGradCam,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from captum_idexpo.attr.lime import Lime, id_expo_lime
+from captum_idexpo.attr.lime_base import LimeBase
+from captum_idexpo.attr.neuron import (
+    NeuronConductance,
+    NeuronDeconvolution,
+    NeuronDeepLift,
+    NeuronDeepLiftShap,
+    NeuronFeatureAblation,
+    NeuronGradient,
+    NeuronGradientShap,
+    NeuronGuidedBackprop,
+    NeuronIntegratedGradients,
+)
+from captum_idexpo.attr.shapley import ShapleyValues, ShapleyValueSampling
 from captum_idexpo.attr.similarity import MaskSimilarity
 
-__all__ = ["KernelShap", "LayerGradCam", "Lime", "MaskSimilarity", "id_expo_lime"]
+__all__ = [
+    "Deconvolution",
+    "DeepLift",
+    "DeepLiftShap",
+    "FeatureAblation",
+    "FeaturePermutation",
+    "GradientShap",
+    "GuidedBackprop",
+    "GuidedGradCam",
+    "InputXGradient",
+    "IntegratedGradients",
+    "InternalInfluence",
+    "KernelShap",
+    "LayerActivation",
+    "LayerConductance",
+    "LayerDeepLift",
+    "LayerDeepLiftShap",
+    "LayerFeatureAblation",
+    "LayerGradCam",
+    "LayerGradientShap",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
+    "Lime",
+    "LimeBase",
+    "MaskSimilarity",
+    "NeuronConductance",
+    "NeuronDeconvolution",
+    "NeuronDeepLift",
+    "NeuronDeepLiftShap",
+    "NeuronFeatureAblation",
+    "NeuronGradient",
+    "NeuronGradientShap",
+    "NeuronGuidedBackprop",
+    "NeuronIntegratedGradients",
+    "NoiseTunnel",
+    "Occlusion",
+    "Saliency",
+    "ShapleyValueSampling",
+    "ShapleyValues",
+    "id_expo_lime",
+]

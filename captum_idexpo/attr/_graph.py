@@ -1,11 +1,153 @@
-"""Where an attribution with a graph can be seen to be impossible, and the errors that say so."""
+"""The one answer to "keep the graph": how an attribution of Captum is computed with a graph, or detached.
+
+Captum's classes lose the graph in few ways, each of which is met once:
+
+* gradients are taken inside without ``create_graph``: `InnerGradients` adds it to every inner `torch.autograd.grad`;
+* bodies run under `torch.no_grad`: the classes here have bodies of their own that ask `keeps_graph`;
+* layers are evaluated without gradients: `with_gradients` lets the forward function have them all the same;
+* chunks of a path integral are detached (`path.InSteps`); hooks fire again in the backward pass (`hooks`).
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import leaves_of
+
+Computation = Callable[[Any], Any]
+"""inputs -> attribution: a tensor, or tuples and lists of them."""
+
+_outer: ContextVar[InnerGradients | None] = ContextVar("_outer", default=None)
+
+
+class InnerGradients(TorchFunctionMode):
+    """While active, gradients that are taken keep their graph, also those a forward function takes for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+        self.made_leaves: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Passes everything on, gradients with ``create_graph=True``."""
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            self.outputs.extend(_tensors(args[0]))
+            return func(*args, **{**kwargs, "create_graph": True})
+        if func is Tensor.requires_grad_ and not args[0].requires_grad:
+            self.made_leaves.append(args[0])
+        return func(*args, **kwargs)
+
+    def anchor(self) -> Tensor | None:
+        """An output that something trainable reaches, None if there is none."""
+        return next((output for output in self.outputs if depends_on_leaf(output, except_for=self.made_leaves)), None)
+
+
+def keeps_graph() -> bool:
+    """Whether the attribution that is being computed, or the one that it is a part of, is to have a graph."""
+    return _outer.get() is not None
+
+
+def by_gradients(
+    explainer: Any,
+    compute: Computation,
+    inputs: Any,
+    create_graph: bool,
+    *,
+    of_inputs: bool = False,
+    with_delta: bool = False,
+) -> Any:
+    """An attribution that takes gradients inside, attached to the graph of the model's parameters or detached.
+
+    Args:
+        explainer: the attribution, for its name and its forward function.
+        compute: what computes it.
+        inputs: the user's; neither their ``requires_grad`` nor their ``grad`` is touched.
+        create_graph: attach or detach.
+        of_inputs: gradients are taken with respect to these very inputs.
+        with_delta: the attribution is followed by its convergence delta, a figure to look at, always detached.
+
+    Raises:
+        RuntimeError: create_graph where no graph can exist; under `torch.inference_mode`.
+    """
+    name = type(explainer).__name__
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} takes gradients inside, which torch.inference_mode() forbids: use torch.no_grad() instead."
+        )
+    if keeps_graph():  # a part of another attribution, which sees to the graph of all
+        return compute(_aliases(inputs, of_inputs))
+    if not create_graph:
+        return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
+    require_gradients_enabled(name)
+    with _keeping() as inner, twice_differentiable(explainer):
+        attribution = compute(_aliases(inputs, of_inputs))
+    anchor = inner.anchor()
+    if anchor is None:
+        raise no_graph_error(name)
+    if with_delta:
+        attribution, delta = attribution
+        return _attached(attribution, anchor), delta.detach()
+    return _attached(attribution, anchor)
+
+
+def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: bool) -> Any:
+    """An attribution made of outputs alone, attached to the graph of the model's parameters or detached.
+
+    `compute` runs with gradients enabled or disabled accordingly. Arguments and errors as for `by_gradients`.
+    """
+    if keeps_graph():
+        with torch.enable_grad():
+            return compute(inputs)
+    if not create_graph:
+        with torch.no_grad():
+            return compute(inputs)
+    name = type(explainer).__name__
+    require_gradients_enabled(name)
+    with _keeping(), twice_differentiable(explainer):
+        attribution = compute(inputs)
+    anchor = next((tensor for tensor in _tensors(attribution) if tensor.requires_grad), None)
+    if anchor is None:
+        raise no_graph_error(name)
+    return _attached(attribution, anchor)
+
+
+def with_gradients(forward_func: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward function that is evaluated with gradients, wherever it is called, if a graph is to be kept."""
+    if not keeps_graph():
+        return forward_func
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return forward_func(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def twice_differentiable(explainer: Any) -> Iterator[None]:
+    """Chooses kernels with a double backward: the mathematical one of attention; not cuDNN's of recurrent layers."""
+    modules = (module_of(explainer.forward_func), getattr(explainer, "layer", None))
+    recurrent = any(
+        isinstance(part, nn.RNNBase) for module in modules if isinstance(module, nn.Module) for part in module.modules()
+    )
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
+        yield
+
+
+def asks_for_graph(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> bool:
+    """Whether a graph is asked for in our spelling or in Captum's, ``grad_kwargs={"create_graph": True}``."""
+    return create_graph or bool((grad_kwargs or {}).get("create_graph"))
 
 
 def require_gradients_enabled(name: str) -> None:
@@ -34,3 +176,53 @@ def no_graph_error(name: str) -> RuntimeError:
 def depends_on_leaf(tensor: Tensor, *, except_for: list[Tensor]) -> bool:
     """Whether a tensor's graph reaches a leaf other than those given."""
     return any(all(leaf is not other for other in except_for) for leaf in leaves_of(tensor))
+
+
+@contextmanager
+def _keeping() -> Iterator[InnerGradients]:
+    inner = InnerGradients()
+    token = _outer.set(inner)
+    try:
+        with inner:
+            yield inner
+    finally:
+        _outer.reset(token)
+
+
+def _aliases(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
+    """The same values as tensors of our own, since Captum switches ``requires_grad`` of what it is given."""
+
+    def alias(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad and not detached:
+            return tensor
+        alias = tensor.detach()
+        can_require = alias.is_floating_point() or alias.is_complex()
+        return alias.requires_grad_() if require_gradient and can_require else alias
+
+    return _map(inputs, alias)
+
+
+def _attached(attribution: Any, anchor: Tensor) -> Any:
+    """The same values, attached with a zero gradient where nothing trainable moves them (a linear model's slope)."""
+
+    def attach(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad or not tensor.is_floating_point():
+            return tensor
+        nowhere = torch.zeros((), dtype=torch.bool, device=tensor.device)
+        return torch.where(nowhere, anchor.sum().to(tensor), tensor)
+
+    return _map(attribution, attach)
+
+
+def _map(values: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, (tuple, list)):
+        return type(values)(_map(value, function) for value in values)
+    return values
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(values, found.append)
+    return found

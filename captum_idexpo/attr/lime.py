@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from captum._utils.models.model import Model
@@ -22,12 +22,9 @@ from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
-from captum_idexpo.attr._usage import logged
+from captum_idexpo.attr._usage import TensorOrTensors, logged
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge, Surrogate, as_surrogate
-
-# Tensor in, tensor out; tuple in, tuple out.
-TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
 
 
 class Lime(CaptumLime):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import captum.attr as captum
 import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor, nn
@@ -26,6 +27,7 @@ from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
+from captum_idexpo.attr._usage import require_trainable
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
@@ -49,9 +51,12 @@ class InsertionDeletion(nn.Module):
     Under `torch.no_grad` the terms have the same values and no graph.
 
     Args:
-        explainer: an attribution of `captum_idexpo.attr`. A layer's map is brought to the inputs' size (nearest, the
-            paper's expansion); for images ``(B, C, H, W)`` without feature mask, channels are averaged, so that a
-            location is a pixel.
+        explainer: an attribution of `captum_idexpo.attr`; what it takes and is not given here comes from
+            `attribute_kwargs` (a neuron_selector, a distribution of baselines). A layer's map is brought to the inputs'
+            size (nearest, the paper's expansion); of an embedding ``(B, T, E)`` of rows ``(B, T)`` the last axis is
+            averaged. For images ``(B, C, H, W)`` without feature mask, channels are averaged, so that a location is a
+            pixel. Locations are ranked from the most positive: pass magnitudes (``abs`` of Saliency) where signs do not
+            count.
         baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
             that returns them. Also passed to explainers that take baselines.
         forward_func: what is masked and scored; default: the explainer's forward function.
@@ -128,6 +133,7 @@ class InsertionDeletion(nn.Module):
         super().__init__()
         self.explainer = explainer
         self._explainer_takes = _arguments_of(explainer)
+        _require_distribution(explainer, attribute_kwargs or {})
         # The model belongs to the user: kept out of the submodules, its parameters stand in no second state dict.
         self.__dict__["forward_func"] = explainer.forward_func if forward_func is None else forward_func
         self.__dict__["model"] = model
@@ -238,7 +244,8 @@ class InsertionDeletion(nn.Module):
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
-        masks = make_masks(locations, scorer.sign() if one_column else None, temperature)
+        sign = scorer.sign() if one_column and self._signed_for_target() else None
+        masks = make_masks(locations, sign, temperature)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
         return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores, memory), cells
@@ -273,22 +280,28 @@ class InsertionDeletion(nn.Module):
         """Attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)`` (None for others)."""
         if self.attribute_kwargs.get("sampling", "captum") != "captum":
             offered = {**offered, "generator": self.generator}
+        offered = {**offered, "target": target}
         arguments = {name: value for name, value in offered.items() if name in self._explainer_takes}
         attribution = self.explainer.attribute(
-            inputs, target=target, create_graph=create_graph, **{**arguments, **self.attribute_kwargs}
+            inputs, create_graph=create_graph, **{**arguments, **self.attribute_kwargs}
         )
-        maps = attribution if isinstance(attribution, tuple) else (attribution,)
-        if not isinstance(self.explainer, LayerAttribution):
+        maps = tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,)
+        if not isinstance(_explained_by(self.explainer), LayerAttribution):
             average = self.feature_mask is None
             return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None
         if len(maps) != 1 or len(tensors) != 1:
             raise ValueError(
                 "A layer attribution can be ranked where the layer has one output and the model one input."
             )
-        map = maps[0].mean(1, keepdim=True) if maps[0].dim() > 2 else maps[0]
-        size = tensors[0].shape[2:]
-        expanded = map if map.shape[2:] == size else LayerAttribution.interpolate(map, tuple(size), "nearest")
-        return (expanded,), map.flatten(1)
+        return _brought_to_inputs(maps[0], tensors[0])
+
+    def _signed_for_target(self) -> bool:
+        """Whether a positive attribution speaks for the target, so that it speaks against the other of two classes."""
+        given = self.attribute_kwargs
+        unsigned = (isinstance(_explained_by(self.explainer), captum.Saliency) and given.get("abs", True)) or given.get(
+            "nt_type", "smoothgrad"
+        ) != "smoothgrad"
+        return "target" in self._explainer_takes and not unsigned
 
     def _deletion(self, masking: Masking, steps: Tensor) -> Tensor:
         """The deletion penalty of each copy, ``(B, n_steps)``."""
@@ -363,14 +376,48 @@ def _arguments_of(explainer: Any) -> set[str]:
             f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
             "Example: InsertionDeletion(LayerGradCam(model, model.layer3), baselines=0.0)."
         )
-    names = set(inspect.signature(explainer.attribute).parameters)
-    if "create_graph" not in names:
-        name = type(explainer).__name__
-        raise TypeError(
-            f"{type(explainer).__module__}.{name} has no create_graph, so nothing can be trained through it: "
-            f"import it with `from captum_idexpo.attr import {name}`."
-        )
+    names = require_trainable(explainer)
+    if isinstance(explainer, captum.NoiseTunnel):
+        names |= require_trainable(explainer.attribution_method)
     return names
+
+
+def _require_distribution(explainer: Attribution, arguments: dict[str, Any]) -> None:
+    """GradientShap and its like compare with a distribution of baselines, which masking does not have."""
+    baselines = inspect.signature(explainer.attribute).parameters.get("baselines")
+    if baselines is not None and baselines.default is inspect.Parameter.empty and "baselines" not in arguments:
+        raise ValueError(
+            f"{type(explainer).__name__} needs a distribution of baselines, tensors (n, ...): pass "
+            "attribute_kwargs={'baselines': ...}, for example a batch of training inputs."
+        )
+
+
+def _explained_by(explainer: Attribution) -> Attribution:
+    """The explainer itself, or the one whose attributions a NoiseTunnel smooths."""
+    method: Attribution = getattr(explainer, "attribution_method", explainer)
+    return method
+
+
+def _brought_to_inputs(map: Tensor, tensor: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A layer's attribution at the input's locations, and at its own cells ``(B, n_cells)``.
+
+    Over images and sequences with channels ``(B, C, ...)`` the channels are averaged and cells expanded; over rows
+    ``(B, T)``, token ids for example, a further axis is that of the embedding and averaged.
+    """
+    no_place = ValueError(
+        f"The layer's attribution {tuple(map.shape)} has no place in the input {tuple(tensor.shape)}: choose a layer "
+        "with the input's spatial axes, or one with a row for each of its columns, such as an embedding."
+    )
+    if tensor.dim() == 2:
+        cells = map.flatten(2).mean(2) if map.dim() > 2 else map
+        if cells.shape[1] != tensor.shape[1]:
+            raise no_place
+        return (cells,), cells
+    if map.dim() != tensor.dim():
+        raise no_place
+    cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
+    expanded = cells if cells.shape[2:] == size else LayerAttribution.interpolate(cells, size, "nearest")
+    return (expanded,), cells.flatten(1)
 
 
 def _like(inputs: Any, values: tuple[Any, ...]) -> Any:

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
+import captum_idexpo.attr
 from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, MaskSimilarity, id_expo_lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
-from captum_idexpo.metrics import insertion_deletion
+from captum_idexpo.metrics import insertion, insertion_deletion
 from captum_idexpo.metrics.insertion_deletion import StepSchedule
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.testing import assert_trainable
+from tests.attr.cases import ONE_EACH
 from tests.helpers import smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(1)
@@ -540,3 +543,77 @@ def test_a_frozen_model_is_an_error():
     net = smooth_conv_net().requires_grad_(False)
     with pytest.raises(RuntimeError, match="requires_grad_"):
         InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)(X, Y)
+
+
+# Every attribution as the explainer. Neurons need a selector, some a distribution of baselines.
+UNSUITED = {"LimeBase": "explains one input as a whole"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+@pytest.mark.parametrize("case", [case for case in ONE_EACH if case.class_name not in UNSUITED], ids=lambda c: c.name)
+def test_every_attribution_can_be_the_explainer(case):
+    model = case.model()
+    explainer = case.explainer(captum_idexpo.attr, model)
+    if case.class_name == "LayerFeatureAblation":  # the case's own layer has no place in an image
+        explainer = captum_idexpo.attr.LayerFeatureAblation(model, model[6])
+    arguments = {name: value for name, value in case.arguments.items() if name != "target"}
+    if isinstance(arguments.get("baselines"), (int, float)):
+        del arguments["baselines"]
+    mask = arguments.pop("feature_mask", None)
+    regularizer = InsertionDeletion(
+        explainer,
+        baselines=0.0,
+        forward_func=model,
+        attribute_kwargs=arguments,
+        feature_mask=mask,
+        insertion_weight=0.1,
+        l2_weight=1.0,
+    )
+    target = torch.tensor([0, 1, 2, 0])
+    # The temperature counts as a constant, so that differences of the soft terms would measure something else.
+    assert_trainable(lambda: regularizer(case.inputs, target)["l2"], model, n_directions=1)
+    assert regularizer(case.inputs, target)["insertion"].requires_grad
+    assert regularizer.scores(case.inputs, target).insertion.shape == (4,)
+
+
+def test_an_embedding_s_attribution_is_averaged_over_its_last_axis():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
+    tokens = torch.randint(1, 10, (4, 5))
+    explainer = captum_idexpo.attr.LayerGradientXActivation(model, model[0])
+    regularizer = InsertionDeletion(explainer, baselines=0, temperature=None)
+    (ranked,) = regularizer.attribution(tokens, 1)
+    torch.testing.assert_close(ranked, explainer.attribute(tokens, target=1).mean(-1))
+    assert regularizer.scores(tokens, 1).insertion.shape == (4,)
+
+
+def test_a_layer_without_a_place_in_the_input_is_an_error():
+    model = smooth_net()
+    explainer = captum_idexpo.attr.LayerConductance(model, model[0])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"\(4, 8\) has no place in the input \(4, 6\)"):
+        InsertionDeletion(explainer, baselines=0.0)(x, 1)
+
+
+def test_a_missing_distribution_of_baselines_is_an_error_at_once():
+    explainer = captum_idexpo.attr.GradientShap(smooth_net())
+    with pytest.raises(ValueError, match=r"GradientShap needs a distribution.*attribute_kwargs"):
+        InsertionDeletion(explainer, baselines=0.0)
+
+
+def test_magnitudes_do_not_change_sign_for_the_class_of_zeros():
+    """A single logit: what speaks for class 1 speaks against class 0, but a magnitude speaks for neither."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    x, target = torch.randn(4, 6, dtype=torch.float64), torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+    saliency = captum_idexpo.attr.Saliency(model)
+    for absolute in (True, False):
+        regularizer = InsertionDeletion(saliency, baselines=0.0, attribute_kwargs={"abs": absolute})
+        sign = 1 if absolute else 2 * target - 1
+        maps = sign * saliency.attribute(x, abs=absolute)
+
+        def two_columns(x):
+            return torch.cat([torch.zeros(len(x), 1), model(x)], dim=1)
+
+        expected = insertion(two_columns, x, maps, 0.0, target=target.long().flatten(), fraction=0.5)
+        torch.testing.assert_close(regularizer.scores(x, target).insertion, expected)

@@ -1,0 +1,223 @@
+"""For tests of your own attributions and regularizers: is the gradient in the weights the true one?
+
+``requires_grad=True`` and a backward pass that runs prove nothing: an attribution may be attached through some of the
+ways in which the weights move it and take the others for constants. Finite differences tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+_STEPS = (1e-5, 1e-6, 1e-7)
+"""Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""
+_NEGLIGIBLE = 1e-3
+"""Derivatives below this share of the largest are compared on the scale of that share."""
+
+
+class _Derivative(NamedTuple):
+    """Of the loss along one direction in one parameter: what autograd says, and what differences say."""
+
+    parameter: str
+    claimed: float | None
+    measured: tuple[float, ...]
+
+    def error(self, scale: float) -> float:
+        """Relative, against the difference that is nearest."""
+        claimed = self.claimed or 0.0
+        return min(abs(claimed - value) / max(abs(value), _NEGLIGIBLE * scale) for value in self.measured)
+
+
+def assert_trainable(
+    attribute: Callable[[], Any],
+    model: nn.Module,
+    *,
+    rtol: float = 1e-5,
+    n_directions: int = 2,
+    seed: int = 0,
+) -> None:
+    """Checks that a loss on an attribution has its true gradient in the model's weights.
+
+    The loss is a random projection of the attribution plus its squares. Its gradient by autograd is compared with
+    central differences along random directions in each parameter that requires gradient. The parameters, their
+    ``grad`` and the global random generators are left as they were.
+
+    Args:
+        attribute: takes nothing and returns an attribution, a tensor or tuples and lists of them, in double precision:
+            ``lambda: Saliency(model).attribute(x, target=0, create_graph=True)``. Called many times, always with the
+            same seeds; a generator of its own it has to seed itself. A regularizer's terms do as well.
+        model: owns the parameters, in double precision. ReLU has kinks, near which a difference means nothing: prefer
+            smooth activations, or inputs away from the kinks.
+        rtol: tolerated relative error of a directional derivative; those below a thousandth of the largest are
+            compared on the scale of that thousandth.
+        n_directions: random directions tried in each parameter.
+        seed: of the directions, the projection, and of torch's and NumPy's global generators at each call.
+
+    Raises:
+        AssertionError: there is no graph, or the gradient is wrong; says by how much and in which parameter. Also
+            where no parameter moves the attribution, so that nothing could be checked.
+        TypeError: something is not in double precision.
+
+    Example:
+        >>> import torch, captum.attr
+        >>> from captum_idexpo.attr import InputXGradient
+        >>> from captum_idexpo.testing import assert_trainable
+        >>> layers = [torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)]
+        >>> model, x = torch.nn.Sequential(*layers).double(), torch.randn(5, 3, dtype=torch.float64)
+        >>> assert_trainable(lambda: InputXGradient(model).attribute(x, target=1, create_graph=True), model)
+
+        Captum's own attribution requires gradient, too, and is found out:
+
+        >>> assert_trainable(lambda: captum.attr.InputXGradient(model).attribute(x.requires_grad_(), target=1), model)
+        Traceback (most recent call last):
+            ...
+        AssertionError: The attribution has no graph into the parameters...
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_parameters(parameters)
+
+    def loss() -> Tensor:
+        with _seeded(seed):
+            return _loss(attribute(), seed)
+
+    total = loss()
+    gradients = _gradients(total, parameters)
+    derivatives = []
+    generator = Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        for _ in range(n_directions):
+            direction = _direction(parameter, generator)
+            gradient = gradients[name]
+            claimed = None if gradient is None else float((gradient * direction).sum())
+            measured = tuple(_difference(loss, parameter, direction, step) for step in _STEPS)
+            derivatives.append(_Derivative(name, claimed, measured))
+    _judge(derivatives, rtol, abs(float(total.detach())))
+
+
+def _check_parameters(parameters: dict[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise AssertionError("No parameter of the model requires gradient: call `model.requires_grad_(True)`.")
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float64:
+            raise TypeError(
+                f"Finite differences need double precision, but {name} is {parameter.dtype}: call `model.double()` and "
+                "pass the attribution inputs of dtype torch.float64."
+            )
+
+
+def _loss(attribution: Any, seed: int) -> Tensor:
+    """A random projection plus the squares, of all tensors."""
+    generator = Generator().manual_seed(seed)
+    total: Tensor | None = None
+    for tensor in _tensors(attribution):
+        if tensor.dtype != torch.float64:
+            raise TypeError(
+                f"Finite differences need double precision, but the attribution is {tensor.dtype}: pass inputs of "
+                "dtype torch.float64."
+            )
+        projection = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        term = (projection * tensor).sum() + tensor.square().sum()
+        total = term if total is None else total + term
+    if total is None:
+        raise TypeError("attribute() returned no tensor: it must return an attribution.")
+    return total
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    if not total.requires_grad:
+        raise AssertionError(
+            "The attribution has no graph: it was computed with gradients disabled, or detached. Call attribute with "
+            "create_graph=True."
+        )
+    try:
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise AssertionError(f"The backward pass through the attribution fails: {error}") from error
+    if all(gradient is None for gradient in gradients):
+        raise AssertionError(
+            "The attribution has no graph into the parameters, though it requires gradient: what it does depend on "
+            "(its inputs, say) is no parameter of the model. Call attribute with create_graph=True."
+        )
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def _direction(parameter: nn.Parameter, generator: Generator) -> Tensor:
+    """Random, of the parameter's own size."""
+    direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+    size = float(parameter.detach().square().mean().sqrt())
+    return direction * (size or 1.0)
+
+
+def _difference(loss: Callable[[], Tensor], parameter: nn.Parameter, direction: Tensor, step: float) -> float:
+    original = parameter.detach().clone()
+    values = []
+    try:
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.copy_(original + sign * step * direction)
+            values.append(float(loss().detach()))
+    finally:
+        with torch.no_grad():
+            parameter.copy_(original)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def _judge(derivatives: list[_Derivative], rtol: float, loss: float) -> None:
+    scale = max(abs(value) for derivative in derivatives for value in derivative.measured)
+    if scale <= 1e-8 * max(loss, 1e-8):
+        raise AssertionError(
+            "No parameter moves the attribution, so there is nothing to check: take another input, or a model whose "
+            "gradient is not constant."
+        )
+    wrong = sorted((d for d in derivatives if not d.error(scale) <= rtol), key=lambda d: -d.error(scale))
+    if not wrong:
+        return
+    worst = {derivative.parameter: derivative for derivative in reversed(wrong)}
+    lines = [_explained(derivative, scale) for derivative in reversed(worst.values())]
+    n_parameters = len({derivative.parameter for derivative in derivatives})
+    raise AssertionError(
+        f"The gradient is wrong in {len(worst)} of {n_parameters} parameters (tolerance {rtol:g}):\n"
+        + "\n".join(lines)
+        + "\nA part of what moves the attribution was taken for a constant, or hooks changed the gradient."
+    )
+
+
+def _explained(derivative: _Derivative, scale: float) -> str:
+    measured = derivative.measured[0]
+    if derivative.claimed is None:
+        return (
+            f"  {derivative.parameter}: gets no gradient, though along it the loss changes at a rate of {measured:.6g}"
+        )
+    return (
+        f"  {derivative.parameter}: {derivative.claimed:.6g} along a random direction, where finite differences give "
+        f"{measured:.6g} (off by {derivative.error(scale):.2g})"
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's and NumPy's global generators seeded, and put back afterwards."""
+    state = np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)

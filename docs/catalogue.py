@@ -1,0 +1,159 @@
+"""The page of all attributions: what each is for, what it costs, whether it can be trained. A test keeps it true."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+GENTLE = "exact"
+KINKS = "exact away from ReLU's kinks"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attribution of Captum's, as this package offers it.
+
+    `cost`: forward rows an example, an expression in D (features), W (windows), K (baselines given) and the arguments.
+    """
+
+    name: str
+    purpose: str
+    cost: str
+    takes_gradients: bool
+    numbers: str = "Captum's"
+    gradient: str = GENTLE
+
+
+OFFERED = {
+    "Gradients in the inputs": [
+        Entry("Saliency", "a first look; the cheapest", "1", True),
+        Entry("InputXGradient", "saliency in units of the output", "1", True),
+        Entry("IntegratedGradients", "contributions that add up to the output's change", "n_steps", True),
+        Entry("GradientShap", "integrated gradients over a distribution of baselines", "n_samples", True),
+        Entry("NoiseTunnel", "smooths any other; its variance", "nt_samples", True),
+        Entry(
+            "DeepLift",
+            "contributions that add up, at the cost of one gradient",
+            "2",
+            True,
+            "Captum's, except where a MaxPool's input equals its baseline (Captum: the first example's gradient)",
+            KINKS,
+        ),
+        Entry("DeepLiftShap", "DeepLIFT over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
+        Entry("GuidedBackprop", "sharp pictures of what ReLU networks respond to", "1", True, gradient=KINKS),
+        Entry("Deconvolution", "the same with ReLU applied backwards", "1", True, gradient=KINKS),
+        Entry("GuidedGradCam", "Grad-CAM at the pixels' resolution", "2", True, gradient=KINKS),
+    ],
+    "Outputs on perturbed inputs": [
+        Entry("FeatureAblation", "what is lost without a feature; any model", "D + 1", False),
+        Entry("FeaturePermutation", "what is lost when a column is shuffled", "D + 1", False),
+        Entry(
+            "Occlusion",
+            "what is lost behind a window; images",
+            "W + 1",
+            False,
+            "Captum's, averaged in the outputs' precision instead of float32",
+        ),
+        Entry(
+            "ShapleyValueSampling",
+            "fair shares of the output, estimated",
+            "<= n_samples * (D - 1) + 2",
+            False,
+            "Captum's, summed in the outputs' precision instead of float32",
+        ),
+        Entry("ShapleyValues", "fair shares, exactly; few features", "2 ** D", False, "as ShapleyValueSampling"),
+        Entry("Lime", "a sparse or smooth linear model around the input", "n_samples + 1", False, "Captum's or closer"),
+        Entry("LimeBase", "LIME in terms of your own", "n_samples", False, "Captum's or closer"),
+        Entry(
+            "KernelShap",
+            "Shapley values from few samples",
+            "n_samples + 1",
+            False,
+            "the exact solution; Captum's is float32",
+        ),
+    ],
+    "Layers": [
+        Entry("LayerGradCam", "where a convolutional network looks", "1", True),
+        Entry("LayerGradientXActivation", "which units carry the output", "1", True),
+        Entry("LayerActivation", "the activations themselves", "1", False),
+        Entry("LayerConductance", "which units the change of the output flows through", "n_steps + 1", True),
+        Entry("InternalInfluence", "how the output depends on units, on average", "n_steps", True),
+        Entry("LayerIntegratedGradients", "integrated gradients of embeddings; text", "n_steps + 2", True),
+        Entry("LayerGradientShap", "the same over a distribution of baselines", "3 * n_samples", True),
+        Entry("LayerFeatureAblation", "what is lost without a unit or channel", "D + 2", False),
+        Entry("LayerDeepLift", "DeepLIFT of units", "2", True, "as DeepLift", KINKS),
+        Entry("LayerDeepLiftShap", "the same over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
+    ],
+    "Neurons": [
+        Entry("NeuronGradient", "what moves a unit", "1", True),
+        Entry("NeuronIntegratedGradients", "what a unit's value consists of", "n_steps", True),
+        Entry("NeuronGradientShap", "the same over a distribution of baselines", "n_samples", True),
+        Entry("NeuronConductance", "what reaches the output through a unit", "n_steps", True),
+        Entry("NeuronDeepLift", "DeepLIFT of a unit", "2", True, "as DeepLift", KINKS),
+        Entry("NeuronDeepLiftShap", "the same over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
+        Entry("NeuronGuidedBackprop", "sharp pictures of what a unit responds to", "1", True, gradient=KINKS),
+        Entry("NeuronDeconvolution", "the same with ReLU applied backwards", "1", True, gradient=KINKS),
+        Entry("NeuronFeatureAblation", "what a unit loses without a feature", "D + 1", False),
+    ],
+}
+
+NOT_OFFERED = {
+    "LRP": "changes the model's weights in place and back; a graph would hold the changed ones",
+    "LayerLRP": "as LRP",
+    "DataLoaderAttribution": "sums an attribution over a whole data set; there is no batch whose graph could be kept",
+    "LayerFeaturePermutation": "left out so far; use FeaturePermutation or LayerFeatureAblation",
+    "LLMAttribution": "explains generated text through a tokenizer; its outputs are no tensors with a graph",
+    "LLMGradientAttribution": "as LLMAttribution",
+    "RemoteLLMAttribution": "as LLMAttribution, on another machine",
+}
+
+HEAD = """All attributions
+================
+
+Every attribution of Captum 0.9, and what becomes of it here. Those in the tables are subclasses of Captum's: same
+arguments, same numbers, and with ``create_graph=True`` the gradient in the weights, which finite differences confirm
+(`captum_idexpo.testing.assert_trainable`). *Cost* counts forward rows for each example: D features, W windows, K
+baselines; those marked with ∇ take a gradient through each row besides. With ``create_graph=True`` the backward pass of
+the loss goes through all of them once more.
+"""
+
+TAIL = """
+Not offered
+-----------
+
+A class that cannot be done right is left out. Captum's own goes on to work beside this package, without a graph.
+
+"""
+
+
+def page() -> str:
+    """The page as reStructuredText."""
+    parts = [HEAD]
+    for title, entries in OFFERED.items():
+        parts += [
+            f"\n{title}\n{'-' * len(title)}\n\n.. list-table::\n   :header-rows: 1\n   :widths: 26 34 18 22 20\n\n"
+        ]
+        parts += [_row("class", "what it is for", "cost", "numbers", "gradient")]
+        parts += [
+            _row(
+                f":class:`~captum_idexpo.attr.{entry.name}`",
+                entry.purpose,
+                f"``{entry.cost}``" + (" ∇" if entry.takes_gradients else ""),
+                entry.numbers,
+                entry.gradient,
+            )
+            for entry in entries
+        ]
+    parts += [TAIL, ".. list-table::\n   :header-rows: 1\n   :widths: 30 70\n\n", _row("class", "why")]
+    parts += [_row(f"``{name}``", reason) for name, reason in NOT_OFFERED.items()]
+    return "".join(parts)
+
+
+def _row(*cells: str) -> str:
+    return "   * - " + "\n     - ".join(cells) + "\n"
+
+
+def write(path: Path) -> None:
+    """Writes the page, if it is not what stands there already."""
+    if not path.exists() or path.read_text() != page():
+        path.write_text(page())

@@ -1,0 +1,132 @@
+"""Ablation: the literal definition, how many rows a forward pass has, and what Captum accepts."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+
+from captum_idexpo.attr import FeatureAblation, FeaturePermutation, LayerFeatureAblation, Occlusion
+from tests.helpers import smooth_conv_net, smooth_net
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def counting(net, rows):
+    def forward(*args):
+        rows.append(len(args[0]))
+        return net(*args)
+
+    return forward
+
+
+def test_the_definition():
+    net = smooth_net()
+    expected = torch.stack([(net(X) - net(X.index_fill(1, torch.tensor([i]), 0.7)))[:, 2] for i in range(6)], dim=1)
+    torch.testing.assert_close(FeatureAblation(net).attribute(X, 0.7, target=2), expected.detach())
+
+
+def test_the_definition_of_occlusion_in_double_precision():
+    net = smooth_conv_net()
+    sums, covers = torch.zeros_like(IMAGES), torch.zeros(6, 6)
+    for top in (0, 2, 4):  # the last window reaches over the border
+        for left in (0, 2, 4):
+            covered = IMAGES.clone()
+            covered[:, :, top : top + 3, left : left + 3] = 0
+            lost = (net(IMAGES) - net(covered))[:, 1].detach()
+            sums[:, :, top : top + 3, left : left + 3] += lost[:, None, None, None]
+            covers[top : top + 3, left : left + 3] += 1
+    occlusion = Occlusion(net).attribute(IMAGES, (2, 3, 3), (1, 2, 2), target=1)
+    torch.testing.assert_close(occlusion, sums / covers, atol=1e-12, rtol=0)
+    assert occlusion.dtype == torch.float64
+
+
+def test_a_batch_is_one_forward_pass_unless_told_otherwise():
+    net, rows = smooth_net(), []
+    explainer = FeatureAblation(counting(net, rows))
+    whole = explainer.attribute(X, target=1)
+    assert rows == [4, 24]
+    rows.clear()
+    torch.testing.assert_close(explainer.attribute(X, target=1, perturbations_per_eval=2), whole)
+    assert rows == [4, 8, 8, 8]
+    rows.clear()
+    single = explainer.attribute(X[:1], target=1)  # two rows are tried to see whether outputs grow with them
+    assert rows == [1, 2, 6]
+    torch.testing.assert_close(single, whole[:1])
+
+
+@pytest.mark.parametrize("forward", [lambda x: x.square().sum(), lambda x: x.square().sum()[None], lambda x: 2.0])
+@pytest.mark.parametrize("n_examples", [1, 4])
+def test_one_value_for_the_batch(forward, n_examples):
+    theirs = captum.attr.FeatureAblation(forward).attribute(X[:n_examples])
+    torch.testing.assert_close(FeatureAblation(forward).attribute(X[:n_examples]), theirs)
+
+
+def test_a_forward_function_that_knows_one_row_only():
+    def forward(x):
+        assert len(x) == 1
+        return x.prod(dim=1)
+
+    ours = FeatureAblation(forward).attribute(X[:1])
+    torch.testing.assert_close(ours, captum.attr.FeatureAblation(forward).attribute(X[:1]))
+
+
+def test_tuples_whose_tensors_share_a_group():
+    def forward(a, b):
+        return a.sum(1) * b.square().sum(1)
+
+    masks = (torch.tensor([[0, 1, 1]]), torch.tensor([[1, 2, 2]]))
+    inputs = (X[:, :3], X[:, 3:])
+    theirs = captum.attr.FeatureAblation(forward).attribute(inputs, feature_mask=masks, baselines=(0.5, X[:, 3:] + 1))
+    ours = FeatureAblation(forward).attribute(inputs, feature_mask=masks, baselines=(0.5, X[:, 3:] + 1))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_permutation_draws_captums_numbers_with_captums_chunks():
+    net = smooth_net()
+    for size in (1, 2, 6):
+        torch.manual_seed(3)
+        theirs = captum.attr.FeaturePermutation(net).attribute(X, target=1, perturbations_per_eval=size)
+        torch.manual_seed(3)
+        ours = FeaturePermutation(net).attribute(X, target=1, perturbations_per_eval=size)
+        torch.testing.assert_close(ours, theirs)
+    assert FeaturePermutation(net).attribute(X[:1], target=1).eq(0).all()  # nothing to exchange with, as in Captum
+
+
+def test_a_permutation_of_ones_own():
+    net = smooth_net()
+    flipped = FeaturePermutation(net, perm_func=lambda x, mask: torch.where(mask, x.flip(0), x))
+    expected = torch.stack(
+        [(net(X) - net(torch.where(torch.arange(6) == i, X.flip(0), X)))[:, 1] for i in range(6)], dim=1
+    )
+    torch.testing.assert_close(flipped.attribute(X, target=1), expected.detach())
+
+
+def test_targets_of_each_example_go_with_a_layers_copies():
+    """Captum hands the same four targets to a forward pass of any number of rows."""
+    net, target = smooth_conv_net(), torch.tensor([0, 2])
+    explainer = LayerFeatureAblation(net, net[8])
+    whole = explainer.attribute(IMAGES, target=target)
+    one_by_one = torch.cat([explainer.attribute(IMAGES[i : i + 1], target=int(target[i])) for i in range(2)])
+    torch.testing.assert_close(whole, one_by_one)
+
+
+def test_a_layers_input_and_baselines():
+    net = smooth_conv_net()
+    arguments = {"target": 1, "layer_baselines": 0.3, "attribute_to_layer_input": True, "perturbations_per_eval": 7}
+    theirs = captum.attr.LayerFeatureAblation(net, net[8]).attribute(IMAGES, **arguments)
+    torch.testing.assert_close(LayerFeatureAblation(net, net[8]).attribute(IMAGES, **arguments), theirs)
+
+
+def test_bad_arguments():
+    net = smooth_net()
+    with pytest.raises(AssertionError, match="perturbations_per_eval must be None or"):
+        FeatureAblation(net).attribute(X, target=1, perturbations_per_eval=0)
+    with pytest.raises(AssertionError, match="cannot exceed input dimensions"):
+        Occlusion(net).attribute(X, (7,), target=1)
+
+
+def test_progress_is_shown(capsys):
+    FeatureAblation(smooth_net()).attribute(X, target=1, show_progress=True)
+    assert "Feature Ablation attribution: 100%" in capsys.readouterr().err

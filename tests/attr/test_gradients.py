@@ -1,0 +1,99 @@
+"""NoiseTunnel and the path integrals: chunks, deltas, and attribution methods that cannot be trained."""
+
+from __future__ import annotations
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from captum_idexpo.attr import GradientShap, IntegratedGradients, LayerConductance, NoiseTunnel, Saliency
+from tests.helpers import smooth_net
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(call):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return call()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9, None])
+def test_noise_in_chunks_is_captums(size):
+    net = smooth_net()
+    arguments = {"target": 1, "nt_samples": 5, "nt_samples_batch_size": size, "stdevs": 0.3}
+    theirs = seeded(lambda: captum.attr.NoiseTunnel(captum.attr.Saliency(net)).attribute(X, **arguments))
+    torch.testing.assert_close(seeded(lambda: NoiseTunnel(Saliency(net)).attribute(X, **arguments)), theirs)
+
+
+def test_drawn_baselines_and_deltas_are_captums():
+    net = smooth_net()
+    arguments = {"target": 1, "nt_samples": 5, "nt_samples_batch_size": 2, "draw_baseline_from_distrib": True}
+    arguments |= {"baselines": X + 1, "return_convergence_delta": True, "n_steps": 5}
+    tunnel = captum.attr.NoiseTunnel(captum.attr.IntegratedGradients(net))
+    theirs = seeded(lambda: tunnel.attribute(X, **arguments))
+    ours = seeded(lambda: NoiseTunnel(IntegratedGradients(net)).attribute(X, create_graph=True, **arguments))
+    torch.testing.assert_close(ours, theirs)
+    assert ours[0].requires_grad
+    assert not ours[1].requires_grad
+
+
+def test_a_method_without_a_graph_is_named():
+    net = smooth_net()
+    with pytest.raises(TypeError, match=r"Saliency has no create_graph.*from captum_idexpo.attr import Saliency"):
+        NoiseTunnel(captum.attr.Saliency(net)).attribute(X, target=1, create_graph=True)
+    assert not NoiseTunnel(captum.attr.Saliency(net)).attribute(X, target=1).requires_grad
+
+
+@pytest.mark.parametrize("method", ["gausslegendre", "riemann_left", "riemann_right", "riemann_middle"])
+@pytest.mark.parametrize("size", [None, 4, 8, 11, 100])
+def test_steps_in_chunks_are_captums(size, method):
+    net = smooth_net()
+    arguments = {"target": 1, "n_steps": 7, "method": method, "internal_batch_size": size}
+    theirs = captum.attr.IntegratedGradients(net).attribute(X, **arguments)
+    torch.testing.assert_close(IntegratedGradients(net).attribute(X, **arguments), theirs)
+    arguments["internal_batch_size"] = size and max(size, 8)  # the end of one step is the start of the next
+    theirs = captum.attr.LayerConductance(net, net[0]).attribute(X, **arguments)
+    torch.testing.assert_close(LayerConductance(net, net[0]).attribute(X, **arguments), theirs)
+
+
+def test_a_chunk_too_small_for_the_batch_is_warned_of():
+    net = smooth_net()
+    whole = IntegratedGradients(net).attribute(X, target=1)
+    with pytest.warns(UserWarning, match="internal_batch_size=3 is less than 1 steps of 4 examples"):
+        torch.testing.assert_close(IntegratedGradients(net).attribute(X, target=1, internal_batch_size=3), whole)
+
+
+def test_a_tuple_of_inputs_with_deltas():
+    def forward(a, b, scale):
+        return torch.stack([(a * b).sum(1) * scale, a.square().sum(1)], dim=1)
+
+    arguments = {"target": 0, "additional_forward_args": (2.0,), "return_convergence_delta": True}
+    theirs = captum.attr.IntegratedGradients(forward).attribute((X, X + 1), **arguments)
+    ours = IntegratedGradients(forward).attribute((X, X + 1), **arguments)
+    assert isinstance(ours[0], tuple)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_linear_model_is_attached_with_a_zero_gradient():
+    """Only the bias is trainable, and moves the output but not its slope."""
+    model = nn.Linear(6, 3).double()
+    model.weight.requires_grad_(False)
+    attribution = Saliency(model).attribute(X, target=1, create_graph=True)
+    assert torch.equal(torch.autograd.grad(attribution.sum(), model.bias)[0], torch.zeros(3, dtype=torch.float64))
+
+
+def test_an_explanation_can_be_attacked_through_its_inputs():
+    """A frozen model is no error where the inputs require gradient."""
+    net, x = smooth_net().requires_grad_(False), X.clone().requires_grad_()
+    attribution = Saliency(net).attribute(x, target=1, abs=False, create_graph=True)
+    (gradient,) = torch.autograd.grad(attribution.square().sum(), x)
+    moved = Saliency(net).attribute(X - 1e-4 * gradient, target=1, abs=False)
+    assert moved.square().sum() < attribution.square().sum()
+
+
+def test_baselines_have_to_be_a_distribution():
+    with pytest.raises(AssertionError, match="baselines must be a distribution"):
+        GradientShap(smooth_net()).attribute(X, baselines=0.0, target=1)

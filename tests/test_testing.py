@@ -1,0 +1,140 @@
+"""assert_trainable finds what is wrong with Captum's own attributions, and says where."""
+
+from __future__ import annotations
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from captum_idexpo.attr import Lime, Saliency
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.testing import assert_trainable
+from tests.helpers import smooth_conv_net, smooth_net
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum")
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def create_graph_once(net):
+    """Captum's IntegratedGradients as its users mend it: a gradient function that keeps the graph."""
+    explainer = captum.attr.IntegratedGradients(net)
+
+    def gradients(forward_fn, inputs, target_ind=None, additional_forward_args=None):
+        outputs = forward_fn(*inputs)[range(len(inputs[0])), target_ind]
+        return torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+
+    explainer.gradient_func = gradients
+    return explainer
+
+
+def test_layer_grad_cam_of_captum_is_wrong():
+    net = smooth_conv_net()
+    with pytest.raises(AssertionError, match=r"wrong in \d+ of \d+ parameters(.|\n)*8\.weight: gets no gradient"):
+        assert_trainable(lambda: captum.attr.LayerGradCam(net, net[4]).attribute(IMAGES, target=1), net)
+
+
+def test_input_x_gradient_of_captum_has_no_graph_into_the_parameters():
+    net, x = smooth_net(), X.clone().requires_grad_()
+    with pytest.raises(AssertionError, match="no graph into the parameters"):
+        assert_trainable(lambda: captum.attr.InputXGradient(net).attribute(x, target=1), net)
+
+
+def test_layer_conductance_of_captum_is_wrong_whatever_is_asked_for():
+    net = smooth_conv_net()
+    arguments = {"target": 1, "n_steps": 5, "grad_kwargs": {"create_graph": True}}
+    with pytest.raises(AssertionError, match=r"along a random direction, where finite differences give"):
+        assert_trainable(lambda: captum.attr.LayerConductance(net, net[4]).attribute(IMAGES, **arguments), net)
+
+
+def test_integrated_gradients_of_captum_in_chunks_are_wrong():
+    net = smooth_net()
+    explainer = create_graph_once(net)
+    target = torch.tensor([0, 1, 2, 0])
+    assert_trainable(lambda: explainer.attribute(X, target=target, n_steps=6), net)
+    with pytest.raises(AssertionError, match=r"wrong in .* parameters"):
+        assert_trainable(lambda: explainer.attribute(X, target=target, n_steps=6, internal_batch_size=8), net)
+
+
+def test_saliency_of_captum_has_no_graph():
+    net, x = smooth_net(), X.clone().requires_grad_()
+    with pytest.raises(AssertionError, match=r"has no graph: .*create_graph=True"):
+        assert_trainable(lambda: captum.attr.Saliency(net).attribute(x, target=1), net)
+
+
+def test_a_backward_pass_that_fails_is_told():
+    net = smooth_net()
+    attribution = Saliency(net).attribute(X, target=1, create_graph=True)
+    attribution.sum().backward()  # frees the graph, which the next one needs
+    with pytest.raises(AssertionError, match="backward pass through the attribution fails"):
+        assert_trainable(lambda: attribution, net)
+
+
+def test_a_small_error_in_one_parameter_is_found():
+    net = smooth_net()
+
+    class Tilted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 1.0001
+
+    def tilted():
+        bias = net[2].bias
+        return torch.tanh(X @ net[0].weight.T) @ net[2].weight.T + Tilted.apply(bias)
+
+    with pytest.raises(AssertionError, match=r"wrong in 1 of 4 parameters(.|\n)*2\.bias.*off by 0\.0001"):
+        assert_trainable(lambda: tilted() + 0 * net(X), net)
+
+
+def test_nothing_to_check_is_an_error():
+    net = smooth_net()
+    with pytest.raises(AssertionError, match="nothing to check"):
+        assert_trainable(lambda: X + 0 * net(X).sum(), net)
+    with pytest.raises(AssertionError, match="No parameter of the model requires gradient"):
+        assert_trainable(lambda: X, net.requires_grad_(False))
+
+
+def test_double_precision_is_asked_for():
+    net = smooth_net().float()
+    with pytest.raises(TypeError, match=r"0\.weight is torch\.float32.*model\.double\(\)"):
+        assert_trainable(lambda: net(X.float()), net)
+    with pytest.raises(TypeError, match=r"the attribution is torch\.float32"):
+        assert_trainable(lambda: net(X).float(), net.double())
+
+
+def test_random_attributions_are_seeded_and_nothing_is_left_changed():
+    net = smooth_net()
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    lime = Lime(net, Ridge(1.0))
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert_trainable(lambda: lime.attribute(X, target=1, n_samples=10, create_graph=True), net)
+    assert torch.equal(torch.rand(1), expected[0])
+    assert np.random.rand() == expected[1]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_dictionaries_tuples_and_lists_are_looked_into():
+    net = smooth_net()
+    assert_trainable(lambda: {"a": net(X), "b": [(net(X).square(),)]}, net)
+    with pytest.raises(TypeError, match="returned no tensor"):
+        assert_trainable(lambda: None, net)
+
+
+def test_a_kink_in_reach_of_the_larger_step_is_no_error():
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.fill_(-1.0)
+    x = torch.full((1, 1), 1.0 + 3e-6, dtype=torch.float64)
+    assert_trainable(lambda: net(x), net)
