@@ -147,6 +147,19 @@ def predicted_class(output: Tensor, outputs: str) -> Tensor:
     return (output.squeeze(1) > _LOWEST_OF_CLASS_1[outputs]).long()
 
 
+def log_probabilities(output: Tensor, outputs: str) -> Tensor:
+    """The log probability of each class ``(B, C)``, from outputs ``(B, C)``; of two from ``(B, 1)`` or ``(B,)``."""
+    output = output if output.dim() > 1 else output[:, None]
+    if outputs == "raw":
+        raise ValueError("Raw outputs have no probabilities: pass outputs='logits', or whatever the model returns.")
+    if output.shape[1] > 1:
+        if outputs == "logits":
+            return output.log_softmax(dim=1)
+        return _log(output) if outputs == "probabilities" else output
+    labels = torch.tensor([0, 1], device=output.device)
+    return _BINARY[outputs](output, labels, "log_probability")
+
+
 def class_labels(target: Any) -> Any:
     """A loader's labels as a target: those of a binary loss, floats 0.0 and 1.0 of shape ``(B, 1)``, as integers."""
     if not isinstance(target, Tensor):

@@ -11,23 +11,20 @@ copies, through the attribution inside the masks, and, for Grad-CAM, through its
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
-import captum.attr as captum
 import torch
-from captum.attr import Attribution, LayerAttribution
+from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo.attr._usage import require_trainable
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
@@ -39,6 +36,8 @@ from captum_idexpo.metrics.insertion_deletion import (
     check_temperature,
     make_masks,
 )
+from captum_idexpo.regularizers._base import not_negative
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
 DELETION_FORMS = ("ratio", "log", "complement")
 
@@ -131,16 +130,14 @@ class InsertionDeletion(nn.Module):
         memory_budget: float | None = None,
     ) -> None:
         super().__init__()
-        self.explainer = explainer
-        self._explainer_takes = _arguments_of(explainer)
-        _require_distribution(explainer, attribute_kwargs or {})
+        self._explaining = Explaining(explainer, attribute_kwargs)
         # The model belongs to the user: kept out of the submodules, its parameters stand in no second state dict.
         self.__dict__["forward_func"] = explainer.forward_func if forward_func is None else forward_func
         self.__dict__["model"] = model
         self.baselines = baselines
-        self.insertion_weight = _not_negative("insertion_weight", insertion_weight)
-        self.deletion_weight = _not_negative("deletion_weight", deletion_weight)
-        self.l2_weight = _not_negative("l2_weight", l2_weight)
+        self.insertion_weight = not_negative("insertion_weight", insertion_weight)
+        self.deletion_weight = not_negative("deletion_weight", deletion_weight)
+        self.l2_weight = not_negative("l2_weight", l2_weight)
         self.fraction = fraction
         self.step_size = step_size
         self.steps_per_update = steps_per_update
@@ -149,7 +146,6 @@ class InsertionDeletion(nn.Module):
         self.temperature = temperature
         self.outputs = outputs
         self.feature_mask = feature_mask
-        self.attribute_kwargs = dict(attribute_kwargs or {})
         self.eval_mode = eval_mode
         self.generator = generator
         self.max_examples_per_batch = max_examples_per_batch
@@ -157,6 +153,16 @@ class InsertionDeletion(nn.Module):
         self.floor_share: Tensor | None = None
         self._floor_reported = False
         self._check_settings()
+
+    @property
+    def explainer(self) -> Attribution:
+        """The explainer whose attribution is scored."""
+        return self._explaining.explainer
+
+    @property
+    def attribute_kwargs(self) -> dict[str, Any]:
+        """What its ``attribute`` is always given."""
+        return self._explaining.arguments
 
     def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
         """The weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
@@ -244,7 +250,7 @@ class InsertionDeletion(nn.Module):
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
-        sign = scorer.sign() if one_column and self._signed_for_target() else None
+        sign = scorer.sign() if one_column and self._explaining.signed_for_target else None
         masks = make_masks(locations, sign, temperature)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
@@ -280,28 +286,12 @@ class InsertionDeletion(nn.Module):
         """Attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)`` (None for others)."""
         if self.attribute_kwargs.get("sampling", "captum") != "captum":
             offered = {**offered, "generator": self.generator}
-        offered = {**offered, "target": target}
-        arguments = {name: value for name, value in offered.items() if name in self._explainer_takes}
-        attribution = self.explainer.attribute(
-            inputs, create_graph=create_graph, **{**arguments, **self.attribute_kwargs}
-        )
-        maps = tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,)
-        if not isinstance(_explained_by(self.explainer), LayerAttribution):
-            average = self.feature_mask is None
-            return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None
-        if len(maps) != 1 or len(tensors) != 1:
-            raise ValueError(
-                "A layer attribution can be ranked where the layer has one output and the model one input."
-            )
-        return _brought_to_inputs(maps[0], tensors[0])
-
-    def _signed_for_target(self) -> bool:
-        """Whether a positive attribution speaks for the target, so that it speaks against the other of two classes."""
-        given = self.attribute_kwargs
-        unsigned = (isinstance(_explained_by(self.explainer), captum.Saliency) and given.get("abs", True)) or given.get(
-            "nt_type", "smoothgrad"
-        ) != "smoothgrad"
-        return "target" in self._explainer_takes and not unsigned
+        maps = self._explaining(inputs, create_graph, {**offered, "target": target})
+        if self._explaining.of_layer:
+            expanded, cells = layer_cells(maps, tensors)
+            return (expanded,), cells
+        average = self.feature_mask is None
+        return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None
 
     def _deletion(self, masking: Masking, steps: Tensor) -> Tensor:
         """The deletion penalty of each copy, ``(B, n_steps)``."""
@@ -369,57 +359,6 @@ class InsertionDeletion(nn.Module):
             )
 
 
-def _arguments_of(explainer: Any) -> set[str]:
-    """The names that ``explainer.attribute`` takes; TypeError where it can not be trained through."""
-    if not isinstance(explainer, Attribution):
-        raise TypeError(
-            f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
-            "Example: InsertionDeletion(LayerGradCam(model, model.layer3), baselines=0.0)."
-        )
-    names = require_trainable(explainer)
-    if isinstance(explainer, captum.NoiseTunnel):
-        names |= require_trainable(explainer.attribution_method)
-    return names
-
-
-def _require_distribution(explainer: Attribution, arguments: dict[str, Any]) -> None:
-    """GradientShap and its like compare with a distribution of baselines, which masking does not have."""
-    baselines = inspect.signature(explainer.attribute).parameters.get("baselines")
-    if baselines is not None and baselines.default is inspect.Parameter.empty and "baselines" not in arguments:
-        raise ValueError(
-            f"{type(explainer).__name__} needs a distribution of baselines, tensors (n, ...): pass "
-            "attribute_kwargs={'baselines': ...}, for example a batch of training inputs."
-        )
-
-
-def _explained_by(explainer: Attribution) -> Attribution:
-    """The explainer itself, or the one whose attributions a NoiseTunnel smooths."""
-    method: Attribution = getattr(explainer, "attribution_method", explainer)
-    return method
-
-
-def _brought_to_inputs(map: Tensor, tensor: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A layer's attribution at the input's locations, and at its own cells ``(B, n_cells)``.
-
-    Over images and sequences with channels ``(B, C, ...)`` the channels are averaged and cells expanded; over rows
-    ``(B, T)``, token ids for example, a further axis is that of the embedding and averaged.
-    """
-    no_place = ValueError(
-        f"The layer's attribution {tuple(map.shape)} has no place in the input {tuple(tensor.shape)}: choose a layer "
-        "with the input's spatial axes, or one with a row for each of its columns, such as an embedding."
-    )
-    if tensor.dim() == 2:
-        cells = map.flatten(2).mean(2) if map.dim() > 2 else map
-        if cells.shape[1] != tensor.shape[1]:
-            raise no_place
-        return (cells,), cells
-    if map.dim() != tensor.dim():
-        raise no_place
-    cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
-    expanded = cells if cells.shape[2:] == size else LayerAttribution.interpolate(cells, size, "nearest")
-    return (expanded,), cells.flatten(1)
-
-
 def _like(inputs: Any, values: tuple[Any, ...]) -> Any:
     """One value a tensor, as a tuple if the inputs are one."""
     return values if isinstance(inputs, tuple) else values[0]
@@ -430,9 +369,3 @@ def _broadcasting(feature_mask: Any, inputs: Any) -> Any:
     if isinstance(feature_mask, tuple):
         return tuple(map(with_batch_axis, feature_mask, inputs))
     return with_batch_axis(feature_mask, inputs[0] if isinstance(inputs, tuple) else inputs)
-
-
-def _not_negative(name: str, weight: float) -> float:
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"{name} must be a finite number and not negative, given: {weight}.")
-    return weight

@@ -103,9 +103,11 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _regularize(regularizer: nn.Module, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
+def _regularize(regularizer: Any, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
     """A regularizer's terms; where it meets NaN, the error names the term in which it arose."""
     try:
+        if getattr(regularizer, "needs_calibration", False):
+            regularizer.calibrate(task, inputs, target, annotations)
         terms: dict[str, Tensor] = regularizer(inputs, target, annotations)
     except NonFiniteError as error:
         term = type(regularizer).__name__ if bool(task.isfinite()) else "task"

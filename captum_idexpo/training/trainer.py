@@ -111,7 +111,8 @@ class ExplanationRegularizedTrainer:
 
         Returns:
             A row an epoch: "epoch", "loss" and its parts by name; with a val_loader also the scores of `evaluate`,
-            their names prefixed with "val" ("val_accuracy"), and "valscore".
+            their names prefixed with "val" ("val_accuracy"), and "valscore". A weight that is "auto" is reported as
+            "<term>_weight".
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
@@ -127,6 +128,7 @@ class ExplanationRegularizedTrainer:
         best_score, best_epoch, best_weights = -math.inf, 0, None
         for epoch in range(1, epochs + 1):
             row: dict[str, float] = {"epoch": epoch, **self._train_epoch(train_loader, epoch, epochs)}
+            row.update(self._automatic_weights())
             history.append(row)
             self._step_scheduler(row["loss"])
             if val_loader is None:
@@ -161,6 +163,12 @@ class ExplanationRegularizedTrainer:
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
         """
         return self._evaluate(self._prepare(loader), explain)
+
+    def _automatic_weights(self) -> dict[str, float]:
+        """The weights that regularizers set themselves, "<term>_weight"."""
+        regularizers = self.accelerator.unwrap_model(self._loss).regularizers
+        automatic = [regularizer for regularizer in regularizers if getattr(regularizer, "is_automatic", False)]
+        return {f"{regularizer.term}_weight": regularizer.weight for regularizer in automatic}
 
     def _evaluate(self, loader: Any, explain: Literal["predicted", "label"]) -> dict[str, float]:
         return evaluate(

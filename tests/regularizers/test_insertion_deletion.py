@@ -174,7 +174,7 @@ def test_constant_channel_weights_would_be_noticed():
     net, regularizer, _, _ = prepare("Grad-CAM")
     gradients = []
     for explainer in (LayerGradCam(net, net[4]), HalfTrue(net, net[4])):
-        regularizer.explainer = explainer
+        regularizer._explaining.explainer = explainer
         net.zero_grad()
         sum(call(regularizer).values()).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in net.parameters()]))
@@ -305,8 +305,10 @@ def test_rows_are_bounded():
     net, rows = smooth_conv_net(), []
     net.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
     explainer = Lime(net, Ridge(0.1), MaskSimilarity())
-    regularizer = InsertionDeletion(explainer, max_examples_per_batch=2, feature_mask=CELLS, **SETTINGS)
-    regularizer.attribute_kwargs = {"perturbations_per_eval": 1, "n_samples": 3}
+    arguments = {"perturbations_per_eval": 1, "n_samples": 3}
+    regularizer = InsertionDeletion(
+        explainer, max_examples_per_batch=2, feature_mask=CELLS, attribute_kwargs=arguments, **SETTINGS
+    )
     regularizer(X, Y)
     regularizer.scores(X)
     explained = [len(X)] * 4  # LIME's look at the outputs, and its samples

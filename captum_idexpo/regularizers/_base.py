@@ -1,0 +1,166 @@
+"""What regularizers with a single term share: its weight, the model's mode, and checks of the target."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_idexpo._modes import eval_mode as held_in_eval_mode
+from captum_idexpo._modes import module_of
+from captum_idexpo.metrics._scoring import OUTPUTS
+
+Weight = float | Literal["auto"]
+
+
+class Regularizer(nn.Module):
+    """One named, weighted loss term: ``weight * penalty``, the penalty a mean over the batch.
+
+    Subclasses say what the penalty is. An automatic weight makes the term ``ratio`` times the task loss when training
+    starts, as the authors of ExpO set theirs (Plumb et al. 2020), so that one ratio serves many data sets.
+
+    Args:
+        term: the term's name.
+        forward_func: what is evaluated; kept out of the submodules, since it belongs to the user.
+        model: the module held in eval mode; None: the forward function, if it is a module or a module's method.
+        weight: a number, or "auto".
+        ratio: of an automatically weighted term to the task loss, at the start.
+        eval_mode: whether passes for this term run in eval mode (BatchNorm, dropout).
+        outputs: what the forward function returns, as for `captum_idexpo.metrics.insertion_deletion`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    forward_func: Callable[..., Any]
+    model: nn.Module | None
+    auto_weight: Tensor
+
+    def __init__(
+        self,
+        term: str,
+        forward_func: Callable[..., Any],
+        *,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        eval_mode: bool = True,
+        outputs: str = "logits",
+    ) -> None:
+        super().__init__()
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
+        if not callable(forward_func):
+            raise TypeError(f"The model must be a module or a forward function, given: {type(forward_func).__name__}.")
+        self.term = term
+        self.__dict__["forward_func"] = forward_func
+        self.__dict__["model"] = module_of(forward_func) if model is None else model
+        self.is_automatic = isinstance(weight, str)
+        if isinstance(weight, str):
+            if weight != "auto":
+                raise ValueError(f"weight must be a number or 'auto', given: {weight!r}.")
+            # A buffer, so that a resumed run goes on with the weight it started with.
+            self.register_buffer("auto_weight", torch.tensor(math.nan))
+        else:
+            self._weight = not_negative("weight", weight)
+        self.ratio = not_negative("ratio", ratio)
+        self.eval_mode = eval_mode
+        self.outputs = outputs
+        if eval_mode and self.model is None:
+            warnings.warn(
+                "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
+                "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
+                stacklevel=3,
+            )
+
+    @property
+    def weight(self) -> float:
+        """The term's weight; NaN while an automatic one is not set."""
+        return float(self.auto_weight) if self.is_automatic else self._weight
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the weight is automatic and not set yet."""
+        return self.is_automatic and math.isnan(self.weight)
+
+    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
+        """The weighted term, by name.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: labels ``(B,)``, or a regression's targets.
+            annotations: what a loader yields third, see `RightForTheRightReasons`; else not used.
+
+        Returns:
+            A scalar by name. Under `torch.no_grad` it has the same value and no graph.
+
+        Raises:
+            RuntimeError: an automatic weight that was never set.
+        """
+        penalty = self._held_penalty(inputs, target, annotations)
+        if not self.needs_calibration:
+            return {self.term: self.weight * penalty}
+        if float(penalty.detach()):
+            raise RuntimeError(
+                f"The weight of {type(self).__name__} is 'auto' and not set yet: before the first step call "
+                "`regularizer.calibrate(task_loss, inputs, target)`; ExplanationRegularizedLoss and the trainer do."
+            )
+        return {self.term: 0.0 * penalty}
+
+    @torch.no_grad()
+    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
+        """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
+
+        Over several processes both are means over all of them. A penalty of zero (a batch without annotations) leaves
+        the weight to the next batch.
+        """
+        if not self.needs_calibration:
+            return
+        both = torch.stack([task_loss.detach().float(), self._held_penalty(inputs, target, annotations).float()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(both)
+        task, penalty = both.tolist()
+        if penalty > 0 and math.isfinite(task / penalty):
+            self.auto_weight.fill_(self.ratio * task / penalty)
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """The scalar, before it is weighted."""
+        raise NotImplementedError
+
+    def _held_penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        self._check_target(target)
+        with held_in_eval_mode(self.model) if self.eval_mode else nullcontext():
+            return self.penalty(inputs, target, annotations)
+
+    def _check_target(self, target: Any) -> None:
+        """Refuses a regression's targets where the outputs are said to be classes."""
+        if self.outputs == "raw" or not isinstance(target, Tensor) or not target.is_floating_point():
+            return
+        if not bool(((target >= 0) & (target <= 1)).all()):
+            raise ValueError(
+                f"The targets are real numbers, as a regression's, but outputs={self.outputs!r} speaks of classes: "
+                "pass outputs='raw', or integer labels."
+            )
+
+
+def as_tensors(inputs: Any) -> tuple[Tensor, ...]:
+    """A batch's tensors; TypeError for anything else, ValueError for an empty batch."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, given: {type(inputs).__name__}.")
+    if not tensors or not len(tensors[0]):
+        raise ValueError("The batch is empty: there is nothing to regularize.")
+    return tensors
+
+
+def not_negative(name: str, value: float) -> float:
+    """A finite number, zero or positive; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number and not negative, given: {value}.")
+    return value

@@ -1,0 +1,99 @@
+"""What regularizers ask of an explainer: an attribution, at the inputs' locations, with a graph where one is wanted."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import captum.attr as captum
+from captum.attr import Attribution, LayerAttribution
+from torch import Tensor
+
+from captum_idexpo.attr._usage import require_trainable
+
+
+class Explaining:
+    """An explainer and the arguments it is always called with.
+
+    Args:
+        explainer: an attribution of `captum_idexpo.attr`.
+        attribute_kwargs: arguments of its ``attribute``.
+
+    Raises:
+        TypeError: no attribution, or Captum's own, through which nothing can be trained.
+        ValueError: a distribution of baselines is needed and not given.
+    """
+
+    def __init__(self, explainer: Attribution, attribute_kwargs: dict[str, Any] | None) -> None:
+        if not isinstance(explainer, Attribution):
+            raise TypeError(
+                f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
+                "Example: LayerGradCam(model, model.layer3)."
+            )
+        self.explainer = explainer
+        self.arguments = dict(attribute_kwargs or {})
+        self.takes = require_trainable(explainer)
+        if isinstance(explainer, captum.NoiseTunnel):
+            self.takes |= require_trainable(explainer.attribution_method)
+        self._require_distribution()
+
+    def __call__(self, inputs: Any, create_graph: bool, offered: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The attribution's tensors; of what is offered the explainer is given what it takes."""
+        arguments = {name: value for name, value in offered.items() if name in self.takes}
+        attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
+        return tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,)
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether a layer is explained, in its own shape; also under a NoiseTunnel."""
+        return isinstance(self._method, LayerAttribution)
+
+    @property
+    def signed_for_target(self) -> bool:
+        """Whether a positive attribution speaks for the target, so that it speaks against the other of two classes."""
+        magnitude = isinstance(self._method, captum.Saliency) and self.arguments.get("abs", True)
+        squared = self.arguments.get("nt_type", "smoothgrad") != "smoothgrad"
+        return "target" in self.takes and not magnitude and not squared
+
+    @property
+    def _method(self) -> Attribution:
+        method: Attribution = getattr(self.explainer, "attribution_method", self.explainer)
+        return method
+
+    def _require_distribution(self) -> None:
+        """GradientShap and its like compare with a distribution of baselines, which masking does not have."""
+        baselines = inspect.signature(self.explainer.attribute).parameters.get("baselines")
+        needed = baselines is not None and baselines.default is inspect.Parameter.empty
+        if needed and "baselines" not in self.arguments:
+            raise ValueError(
+                f"{type(self.explainer).__name__} needs a distribution of baselines, tensors (n, ...): pass "
+                "attribute_kwargs={'baselines': ...}, for example a batch of training inputs."
+            )
+
+
+def layer_cells(maps: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A layer's attribution at the input's locations, and at its own cells ``(B, n_cells)``.
+
+    Over images and sequences with channels ``(B, C, ...)`` the channels are averaged and cells expanded, to the
+    nearest; over rows ``(B, T)``, token ids for example, a further axis is that of the embedding and averaged.
+
+    Raises:
+        ValueError: several layer outputs or inputs; a shape that has no place in the input's.
+    """
+    if len(maps) != 1 or len(tensors) != 1:
+        raise ValueError("A layer attribution can be ranked where the layer has one output and the model one input.")
+    map, tensor = maps[0], tensors[0]
+    no_place = ValueError(
+        f"The layer's attribution {tuple(map.shape)} has no place in the input {tuple(tensor.shape)}: choose a layer "
+        "with the input's spatial axes, or one with a row for each of its columns, such as an embedding."
+    )
+    if tensor.dim() == 2:
+        cells = map.flatten(2).mean(2) if map.dim() > 2 else map
+        if cells.shape[1] != tensor.shape[1]:
+            raise no_place
+        return cells, cells
+    if map.dim() != tensor.dim():
+        raise no_place
+    cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
+    expanded = cells if cells.shape[2:] == size else LayerAttribution.interpolate(cells, size, "nearest")
+    return expanded, cells.flatten(1)

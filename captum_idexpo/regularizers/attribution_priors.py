@@ -1,0 +1,174 @@
+"""Priors on attributions: smooth maps, and few features that matter (Erion et al. 2021, arXiv 1906.10670)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+from captum_idexpo.metrics._scoring import class_labels
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+
+
+class AttributionPrior(Regularizer):
+    """What `Smoothness` and `Sparsity` share: a penalty on an attribution alone."""
+
+    def __init__(
+        self,
+        term: str,
+        explainer: Attribution,
+        *,
+        model: nn.Module | None,
+        weight: Weight,
+        ratio: float,
+        attribute_kwargs: dict[str, Any] | None,
+        outputs: str,
+        eval_mode: bool,
+    ) -> None:
+        explaining = Explaining(explainer, attribute_kwargs)
+        super().__init__(
+            term,
+            explainer.forward_func,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            outputs=outputs,
+            eval_mode=eval_mode,
+        )
+        self._explaining = explaining
+
+    def maps(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
+        """The attribution, a layer's brought to the input's size."""
+        tensors = as_tensors(inputs)
+        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+            target = None  # a regression's target names no column
+        maps = self._explaining(inputs, torch.is_grad_enabled(), {"target": class_labels(target)})
+        return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
+
+
+class Smoothness(AttributionPrior):
+    r"""Penalises differences of neighbouring attributions: total variation (Erion et al. 2021, sec. 2.2.1).
+
+    :math:`\operatorname{mean}_x \sum |\phi_{i+1,j} - \phi_{i,j}| + |\phi_{i,j+1} - \phi_{i,j}|` along all axes but the
+    first two; of rows ``(B, D)`` along the columns. The term is named "smoothness".
+
+    Args:
+        explainer: an attribution of `captum_idexpo.attr`; expected gradients are `GradientShap`.
+        model: the module held in eval mode; None: the explainer's forward function, if it is a module or its method.
+        weight: the term's, or "auto": ``ratio`` times the task loss at the start.
+        ratio: of the term to the task loss, for an automatic weight.
+        attribute_kwargs: further arguments of ``explainer.attribute``.
+        outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
+        eval_mode: explain in eval mode (BatchNorm, dropout).
+
+    Raises:
+        TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import GradientShap
+        >>> from captum_idexpo.regularizers import Smoothness
+        >>> layers = [torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)]
+        >>> model = torch.nn.Sequential(*layers)
+        >>> x, y = torch.rand(5, 1, 8, 8), torch.randint(3, (5,))
+        >>> prior = Smoothness(GradientShap(model), weight=0.1, attribute_kwargs={"baselines": torch.rand(10, 1, 8, 8)})
+        >>> prior(x, y)["smoothness"].backward()
+    """
+
+    def __init__(
+        self,
+        explainer: Attribution,
+        *,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        attribute_kwargs: dict[str, Any] | None = None,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+    ) -> None:
+        super().__init__(
+            "smoothness",
+            explainer,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            attribute_kwargs=attribute_kwargs,
+            outputs=outputs,
+            eval_mode=eval_mode,
+        )
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """Total variation, summed over positions, averaged over the batch."""
+        variations = [
+            map.diff(dim=axis).abs().flatten(1).sum(1)
+            for map in self.maps(inputs, target)
+            for axis in range(min(2, map.dim() - 1), map.dim())
+        ]
+        return torch.stack(variations).sum(dim=0).mean()
+
+
+class Sparsity(AttributionPrior):
+    r"""Penalises importance that is spread evenly over the features: 1 minus its Gini coefficient (Erion et al. 2021).
+
+    Importance is the mean magnitude of a feature's attributions over the batch. Its Gini coefficient is 0 where all
+    features matter alike and approaches 1 where one does. The term is named "sparsity".
+
+    Args:
+        explainer: an attribution of `captum_idexpo.attr`; expected gradients are `GradientShap`.
+        model: the module held in eval mode; None: the explainer's forward function, if it is a module or its method.
+        weight: the term's, or "auto": ``ratio`` times the task loss at the start.
+        ratio: of the term to the task loss, for an automatic weight.
+        attribute_kwargs: further arguments of ``explainer.attribute``.
+        outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
+        eval_mode: explain in eval mode (BatchNorm, dropout).
+
+    Raises:
+        TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import InputXGradient
+        >>> from captum_idexpo.regularizers import Sparsity
+        >>> model = torch.nn.Linear(4, 3)
+        >>> prior = Sparsity(InputXGradient(model), weight="auto", ratio=0.5)
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> task_loss = torch.nn.functional.cross_entropy(model(x), y)
+        >>> prior.calibrate(task_loss, x, y)  # ExplanationRegularizedLoss and the trainer do this on the first batch
+        >>> torch.allclose(prior(x, y)["sparsity"], 0.5 * task_loss)
+        True
+    """
+
+    def __init__(
+        self,
+        explainer: Attribution,
+        *,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        attribute_kwargs: dict[str, Any] | None = None,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+    ) -> None:
+        super().__init__(
+            "sparsity",
+            explainer,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            attribute_kwargs=attribute_kwargs,
+            outputs=outputs,
+            eval_mode=eval_mode,
+        )
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """1 - Gini coefficient of the features' mean magnitudes."""
+        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.maps(inputs, target)]
+        ascending = torch.cat(magnitudes).sort().values
+        n = len(ascending)
+        ranks = 2 * torch.arange(1, n + 1, device=ascending.device, dtype=ascending.dtype) - n - 1
+        # A model that uses nothing has no concentration to speak of, and no gradient of it.
+        total = ascending.sum().clamp_min(torch.finfo(ascending.dtype).tiny)
+        return 1 - (ranks * (ascending / total)).sum() / n

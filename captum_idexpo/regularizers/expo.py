@@ -1,0 +1,369 @@
+r"""ExpO: models that are linear, or constant, around each input (Plumb, Al-Shedivat, Cabrera et al. 2020).
+
+.. math::
+
+    \Omega_\text{fidelity} = \operatorname{mean}_{x'} \big(f(x') - g_x(x')\big)^2, \qquad
+    \Omega_\text{stability} = \operatorname{mean}_{x'} \big(f(x) - f(x')\big)^2
+
+where :math:`g_x` is the local linear fit of f on the neighbours :math:`x'` themselves (arXiv 1902.06787, sec. 3). The
+fit is a projection made of the neighbours alone, so that the gradient flows through the outputs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from captum_idexpo._evaluation import (
+    BatchForward,
+    align_baselines,
+    default_rows_per_forward,
+    masked_copies,
+    slices,
+)
+from captum_idexpo._features import FeatureLayout
+from captum_idexpo.attr.sampling import lime_masks
+from captum_idexpo.attr.similarity import MaskSimilarity
+from captum_idexpo.metrics._locations import groups_of
+from captum_idexpo.metrics._scoring import TargetScorer, class_labels
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+
+
+class Neighbors(NamedTuple):
+    """Neighbours of a batch: their tensors ``(n, B, ...)``, coordinates ``(B, n, D)`` and weights ``(B or 1, n)``."""
+
+    tensors: tuple[Tensor, ...]
+    coordinates: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GaussianNeighbors:
+    """x + sigma N(0, I), the neighbours of ExpO's Fidelity.
+
+    Args:
+        sigma: standard deviation, in the inputs' units (the authors: 0.5 on standardised features).
+        one_dimensional: move one random coordinate of each example only, that of the authors' 1D-Fidelity.
+
+    Raises:
+        ValueError: sigma that is not positive.
+    """
+
+    sigma: float = 0.5
+    one_dimensional: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, given: {self.sigma}.")
+
+    def n_unknowns(self, tensors: tuple[Tensor, ...]) -> int:
+        """Of the local fit: an intercept and the slopes."""
+        return 2 if self.one_dimensional else 1 + sum(tensor[0].numel() for tensor in tensors)
+
+    def n_default(self, tensors: tuple[Tensor, ...]) -> int:
+        """The authors' choice: twice as many as dimensions, at least 20."""
+        return max(20, 2 * (self.n_unknowns(tensors) - 1))
+
+    def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
+        """So many neighbours of each example."""
+        n_examples, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
+        sizes = [tensor[0].numel() for tensor in tensors]
+        if not self.one_dimensional:
+            coordinates = torch.randn(n_examples, n, sum(sizes), generator=generator, device=device, dtype=dtype)
+            return Neighbors(_moved(tensors, self.sigma * coordinates), coordinates)
+        along = torch.randint(sum(sizes), (n_examples, 1, 1), generator=generator, device=device)
+        coordinates = torch.randn(n_examples, n, 1, generator=generator, device=device, dtype=dtype)
+        steps = coordinates.new_zeros(n_examples, n, sum(sizes)).scatter_(2, along.expand(-1, n, -1), coordinates)
+        return Neighbors(_moved(tensors, self.sigma * steps), coordinates)
+
+
+@dataclass(frozen=True)
+class UniformNeighbors:
+    """x + U(-radius, radius), the neighbours of ExpO's Stability; ValueError for a radius that is not positive."""
+
+    radius: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise ValueError(f"radius must be positive, given: {self.radius}.")
+
+    def n_unknowns(self, tensors: tuple[Tensor, ...]) -> int:
+        """Of the local fit: an intercept and the slopes."""
+        return 1 + sum(tensor[0].numel() for tensor in tensors)
+
+    def n_default(self, tensors: tuple[Tensor, ...]) -> int:
+        """As for `GaussianNeighbors`."""
+        return max(20, 2 * (self.n_unknowns(tensors) - 1))
+
+    def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
+        """So many neighbours of each example."""
+        shape = (len(tensors[0]), n, self.n_unknowns(tensors) - 1)
+        uniform = torch.rand(shape, generator=generator, device=tensors[0].device, dtype=tensors[0].dtype)
+        coordinates = 2 * uniform - 1
+        return Neighbors(_moved(tensors, self.radius * coordinates), coordinates)
+
+
+@dataclass(frozen=True)
+class MaskedNeighbors:
+    """LIME's masked copies, weighted by their similarity: ID-ExpO's form for images (arXiv 2310.12553, app. B.1).
+
+    Args:
+        baselines: what masked features are set to: a number, a tensor that broadcasts to the inputs, or a tuple.
+        feature_mask: a Captum feature mask (superpixels), or a callable of the inputs that returns one; None: every
+            element is a feature.
+        similarity: weight of a copy.
+    """
+
+    baselines: Any = 0.0
+    feature_mask: Any = None
+    similarity: MaskSimilarity = field(default_factory=MaskSimilarity)
+
+    def n_unknowns(self, tensors: tuple[Tensor, ...]) -> int:
+        """Of the local fit: an intercept and the slopes."""
+        return 1 + self._layout(tensors).n_features
+
+    def n_default(self, tensors: tuple[Tensor, ...]) -> int:
+        """As for `GaussianNeighbors`."""
+        return max(20, 2 * (self.n_unknowns(tensors) - 1))
+
+    def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
+        """So many masked copies of each example."""
+        layout = self._layout(tensors)
+        masks = lime_masks("independent", len(tensors[0]), n, layout.n_features, tensors[0].device, generator)
+        given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
+        copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())
+        dtype = tensors[0].dtype
+        return Neighbors(copies, masks.to(dtype), self.similarity.weights(masks).to(dtype))
+
+    def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:
+        whole = tensors if len(tensors) > 1 else tensors[0]
+        mask = self.feature_mask(whole) if callable(self.feature_mask) else self.feature_mask
+        groups = groups_of(mask, tensors)
+        return FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors]) if groups is None else groups
+
+
+Neighborhood = GaussianNeighbors | UniformNeighbors | MaskedNeighbors
+
+
+class _Local(Regularizer):
+    """What `Fidelity` and `Stability` share: neighbours and the outputs on them."""
+
+    def __init__(
+        self,
+        term: str,
+        model: Callable[..., Any],
+        neighborhood: Neighborhood,
+        *,
+        weight: Weight,
+        ratio: float,
+        n_neighbors: int | None,
+        outputs: str,
+        eval_mode: bool,
+        generator: Generator | None,
+        max_examples_per_batch: int | None,
+    ) -> None:
+        super().__init__(term, model, weight=weight, ratio=ratio, outputs=outputs, eval_mode=eval_mode)
+        for name, value in (("n_neighbors", n_neighbors), ("max_examples_per_batch", max_examples_per_batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None; given: {value}.")
+        self.neighborhood = neighborhood
+        self.n_neighbors = n_neighbors
+        self.generator = generator
+        self.max_examples_per_batch = max_examples_per_batch
+
+    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> Callable[[tuple[Tensor, ...], int], Tensor]:
+        """A function (rows, copies) -> outputs ``(rows, K)``: all of them, or the target's probability if masked."""
+        if not isinstance(self.neighborhood, MaskedNeighbors):
+            forward = BatchForward(self.forward_func, None, len(tensors[0]))
+            return lambda rows, n_copies: forward(rows, n_copies=n_copies).reshape(len(rows[0]), -1)
+        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+            target = None  # a regression's target names no column
+        scorer = TargetScorer(self.forward_func, tensors, class_labels(target), None, self.outputs)
+        return lambda rows, n_copies: scorer(rows, slice(None), n_copies, "probability")[:, None]
+
+    def _evaluate(self, outputs: Callable[[tuple[Tensor, ...], int], Tensor], copies: tuple[Tensor, ...]) -> Tensor:
+        """Outputs of the copies ``(n, B, ...)``, as ``(B, n, K)``."""
+        n_copies, n_examples = copies[0].shape[:2]
+        rows = self.max_examples_per_batch or default_rows_per_forward(tuple(copy[0] for copy in copies))
+        chunks = [
+            outputs(tuple(copy[part].flatten(0, 1) for copy in copies), part.stop - part.start)
+            for part in slices(n_copies, max(1, rows // n_examples))
+        ]
+        return torch.cat(chunks).reshape(n_copies, n_examples, -1).transpose(0, 1)
+
+
+class Fidelity(_Local):
+    """Penalises what a local linear fit leaves of the outputs: ExpO-Fidelity (Plumb et al. 2020, sec. 3.1).
+
+    Least squares with an intercept on the neighbours themselves, averaged over neighbours and outputs. The outputs are
+    those the model returns, or, on `MaskedNeighbors`, the target's probability. The term is named "fidelity".
+
+    Args:
+        model: the module, or a forward function, that is trained.
+        neighborhood: `GaussianNeighbors` (the authors'; with ``one_dimensional=True`` their 1D-Fidelity, which costs 20
+            rows an example whatever the dimension), `UniformNeighbors`, or `MaskedNeighbors` for images.
+        weight: the term's, or "auto": ``ratio`` times the task loss at the start, the authors' way.
+        ratio: of the term to the task loss, for an automatic weight.
+        n_neighbors: of each example; None: twice as many as dimensions of the fit, at least 20.
+        outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
+        eval_mode: evaluate in eval mode (BatchNorm, dropout).
+        generator: source of the neighbours; None: torch's global generator.
+        max_examples_per_batch: rows of a forward pass.
+
+    Raises:
+        ValueError: an argument out of range; when called, fewer neighbours than the fit has unknowns.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import Fidelity, GaussianNeighbors
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> x, y = torch.randn(5, 4), torch.randn(5, 1)
+        >>> full = Fidelity(model, GaussianNeighbors(0.5), weight=0.1, outputs="raw")
+        >>> full(x, y)["fidelity"].backward()
+        >>> linear = Fidelity(torch.nn.Linear(4, 1), outputs="raw")
+        >>> bool(linear(x, y)["fidelity"] < 1e-10)  # a linear model is its own local fit
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        neighborhood: Neighborhood | None = None,
+        *,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        n_neighbors: int | None = None,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+        max_examples_per_batch: int | None = None,
+    ) -> None:
+        super().__init__(
+            "fidelity",
+            model,
+            GaussianNeighbors() if neighborhood is None else neighborhood,
+            weight=weight,
+            ratio=ratio,
+            n_neighbors=n_neighbors,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            generator=generator,
+            max_examples_per_batch=max_examples_per_batch,
+        )
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """The mean squared residual of the local fits."""
+        tensors = as_tensors(inputs)
+        needed = self.neighborhood.n_unknowns(tensors) + 1
+        n = self.neighborhood.n_default(tensors) if self.n_neighbors is None else self.n_neighbors
+        if n < needed:
+            raise ValueError(
+                f"n_neighbors={n} leaves nothing of a local fit with {needed - 1} unknowns: give at least {needed}, or "
+                "use GaussianNeighbors(one_dimensional=True), which needs 3."
+            )
+        neighbors = self.neighborhood.draw(tensors, n, self.generator)
+        values = self._evaluate(self._outputs(tensors, target), neighbors.tensors)
+        return weighted_mean(residuals(neighbors, values).square(), neighbors.weights)
+
+
+class Stability(_Local):
+    """Penalises outputs that change around an input: ExpO-Stability (Plumb et al. 2020, sec. 3.2).
+
+    The outputs are those the model returns, or, on `MaskedNeighbors`, the target's probability. The term is named
+    "stability".
+
+    Args:
+        model: the module, or a forward function, that is trained.
+        neighborhood: `UniformNeighbors` (the authors'), `GaussianNeighbors`, or `MaskedNeighbors` for images.
+        weight: the term's, or "auto": ``ratio`` times the task loss at the start.
+        ratio: of the term to the task loss, for an automatic weight.
+        n_neighbors: of each example.
+        outputs, eval_mode, generator, max_examples_per_batch: as for `Fidelity`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import Stability
+        >>> model = torch.nn.Linear(4, 3)
+        >>> Stability(model, weight=10.0)(torch.randn(5, 4), torch.randint(3, (5,)))["stability"].backward()
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        neighborhood: Neighborhood | None = None,
+        *,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        n_neighbors: int = 1,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+        max_examples_per_batch: int | None = None,
+    ) -> None:
+        super().__init__(
+            "stability",
+            model,
+            UniformNeighbors() if neighborhood is None else neighborhood,
+            weight=weight,
+            ratio=ratio,
+            n_neighbors=n_neighbors,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            generator=generator,
+            max_examples_per_batch=max_examples_per_batch,
+        )
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """The mean squared difference of the outputs on neighbours from those on the inputs."""
+        tensors = as_tensors(inputs)
+        assert self.n_neighbors is not None
+        neighbors = self.neighborhood.draw(tensors, self.n_neighbors, self.generator)
+        outputs = self._outputs(tensors, target)
+        values = self._evaluate(outputs, neighbors.tensors)
+        here = self._evaluate(outputs, tuple(tensor[None] for tensor in tensors))
+        return weighted_mean((values - here).square(), neighbors.weights)
+
+
+def residuals(neighbors: Neighbors, values: Tensor) -> Tensor:
+    """What the least-squares fit with intercept, one an example, leaves of values ``(B, n, K)``.
+
+    The fit is a projection, made of coordinates and weights alone; it is computed in double precision where there is
+    any, and of coordinates that depend on each other (few distinct masks) in the space they span.
+    """
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        design = torch.nn.functional.pad(neighbors.coordinates.to(wide), (1, 0), value=1.0)
+        root = None if neighbors.weights is None else neighbors.weights.to(wide).sqrt()[..., None]
+        design = design if root is None else root * design
+        eigenvalues, vectors = torch.linalg.eigh(design.mT @ design)
+        spanned = eigenvalues > 1e-10 * eigenvalues.amax(dim=-1, keepdim=True)
+        scale = torch.where(spanned, eigenvalues, torch.inf).rsqrt()
+        basis = design @ (vectors * scale[:, None, :])
+    scaled = values.to(wide) if root is None else root * values.to(wide)
+    left = scaled - basis @ (basis.mT @ scaled)
+    result: Tensor = left if root is None else left / root.clamp_min(torch.finfo(wide).tiny)
+    return result.to(values.dtype)
+
+
+def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean over examples and outputs of the (weighted) mean over neighbours, of ``(B, n, K)``."""
+    if weights is None:
+        return squares.mean()
+    weights = weights[..., None]
+    return ((weights * squares).sum(dim=1) / weights.sum(dim=1)).mean()
+
+
+def _moved(tensors: tuple[Tensor, ...], steps: Tensor) -> tuple[Tensor, ...]:
+    """Each example plus its steps ``(B, n, D)``, as ``(n, B, ...)``."""
+    sizes = [tensor[0].numel() for tensor in tensors]
+    return tuple(
+        tensor + part.transpose(0, 1).reshape(-1, *tensor.shape)
+        for tensor, part in zip(tensors, steps.split(sizes, dim=2), strict=True)
+    )

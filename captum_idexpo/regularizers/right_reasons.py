@@ -1,0 +1,269 @@
+r"""Right for the right reasons: gradients where the evidence must not be (Ross, Hughes, Doshi-Velez 2017).
+
+.. math::
+
+    \Omega = \operatorname{mean}_x \sum_d \Big(A_d \, \frac{\partial}{\partial x_d} \sum_k \log p_k(x)\Big)^2
+
+with annotations :math:`A_d = 1` where feature d must not matter (arXiv 1703.03717, eq. 2), and the authors' search for
+other explanations when no annotations are at hand.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+from captum_idexpo._evaluation import default_rows_per_forward, slices
+from captum_idexpo._modes import eval_mode as held_in_eval_mode
+from captum_idexpo.attr import Saliency
+from captum_idexpo.metrics._scoring import class_labels, log_probabilities
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+
+
+class RightForTheRightReasons(Regularizer):
+    r"""Penalises evidence where annotations say that it must not be (Ross et al. 2017, eq. 2).
+
+    The input gradient is that of the sum of *all* classes' log probabilities. With an `explainer` the same penalty is
+    put on its attribution instead, as later work asks for. Its term is named "right_reasons".
+
+    Args:
+        model: the module, or a forward function, that is explained.
+        weight: the term's, or "auto": ``ratio`` times the task loss at the start. The authors' 1000 belongs to inputs
+            in 0 to 255; in [0, 1] it is about 0.0154.
+        explainer: an attribution of `captum_idexpo.attr` to penalise in place of the input gradient; a layer's is
+            brought to the inputs' size.
+        attribute_kwargs: further arguments of ``explainer.attribute``.
+        annotates: what annotations of 1 mark: the "wrong" evidence, that must not matter, or the "right" one, outside
+            of which nothing may matter.
+        ratio: of the term to the task loss, for an automatic weight.
+        outputs: what the model returns: "logits", "log_probabilities", "probabilities" or, for regression, "raw" (the
+            gradient is that of the outputs' sum).
+        eval_mode: explain in eval mode (BatchNorm, dropout).
+
+    Raises:
+        TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import RightForTheRightReasons
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> regularizer = RightForTheRightReasons(model, weight=0.1)
+        >>> x, y, annotations = torch.randn(5, 4), torch.randint(3, (5,)), torch.zeros(5, 4)
+        >>> annotations[:, 0] = 1  # the first column must not matter
+        >>> terms = regularizer(x, y, annotations)
+        >>> list(terms)
+        ['right_reasons']
+        >>> terms["right_reasons"].backward()
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        weight: Weight = 1.0,
+        explainer: Attribution | None = None,
+        attribute_kwargs: dict[str, Any] | None = None,
+        annotates: Literal["wrong", "right"] = "wrong",
+        ratio: float = 1.0,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+    ) -> None:
+        super().__init__("right_reasons", model, weight=weight, ratio=ratio, outputs=outputs, eval_mode=eval_mode)
+        if annotates not in ("wrong", "right"):
+            raise ValueError(f"annotates must be 'wrong' or 'right', given: {annotates!r}.")
+        if explainer is None and attribute_kwargs:
+            raise ValueError("attribute_kwargs are an explainer's: pass explainer= as well.")
+        self.annotates = annotates
+        self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
+        self._warned = False
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """The squared evidence in forbidden places, summed over features, averaged over the batch.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: labels ``(B,)``; used by an explainer only.
+            annotations: for each input tensor a mask of its shape, or one that broadcasts to it (``(B, H, W)`` marks
+                all channels of a pixel), in [0, 1].
+
+        Raises:
+            ValueError: annotations that are missing, do not fit, or lie outside [0, 1].
+        """
+        tensors = as_tensors(inputs)
+        masks = check_annotations(annotations, tensors)
+        self._warn_of_full_masks(masks)
+        create_graph = torch.is_grad_enabled()
+        if self._explaining is None:
+            saliency = Saliency(self._explained_sum)
+            maps: tuple[Tensor, ...] = saliency.attribute(tensors, abs=False, create_graph=create_graph)
+        else:
+            maps = self._explaining(inputs, create_graph, {"target": class_labels(target)})
+            if self._explaining.of_layer:
+                maps = (layer_cells(maps, tensors)[0],)
+        forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)
+        squares = [_weighted(map, mask).square().flatten(1).sum(1) for map, mask in zip(maps, forbidden, strict=True)]
+        return torch.stack(squares).sum(dim=0).mean()
+
+    def _explained_sum(self, *inputs: Tensor) -> Tensor:
+        """The sum of all classes' log probabilities, or of raw outputs, ``(B,)``."""
+        output: Tensor = self.forward_func(*inputs)
+        if self.outputs == "raw":
+            return output.flatten(1).sum(1) if output.dim() > 1 else output
+        return log_probabilities(output, self.outputs).sum(dim=1)
+
+    def _warn_of_full_masks(self, masks: tuple[Tensor, ...]) -> None:
+        if not self._warned and all(bool((mask == (self.annotates == "wrong")).all()) for mask in masks):
+            self._warned = True
+            warnings.warn(
+                f"The annotations, of {self.annotates} evidence, leave no place where evidence may be: every gradient "
+                "is penalised. Are zeros and ones exchanged?",
+                stacklevel=2,
+            )
+
+
+def check_annotations(annotations: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Annotations that broadcast against their inputs, in the inputs' dtype.
+
+    Raises:
+        ValueError: they are missing, of another number or shape than the inputs, or lie outside [0, 1].
+    """
+    if annotations is None:
+        raise ValueError(
+            "annotations are missing: call regularizer(inputs, target, annotations), or let the loader yield (inputs, "
+            "target, annotations); zeros where nothing is known."
+        )
+    masks = annotations if isinstance(annotations, (tuple, list)) else (annotations,)
+    if len(masks) != len(tensors):
+        raise ValueError(f"There are {len(masks)} annotations for {len(tensors)} input tensors: give one for each.")
+    return tuple(_fitting(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True))
+
+
+def _fitting(mask: Any, tensor: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"annotations must be tensors, given: {type(mask).__name__}.")
+    fitting = mask.to(tensor.device, tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
+    if fitting.dim() == tensor.dim() - 1 and tensor.dim() == 4:
+        fitting = fitting[:, None]
+    try:
+        fits = fitting.dim() == tensor.dim() and torch.broadcast_shapes(fitting.shape, tensor.shape) == tensor.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"annotations of shape {tuple(mask.shape)} do not fit inputs of shape {tuple(tensor.shape)}: give one mask "
+            "an example, of the input's shape or with axes of size 1."
+        )
+    if not bool(((fitting >= 0) & (fitting <= 1)).all()):
+        raise ValueError(
+            "annotations must lie between 0 and 1 (1 where they mark something), given: "
+            f"{float(fitting.min()):g} to {float(fitting.max()):g}."
+        )
+    return fitting
+
+
+def _weighted(map: Tensor, mask: Tensor) -> Tensor:
+    """The attribution times the mask; where it has one value for several, the mask's mean over these."""
+    for axis in range(1, min(map.dim(), mask.dim())):
+        if map.shape[axis] == 1 < mask.shape[axis]:
+            mask = mask.mean(axis, keepdim=True)
+    return map * mask
+
+
+class Explanation(NamedTuple):
+    """One model of a search: what it was forbidden to use, and how good it is all the same."""
+
+    model: nn.Module
+    annotations: Tensor
+    """The mask it was trained with, of the inputs' shape ``(N, ...)``, zeros and ones."""
+    accuracy: float
+
+
+def find_another_explanation(
+    train: Callable[[Tensor], nn.Module],
+    accuracy: Callable[[nn.Module], float],
+    inputs: Tensor,
+    *,
+    threshold: float = 0.67,
+    max_drop: float = 0.1,
+    max_explanations: int = 10,
+    outputs: str = "logits",
+    max_examples_per_batch: int | None = None,
+) -> list[Explanation]:
+    """Trains one model after the other, each forbidden to use what those before it used (Ross et al. 2017, sec. 2.2).
+
+    The first is trained without annotations. Each next one may not use the features whose input gradient, of the
+    largest class probability's logarithm, exceeded `threshold` times the example's largest in any model before. The
+    search ends when accuracy falls, nothing new is found, or everything is forbidden.
+
+    Args:
+        train: annotations ``(N, ...)`` -> a trained model; the caller's own loop, with `RightForTheRightReasons`.
+        accuracy: model -> its accuracy, on data where the rules that were found hold.
+        inputs: the training inputs, ``(N, ...)``.
+        threshold: share of the example's largest gradient that counts as used.
+        max_drop: how far accuracy may fall below the first model's before the search ends.
+        max_explanations: models at most.
+        outputs: what the models return, as for `RightForTheRightReasons`.
+        max_examples_per_batch: rows of a forward pass over the training inputs.
+
+    Returns:
+        The sequence of models; the last one may be the one whose accuracy fell, which shows that the search is over.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import RightForTheRightReasons, find_another_explanation
+        >>> x = torch.randn(200, 1).expand(-1, 2) + 0.1 * torch.randn(200, 2)  # two columns that say the same
+        >>> y = (x[:, 0] > 0).long()
+        >>> def train(annotations):
+        ...     model = torch.nn.Linear(2, 2)
+        ...     regularizer = RightForTheRightReasons(model, weight=1.0)
+        ...     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        ...     for _ in range(50):
+        ...         optimizer.zero_grad()
+        ...         loss = torch.nn.functional.cross_entropy(model(x), y)
+        ...         (loss + sum(regularizer(x, y, annotations).values())).backward()
+        ...         optimizer.step()
+        ...     return model
+        >>> accuracy = lambda model: float((model(x).argmax(1) == y).float().mean())
+        >>> found = find_another_explanation(train, accuracy, x, max_explanations=2)
+        >>> found[0].annotations.sum() == 0
+        tensor(True)
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie between 0 and 1, given: {threshold}.")
+    if max_explanations < 1:
+        raise ValueError(f"max_explanations must be at least 1, given: {max_explanations}.")
+    annotations = torch.zeros_like(inputs)
+    found: list[Explanation] = []
+    while len(found) < max_explanations:
+        model = train(annotations)
+        found.append(Explanation(model, annotations, float(accuracy(model))))
+        used = _used(model, inputs, threshold, outputs, max_examples_per_batch)
+        everything = torch.maximum(annotations, used.to(annotations.dtype))
+        finished = found[-1].accuracy < found[0].accuracy - max_drop
+        if finished or torch.equal(everything, annotations) or bool(everything.all()):
+            break
+        annotations = everything
+    return found
+
+
+def _used(model: nn.Module, inputs: Tensor, threshold: float, outputs: str, max_rows: int | None) -> Tensor:
+    """Where an example's input gradient exceeds so much of its largest, booleans of the inputs' shape."""
+
+    def largest(x: Tensor) -> Tensor:
+        return log_probabilities(model(x), outputs).amax(dim=1)
+
+    size = max_rows or default_rows_per_forward((inputs,))
+    with held_in_eval_mode(model):
+        chunks = [Saliency(largest).attribute(inputs[chunk]) for chunk in slices(len(inputs), size)]
+    gradients = torch.cat(chunks)
+    peak = gradients.flatten(1).amax(dim=1).reshape(-1, *[1] * (inputs.dim() - 1))
+    return gradients > threshold * peak

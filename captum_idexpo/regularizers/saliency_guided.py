@@ -1,0 +1,110 @@
+r"""Saliency-guided training: features that do not matter may be anything (Ismail, Corrada Bravo, Feizi 2021).
+
+.. math::
+
+    \Omega = \operatorname{mean}_x \operatorname{KL}\big(p(x) \,\|\, p(\tilde x)\big)
+
+where :math:`\tilde x` is x with its features of least gradient replaced by random values of their range
+(arXiv 2111.14338).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from captum_idexpo.attr import Saliency
+from captum_idexpo.metrics._scoring import class_labels, log_probabilities
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+
+
+class SaliencyGuided(Regularizer):
+    """Asks for the same prediction when the features of least gradient are replaced (Ismail et al. 2021).
+
+    Which features these are, the gradient of the target's output says; it is not trained through, as in the paper. The
+    gradient reaches the weights through both predictions. Its term is named "saliency_guided".
+
+    Args:
+        model: the module, or a forward function, that is trained.
+        weight: the term's (the paper: 1), or "auto": ``ratio`` times the task loss at the start.
+        fraction: share of the features that is replaced (the paper: 0.5 for images).
+        value_range: (lowest, highest) of the random values, numbers or tensors that broadcast against one example;
+            None: each feature's range in the batch, for images ``(B, C, H, W)`` each channel's.
+        ratio: of the term to the task loss, for an automatic weight.
+        outputs: what the model returns: "logits", "log_probabilities" or "probabilities".
+        eval_mode: evaluate in eval mode (BatchNorm, dropout).
+        generator: source of the random values; None: torch's global generator.
+
+    Raises:
+        ValueError: an argument out of range; raw outputs, which have no distribution.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import SaliencyGuided
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> regularizer = SaliencyGuided(model, fraction=0.5)
+        >>> terms = regularizer(torch.randn(5, 4), torch.randint(3, (5,)))
+        >>> bool(terms["saliency_guided"] >= 0)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        weight: Weight = 1.0,
+        fraction: float = 0.5,
+        value_range: tuple[Any, Any] | None = None,
+        ratio: float = 1.0,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__("saliency_guided", model, weight=weight, ratio=ratio, outputs=outputs, eval_mode=eval_mode)
+        if outputs == "raw":
+            raise ValueError("Saliency-guided training compares distributions over classes: raw outputs have none.")
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must lie between 0 and 1, given: {fraction}.")
+        self.fraction = fraction
+        self.value_range = value_range
+        self.generator = generator
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """KL(p(x) || p(x~)), averaged over the batch."""
+        tensors = as_tensors(inputs)
+        replaced = self._replaced(tensors, class_labels(target))
+        log_p = log_probabilities(self.forward_func(*tensors), self.outputs)
+        log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
+        return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+
+    def _replaced(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Tensor, ...]:
+        """The inputs, random values in place of the features of least gradient."""
+        gradients = Saliency(self.forward_func).attribute(tensors, target=self._column(tensors, target))
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+        n_replaced = math.floor(self.fraction * flat.shape[1] + 1e-9)
+        least = flat.argsort(dim=1, stable=True)[:, :n_replaced]
+        chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, least, True)
+        sizes = [gradient[0].numel() for gradient in gradients]
+        return tuple(
+            torch.where(part.reshape(tensor.shape), self._random(tensor), tensor)
+            for part, tensor in zip(chosen.split(sizes, dim=1), tensors, strict=True)
+        )
+
+    def _column(self, tensors: tuple[Tensor, ...], target: Any) -> Any:
+        """The output to explain: a single column explains both classes."""
+        with torch.no_grad():
+            output = self.forward_func(*(tensor[:1] for tensor in tensors))
+        return None if output.numel() == 1 else target
+
+    def _random(self, tensor: Tensor) -> Tensor:
+        if self.value_range is None:
+            axes = (0, *range(2, tensor.dim())) if tensor.dim() > 2 else (0,)
+            low, high = tensor.detach().amin(axes, keepdim=True), tensor.detach().amax(axes, keepdim=True)
+        else:
+            low, high = (torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device) for value in self.value_range)
+        uniform = torch.rand(tensor.shape, generator=self.generator, dtype=tensor.dtype, device=tensor.device)
+        return low + (high - low) * uniform

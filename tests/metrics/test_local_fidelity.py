@@ -1,0 +1,103 @@
+"""ExpO's metrics against scikit-learn's ridge regression and the definitions, one example at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from captum_idexpo.attr import Saliency
+from captum_idexpo.metrics import (
+    LinearExplanation,
+    LocalLinearModels,
+    neighborhood_fidelity,
+    point_fidelity,
+    stability,
+)
+from tests.helpers import smooth_net
+
+X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(call):
+    torch.manual_seed(3)
+    return call()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_local_linear_models_are_ridge_regressions(alpha):
+    net = smooth_net()
+    explanation = seeded(lambda: LocalLinearModels(net, sigma=0.5, n_samples=50, alpha=alpha)(X))
+    steps = seeded(lambda: torch.randn(5, 50, 6, dtype=torch.float64))
+    for i in range(5):
+        weights = torch.exp(-steps[i].square().sum(1) / (0.75**2 * 6)).numpy()
+        ridge = Ridge(alpha=alpha).fit(steps[i].numpy(), net(X[i] + 0.5 * steps[i]).detach().numpy(), weights)
+        slopes = explanation.coefficients[i].numpy() * 0.5
+        np.testing.assert_allclose(slopes.T, ridge.coef_, atol=1e-9)
+        np.testing.assert_allclose(explanation(X)[i].numpy(), ridge.intercept_, atol=1e-9)
+
+
+def test_point_and_neighborhood_fidelity():
+    net = smooth_net()
+    saliency = [Saliency(net).attribute(X, target=k, abs=False) for k in range(3)]
+    slopes = torch.stack(saliency, dim=2)
+
+    def tangent(x):
+        return LinearExplanation(slopes, net(X).detach() + 0.1 - (X[:, None] @ slopes)[:, 0])
+
+    torch.testing.assert_close(point_fidelity(tangent, net, X), torch.full((5,), 0.01, dtype=torch.float64))
+    value = seeded(lambda: neighborhood_fidelity(tangent, net, X, sigma=0.2, n_neighbors=4))
+    steps = 0.2 * seeded(lambda: torch.randn(5, 4, 6, dtype=torch.float64))
+    expected = torch.zeros(5, dtype=torch.float64)
+    for i in range(5):
+        for step in steps[i]:
+            linear = net(X[i : i + 1])[0] + 0.1 + slopes[i].T @ step
+            expected[i] += (linear - net((X[i] + step)[None])[0]).square().mean().detach() / 4
+    torch.testing.assert_close(value, expected)
+
+
+def test_a_single_output_and_no_last_axis():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 1), torch.nn.Flatten(0)).double()
+    line = LinearExplanation(model[0].weight.detach().expand(5, 6), model[0].bias.detach().expand(5))
+    torch.testing.assert_close(point_fidelity(lambda x: line, model, X), torch.zeros(5, dtype=torch.float64))
+
+
+def test_stability_explains_the_neighbour_anew():
+    net = smooth_net()
+    calls = []
+
+    def explain(x):
+        calls.append(x)
+        return Saliency(net).attribute(x, target=1, abs=False)
+
+    value = seeded(lambda: stability(explain, X, sigma=0.3, n_neighbors=2))
+    assert len(calls) == 3
+    expected = torch.stack([(explain(x) - explain(X)).square().sum(1) for x in calls[1:3]]).mean(0)
+    torch.testing.assert_close(value, expected)
+    lines = stability(LocalLinearModels(net, n_samples=20), X)
+    assert lines.shape == (5,)
+
+
+def test_nothing_depends_on_batch_mates_or_chunks():
+    net = smooth_net()
+    whole = LocalLinearModels(net, n_samples=700, generator=torch.Generator().manual_seed(0))(X)
+    first = LocalLinearModels(net, n_samples=700, generator=torch.Generator().manual_seed(0))(X[:1])
+    torch.testing.assert_close(whole.coefficients[:1], first.coefficients)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: point_fidelity(LocalLinearModels(net), net, X[None]),
+        lambda net: neighborhood_fidelity(LocalLinearModels(net), net, X, sigma=0.0),
+        lambda net: stability(LocalLinearModels(net), X, n_neighbors=0),
+        lambda net: LocalLinearModels(net, sigma=-1.0),
+        lambda net: LocalLinearModels(net, alpha=-1.0),
+        lambda net: LocalLinearModels(net)(X.long()),
+        lambda net: point_fidelity(LocalLinearModels(net), lambda x: 1.0, X),
+    ],
+)
+def test_bad_arguments(call):
+    with pytest.raises(ValueError, match=r"must|explains rows"):
+        call(smooth_net())

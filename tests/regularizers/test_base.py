@@ -1,0 +1,188 @@
+"""Weights that set themselves, the model's mode, and targets that belong to another task."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
+from captum_idexpo.attr import InputXGradient
+from captum_idexpo.regularizers import (
+    Fidelity,
+    RightForTheRightReasons,
+    SaliencyGuided,
+    Smoothness,
+    Sparsity,
+    Stability,
+)
+from tests.helpers import smooth_conv_net, smooth_net
+
+X = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+A = torch.zeros(8, 6, dtype=torch.float64)
+A[:, :2] = 1
+ALL = {
+    "fidelity": lambda model, **more: Fidelity(model, **more),
+    "stability": lambda model, **more: Stability(model, **more),
+    "right_reasons": lambda model, **more: RightForTheRightReasons(model, **more),
+    "saliency_guided": lambda model, **more: SaliencyGuided(model, **more),
+    "smoothness": lambda model, **more: Smoothness(InputXGradient(model), **more),
+    "sparsity": lambda model, **more: Sparsity(InputXGradient(model), **more),
+}
+each = pytest.mark.parametrize(("term", "make"), ALL.items(), ids=list(ALL))
+
+
+@each
+def test_the_term_is_weighted_and_has_a_name(term, make):
+    model = smooth_net()
+    torch.manual_seed(0)
+    single = make(model, weight=1.0)(X, Y, A)
+    torch.manual_seed(0)
+    double = make(model, weight=2.0)(X, Y, A)
+    assert list(single) == [term]
+    assert single[term].dim() == 0
+    assert single[term].requires_grad
+    torch.testing.assert_close(double[term], 2 * single[term])
+
+
+@each
+def test_under_no_grad_the_value_is_the_same_without_a_graph(term, make):
+    regularizer = make(smooth_net())
+    torch.manual_seed(0)
+    attached = regularizer(X, Y, A)[term]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        detached = regularizer(X, Y, A)[term]
+    assert not detached.requires_grad
+    torch.testing.assert_close(attached.detach(), detached)
+
+
+@each
+def test_the_model_belongs_to_the_user(term, make):
+    model = smooth_net()
+    regularizer = make(model)
+    assert not list(regularizer.parameters())
+    assert not regularizer.state_dict()
+    assert not any(module is model for module in regularizer.modules())
+
+
+@each
+def test_the_mode_is_held_and_given_back(term, make):
+    net = smooth_conv_net().train()
+    flat = nn.Sequential(nn.Unflatten(1, (2, 6, 6)), net)
+    x, y = torch.randn(4, 72, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    a = torch.ones(4, 72, dtype=torch.float64)
+    a[:, 0] = 0
+    statistics = net[1].running_mean.clone()
+    regularizer = make(flat)
+    values = []
+    for _ in range(2):  # dropout would give other values
+        torch.manual_seed(0)
+        values.append(regularizer(x, y, a)[term].item())
+        assert net.training
+        assert net[3].training
+    assert values[0] == values[1]
+    assert torch.equal(net[1].running_mean, statistics)
+
+
+@each
+def test_an_automatic_weight_is_a_ratio_to_the_task_loss(term, make):
+    model = smooth_net()
+    regularizer = make(model, weight="auto", ratio=0.25)
+    assert math.isnan(regularizer.weight)
+    with pytest.raises(RuntimeError, match=r"'auto' and not set.*calibrate\(task_loss, inputs, target\)"):
+        regularizer(X, Y, A)
+    task = nn.functional.cross_entropy(model(X), Y)
+    torch.manual_seed(0)
+    regularizer.calibrate(task, X, Y, A)
+    torch.manual_seed(0)
+    torch.testing.assert_close(regularizer(X, Y, A)[term], 0.25 * task, rtol=1e-6, atol=0)
+    weight = regularizer.weight
+    regularizer.calibrate(100 * task, X, Y, A)  # only once
+    assert regularizer.weight == weight
+
+
+def test_the_loss_module_calibrates_and_a_state_dict_carries_the_weight():
+    model = smooth_net()
+    loss = ExplanationRegularizedLoss(model, [RightForTheRightReasons(model, weight="auto", ratio=0.5)])
+    _, parts = loss((X, Y, A))
+    torch.testing.assert_close(parts["right_reasons"], 0.5 * parts["task"], rtol=1e-6, atol=0)
+    other = ExplanationRegularizedLoss(model, [RightForTheRightReasons(model, weight="auto")])
+    other.load_state_dict(copy.deepcopy(loss.state_dict()))
+    assert other.regularizers[0].weight == loss.regularizers[0].weight
+
+
+def test_a_first_batch_without_annotations_leaves_the_weight_to_the_next():
+    model = smooth_net()
+    loss = ExplanationRegularizedLoss(model, [RightForTheRightReasons(model, weight="auto")])
+    _, parts = loss((X, Y, torch.zeros_like(A)))
+    assert parts["right_reasons"] == 0
+    assert math.isnan(loss.regularizers[0].weight)
+    loss((X, Y, A))
+    assert loss.regularizers[0].weight > 0
+
+
+def test_the_history_reports_the_weight():
+    model = smooth_net().float()
+    data = torch.utils.data.TensorDataset(X.float(), Y, A.float())
+    trainer = ExplanationRegularizedTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        [RightForTheRightReasons(model, weight="auto", ratio=0.1), SaliencyGuided(model, weight=0.3)],
+        show_progress=False,
+    )
+    history = trainer.fit(torch.utils.data.DataLoader(data, batch_size=4), epochs=2)
+    assert history[0]["right_reasons_weight"] == history[1]["right_reasons_weight"] > 0
+    assert "saliency_guided_weight" not in history[0]
+
+
+@each
+def test_a_regressions_targets_are_refused_where_classes_are_said(term, make):
+    with pytest.raises(ValueError, match=r"real numbers.*outputs='logits'.*outputs='raw'"):
+        make(smooth_net())(X, torch.linspace(-3, 3, 8), A)
+
+
+@pytest.mark.parametrize("term", ["fidelity", "stability", "right_reasons", "smoothness", "sparsity"])
+def test_a_regression(term):
+    model = smooth_net(n_classes=1)
+    terms = ALL[term](model, outputs="raw")(X, torch.linspace(-3, 3, 8), A)
+    terms[term].backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": -1.0}, "weight must be a finite number"),
+        ({"weight": math.nan}, "weight must be a finite number"),
+        ({"weight": "heavy"}, "a number or 'auto'"),
+        ({"ratio": -0.1}, "ratio must be a finite number"),
+        ({"outputs": "softmax"}, "outputs must be one of"),
+    ],
+)
+@each
+def test_bad_settings(term, make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(smooth_net(), **arguments)
+
+
+@each
+def test_bad_inputs(term, make):
+    regularizer = make(smooth_net())
+    with pytest.raises(ValueError, match="batch is empty"):
+        regularizer(X[:0], Y[:0], A[:0])
+    with pytest.raises(TypeError, match="inputs must be a tensor"):
+        regularizer({"x": X}, Y, A)
+
+
+def test_a_function_whose_mode_cannot_be_held_is_warned_of():
+    model = smooth_net()
+    with pytest.warns(UserWarning, match="cannot be held in eval mode"):
+        Stability(lambda x: model(x))
+    Stability(lambda x: model(x), eval_mode=False)
+    with pytest.raises(TypeError, match="must be a module or a forward function"):
+        Stability("model")
