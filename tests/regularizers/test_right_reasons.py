@@ -166,7 +166,7 @@ class Columns:
 
 def test_the_search_finds_both_rules_and_then_collapses():
     data = Columns()
-    found = find_another_explanation(data.train, data.accuracy, data.x, threshold=0.67, max_drop=0.25)
+    found = find_another_explanation(data.train, data.accuracy, data.x, threshold=0.9, max_drop=0.25)
     assert len(found) == 3
     assert not found[0].annotations.any()
     assert found[1].annotations.mean(dim=0).tolist() == pytest.approx([1, 0, 0], abs=0.1)
