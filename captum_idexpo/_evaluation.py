@@ -7,6 +7,7 @@ Rows are ordered copy by copy: all examples of the first copy, then all of the s
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def default_rows_per_forward(inputs: tuple[Tensor, ...]) -> int:
     on_cpu = inputs[0].device.type == "cpu"
     budget = _VALUES_PER_FORWARD_ON_CPU if on_cpu else _VALUES_PER_FORWARD_ON_ACCELERATORS
     most = _MAX_ROWS_ON_CPU if on_cpu else _MAX_ROWS_ON_ACCELERATORS
-    values_per_row = max(1, sum(tensor[0].numel() for tensor in inputs))
+    values_per_row = max(1, sum(math.prod(tensor.shape[1:]) for tensor in inputs))
     few = min(_ROWS_OF_LARGE_INPUTS, _VALUES_OF_LARGE_INPUTS // values_per_row)
     return max(1, few, min(most, budget // values_per_row))
 

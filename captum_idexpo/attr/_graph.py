@@ -10,9 +10,12 @@ Captum's classes lose the graph in few ways, each of which is met once:
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ _outer: ContextVar[InnerGradients | None] = ContextVar("_outer", default=None)
 
 
 class InnerGradients(TorchFunctionMode):
-    """While active, gradients that are taken keep their graph, also those a forward function takes for itself."""
+    """While active, gradients that attributions take keep their graph; those a forward function takes are its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class InnerGradients(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Passes everything on, gradients with ``create_graph=True``."""
         kwargs = kwargs or {}
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad and _called_by_captum():
             self.outputs.extend(_tensors(args[0]))
             return func(*args, **{**kwargs, "create_graph": True})
         if func is Tensor.requires_grad_ and not args[0].requires_grad:
@@ -50,6 +53,16 @@ class InnerGradients(TorchFunctionMode):
     def anchor(self) -> Tensor | None:
         """An output that something trainable reaches, None if there is none."""
         return next((output for output in self.outputs if depends_on_leaf(output, except_for=self.made_leaves)), None)
+
+
+@contextmanager
+def on_its_own() -> Iterator[None]:
+    """Inside, attributions are nobody's part: those that a model's forward function asks for, for example."""
+    token = _outer.set(None)
+    try:
+        yield
+    finally:
+        _outer.reset(token)
 
 
 def keeps_graph() -> bool:
@@ -141,8 +154,36 @@ def twice_differentiable(explainer: Any) -> Iterator[None]:
         isinstance(part, nn.RNNBase) for module in modules if isinstance(module, nn.Module) for part in module.modules()
     )
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
+    with _mathematical_attention, without_cudnn:
         yield
+
+
+class _Shared:
+    """A context that several threads may be in: the first one enters it, the last one leaves.
+
+    Kernels are chosen for the whole process; contexts that overlap would restore each other's choice.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._context = self._make()
+                self._context.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._context.__exit__(None, None, None)
+
+
+_mathematical_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def asks_for_graph(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> bool:
@@ -217,9 +258,21 @@ def _attached(attribution: Any, anchor: Tensor) -> Any:
 def _map(values: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(values, Tensor):
         return function(values)
-    if isinstance(values, (tuple, list)):
-        return type(values)(_map(value, function) for value in values)
-    return values
+    if isinstance(values, tuple):  # named or not, as in Captum
+        return tuple(_map(value, function) for value in values)
+    return [_map(value, function) for value in values] if isinstance(values, list) else values
+
+
+def _called_by_captum() -> bool:
+    """Whether torch was called by Captum itself, not by a model in between."""
+    frame: FrameType | None = sys._getframe(2)  # behind the mode's own
+    while frame is not None and _package_of(frame) == "torch":
+        frame = frame.f_back
+    return frame is not None and _package_of(frame) == "captum"
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _tensors(values: Any) -> list[Tensor]:

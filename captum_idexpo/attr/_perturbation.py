@@ -252,3 +252,30 @@ class Samples:
         weights = weights.expand(len(outputs), -1)
         blocks = slices(len(outputs), at_once)
         return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in blocks])
+
+
+def copies_per_forward(output: Any, doubled: Callable[[], Any], tensors: tuple[Tensor, ...]) -> int:
+    """How many copies of a batch one forward pass is given: as many as suit the device, or 1 where they do not mix.
+
+    Args:
+        output: that of the batch alone.
+        doubled: evaluates two copies of it in one pass.
+        tensors: the batch.
+    """
+    n_examples = len(tensors[0])
+    if not isinstance(output, Tensor) or not output.dim() or len(output) != n_examples or not n_examples:
+        return 1
+    if any(len(tensor) != n_examples for tensor in tensors):
+        return 1
+    try:
+        with torch.no_grad():
+            both = doubled()
+    except Exception:
+        return 1  # it may know batches of one size only
+    if not isinstance(both, Tensor) or both.shape != (2 * n_examples, *output.shape[1:]):
+        return 1
+    alone = torch.cat([output.detach()] * 2)
+    tolerance = 1e-3 if both.dtype in (torch.float32, torch.float64) else 0.05
+    if not torch.allclose(both.double(), alone.double(), rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+        return 1  # copies move each other, or an argument was taken for one of each example
+    return max(1, default_rows_per_forward(tensors) // n_examples)

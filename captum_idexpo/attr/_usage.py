@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from captum.log import log_usage
 from torch import Tensor
+
+from captum_idexpo.attr._graph import on_its_own
 
 TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
 """Tensor in, tensor out; tuple in, tuple out."""
@@ -16,8 +19,24 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def logged(method: Method) -> Method:
-    """Logs calls as Captum's own attributions do; NoiseTunnel and others look for the ``__wrapped__`` it leaves."""
-    return cast(Method, log_usage(part_of_slo=True)(method))
+    """A public ``attribute``: logs calls as Captum's own do, and computes on its own whatever is being computed.
+
+    What is part of another attribution is called through the ``__wrapped__`` that this leaves, as Captum does.
+    """
+    log: Any = log_usage(part_of_slo=True)(method)
+
+    @functools.wraps(method)
+    def attribute(*args: Any, **kwargs: Any) -> Any:
+        with on_its_own():
+            return log(*args, **kwargs)
+
+    return cast(Method, attribute)
+
+
+def part(explainer: type) -> Callable[..., Any]:
+    """The ``attribute`` of a class as a part of another attribution: (explainer, inputs, ...) -> attribution."""
+    attribute: Callable[..., Any] = explainer.attribute.__wrapped__  # type: ignore[attr-defined]
+    return attribute
 
 
 def require_trainable(explainer: Any) -> set[str]:

@@ -22,9 +22,10 @@ from captum.attr._core.feature_ablation import _parse_forward_out, process_initi
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._evaluation import default_rows_per_forward
+from captum_idexpo._evaluation import with_batch_axis
 from captum_idexpo.attr._graph import by_outputs
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._perturbation import copies_per_forward
+from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 
 
 class FeatureAblation(captum.FeatureAblation):
@@ -71,8 +72,8 @@ class FeatureAblation(captum.FeatureAblation):
             feature_mask: integers numbering the features, of the inputs' shape or broadcasting to it; None: every
                 element is a feature.
             perturbations_per_eval: features replaced in one forward pass, which then has this many times B rows.
-                None: as many as fit 2^18 input values on a CPU, 2^24 on an accelerator; 1 where the forward function
-                returns one value a batch.
+                None: as many as suit the device, where two copies of the batch in one pass give what one gives alone;
+                else 1 (one value for the whole batch, arguments that are no example's, dropout).
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
             kwargs: what subclasses of Captum's class hand their own methods.
@@ -112,13 +113,14 @@ class FeatureAblation(captum.FeatureAblation):
         """Captum's computation in the ambient gradient mode, averaged in the outputs' precision."""
         is_tuple = _is_tuple(inputs)
         tensors, baselines = _format_input_baseline(inputs, baselines)
-        masks = _format_feature_mask(feature_mask, tensors)
+        masks = tuple(map(with_batch_axis, _format_feature_mask(feature_mask, tensors), tensors))
         assert perturbations_per_eval is None or (
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
         output = _parse_forward_out(_run_forward(self.forward_func, tensors, target, additional_forward_args))
         if perturbations_per_eval is None:
-            perturbations_per_eval = self._perturbations_at_a_time(output, tensors, target, additional_forward_args)
+            doubled = partial(self._doubled, tensors, target, additional_forward_args)
+            perturbations_per_eval = copies_per_forward(output, doubled, tensors)
         sums, weights, _, flat_output, n_outputs, dtype = process_initial_eval(output, tensors, self.use_weights)
         progress: Any = NullProgress()
         if show_progress:
@@ -148,27 +150,11 @@ class FeatureAblation(captum.FeatureAblation):
             sums = [total.to(dtype) / weight for total, weight in zip(sums, weights, strict=True)]
         return _format_output(is_tuple, tuple(sums))
 
-    def _perturbations_at_a_time(
-        self, output: Tensor, tensors: tuple[Tensor, ...], target: TargetType, additional_forward_args: Any
-    ) -> int:
-        """As many as a forward pass likes, 1 where more rows do not give more outputs."""
-        n_examples = len(tensors[0])
-        if not output.dim() or len(output) != n_examples or any(len(tensor) != n_examples for tensor in tensors):
-            return 1
-        if n_examples == 1 and not self._grows_with_rows(tensors, target, additional_forward_args):
-            return 1
-        return max(1, default_rows_per_forward(tensors) // n_examples)
-
-    def _grows_with_rows(self, tensors: tuple[Tensor, ...], target: TargetType, additional_forward_args: Any) -> bool:
-        """Whether two rows give two outputs; one row does not tell one output a row from one a batch."""
-        doubled = tuple(torch.cat([tensor] * 2) for tensor in tensors)
+    def _doubled(self, tensors: tuple[Tensor, ...], target: TargetType, additional_forward_args: Any) -> Any:
+        """The output on two copies of the batch."""
         arguments = _expand_additional_forward_args(additional_forward_args, 2) if additional_forward_args else None
-        try:
-            with torch.no_grad():
-                output = _run_forward(self.forward_func, doubled, _expand_target(target, 2), arguments)
-        except Exception:
-            return False  # it may know one row only
-        return isinstance(output, Tensor) and output.dim() > 0 and len(output) == 2
+        copies = tuple(torch.cat([tensor] * 2) for tensor in tensors)
+        return _run_forward(self.forward_func, copies, _expand_target(target, 2), arguments)
 
 
 class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
@@ -204,8 +190,9 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
     ) -> TensorOrTensors:
         """The output on the inputs minus that with the feature exchanged; arguments as for `FeatureAblation`."""
         kwargs.pop("baselines", None)
-        ablate: Any = FeatureAblation.attribute
-        attribution: TensorOrTensors = ablate.__wrapped__(
+        if perturbations_per_eval is None and isinstance(inputs, tuple) and len(inputs) > 1:
+            perturbations_per_eval = 1  # of several tensors the order of the draws depends on it
+        attribution: TensorOrTensors = part(FeatureAblation)(
             self,
             inputs,
             target=target,

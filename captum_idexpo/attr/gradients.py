@@ -16,7 +16,7 @@ from captum.attr._utils.common import _format_callable_baseline, _validate_noise
 from torch import Tensor
 
 from captum_idexpo.attr._graph import by_gradients, by_outputs, keeps_graph
-from captum_idexpo.attr._usage import TensorOrTensors, logged, require_trainable
+from captum_idexpo.attr._usage import TensorOrTensors, logged, part, require_trainable
 from captum_idexpo.attr.path import InSteps
 
 
@@ -370,4 +370,5 @@ def smoothed_over_baselines(between: Any, inputs: Any, baselines: Any, **argumen
     assert isinstance(distribution[0], Tensor), (
         f"baselines must be a distribution, tensors (n, ...) of n baselines, given: {baselines!r}."
     )
-    return NoiseTunnel(between).attribute(inputs, draw_baseline_from_distrib=True, baselines=distribution, **arguments)
+    tunnel = NoiseTunnel(between)
+    return part(NoiseTunnel)(tunnel, inputs, draw_baseline_from_distrib=True, baselines=distribution, **arguments)

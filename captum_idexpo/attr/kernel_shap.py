@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from captum.attr import KernelShap as CaptumKernelShap
-from torch import Generator
+from torch import Generator, Tensor
 
+from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.lime import Lime
@@ -62,8 +63,12 @@ class KernelShap(Lime, CaptumKernelShap):
         return self._regression
 
     def _draw(
-        self, problem: Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
+        self, problem: Problem, n_samples: int, sampling: str, share_masks: bool, generator: Generator | None
     ) -> Samples:
         n_features = problem.layout.n_features
-        masks, weights = streams.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
+
+        def draw(n_sets: int) -> tuple[Tensor, Tensor | None]:
+            return streams.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
+
+        masks, weights = draw(1) if share_masks else drawn_for(problem.n_examples, draw)
         return Samples(masks, weights)

@@ -20,7 +20,7 @@ from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradi
 from torch import Tensor, nn
 
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, with_gradients
-from captum_idexpo.attr._usage import logged
+from captum_idexpo.attr._usage import logged, part
 from captum_idexpo.attr.ablation import FeatureAblation
 from captum_idexpo.attr.gradients import IntegratedGradients, smoothed_over_baselines
 from captum_idexpo.attr.path import InSteps
@@ -493,7 +493,8 @@ class LayerFeatureAblation(captum.LayerFeatureAblation):
                 with _replaced(self.layer, replacements, attribute_to_layer_input):
                     return self.forward_func(*rest)
 
-            return FeatureAblation(forward).attribute(
+            return part(FeatureAblation)(
+                FeatureAblation(forward),
                 activations if len(activations) > 1 else activations[0],
                 baselines=layer_baselines,
                 target=target,

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._evaluation import BatchForward
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
+from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
@@ -154,7 +155,7 @@ class Lime(CaptumLime):
         precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
         with torch.set_grad_enabled(create_graph):
             with precisely():
-                samples = self._draw(problem, n_samples, sampling, 1 if share_masks else problem.n_examples, generator)
+                samples = self._draw(problem, n_samples, sampling, share_masks, generator)
             n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))
             bar_class = progress if show_progress else NullProgress
             with bar_class(total=n_forwards, desc=f"{self.get_name()} attribution") as bar:
@@ -167,15 +168,15 @@ class Lime(CaptumLime):
         return as_surrogate(self.interpretable_model)
 
     def _draw(
-        self, problem: Problem, n_samples: int, sampling: str, n_sets: int, generator: Generator | None
+        self, problem: Problem, n_samples: int, sampling: str, share_masks: bool, generator: Generator | None
     ) -> Samples:
-        """Draws masks, one set an example or one for all, and weighs them."""
+        """Draws masks, one set an example or, if shared, one for all, and weighs them."""
         kernel = InputKernel.of(self.similarity_func)
         one_by_one = self.perturb_func is not default_perturb_func or (
             kernel is None and not isinstance(self.similarity_func, MaskSimilarity)
         )
         if one_by_one:
-            if sampling != "captum" or n_sets != problem.n_examples:
+            if sampling != "captum" or share_masks:
                 raise ValueError(
                     "A custom perturb_func or similarity_func is called sample by sample: it goes with "
                     "sampling='captum' and share_masks=False only."
@@ -183,8 +184,11 @@ class Lime(CaptumLime):
             samples = self._draw_one_by_one(problem, n_samples)
         else:
             n_features = problem.layout.n_features
-            masks = streams.lime_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
-            samples = Samples(masks)
+
+            def draw(n_sets: int) -> Tensor:
+                return streams.lime_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
+
+            samples = Samples(draw(1) if share_masks else drawn_for(problem.n_examples, draw))
         if kernel is not None:
             return samples.weighted(
                 kernel.weights(samples.masks, problem.layout, problem.inputs, problem.baselines, problem.joint)

@@ -17,7 +17,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 from captum_idexpo.attr.ablation import FeatureAblation
 from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap
 from captum_idexpo.attr.gradients import GradientShap, IntegratedGradients
@@ -443,7 +443,8 @@ class NeuronFeatureAblation(captum.NeuronFeatureAblation):
             return selected
 
         compute = partial(
-            FeatureAblation(neuron).attribute,
+            part(FeatureAblation),
+            FeatureAblation(neuron),
             baselines=baselines,
             additional_forward_args=additional_forward_args,
             feature_mask=feature_mask,
@@ -466,5 +467,5 @@ def _of_neuron(
     explainer.gradient_func = construct_neuron_grad_fn(
         neuron.layer, neuron_selector, neuron.device_ids, attribute_to_neuron_input=of_its_input
     )
-    compute = partial(explainer.attribute.__wrapped__, explainer, **arguments)
+    compute = partial(part(type(explainer)), explainer, **arguments)
     return by_gradients(neuron, compute, inputs, create_graph, of_inputs=True)

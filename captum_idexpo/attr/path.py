@@ -6,8 +6,11 @@ import copy
 import warnings
 from typing import Any, TypeVar
 
+import torch
 from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor
+
+from captum_idexpo.attr._graph import keeps_graph
 
 Explainer = TypeVar("Explainer", bound="InSteps")
 
@@ -36,19 +39,23 @@ class InSteps:
         shared = self._steps_shared_by_chunks
         size = _steps_at_a_time(self._internal_batch_size, len(inputs[0]), 1 + shared)
         step_sizes, alphas = (function(n_steps + shared) for function in approximation_parameters(method))
-        chunks = [
-            attribute(
+        total: Any = None
+        for start in range(0, n_steps, size - shared):
+            chunk = attribute(
                 inputs=inputs,
                 n_steps=len(alphas[start : start + size]) - shared,
                 method=method,
                 step_sizes_and_alphas=(step_sizes[start : start + size], alphas[start : start + size]),
                 **arguments,
             )
-            for start in range(0, n_steps, size - shared)
-        ]
-        if isinstance(chunks[0], Tensor):
-            return sum(chunks[1:], chunks[0])
-        return tuple(sum(parts[1:], parts[0]) for parts in zip(*chunks, strict=True))
+            total = _added(total, chunk if isinstance(chunk, tuple) else (chunk,))
+        return total if isinstance(chunk, tuple) else total[0]
+
+
+def _added(total: tuple[Tensor, ...] | None, chunk: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The sum so far, which holds on to the chunks' graphs only where they are wanted."""
+    chunk = chunk if keeps_graph() else tuple(tensor.detach() for tensor in chunk)
+    return chunk if total is None else tuple(map(torch.add, total, chunk))
 
 
 def _steps_at_a_time(internal_batch_size: int, n_examples: int, at_least: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import captum.attr as captum
 import torch
@@ -13,16 +14,18 @@ from captum._utils.common import _format_feature_mask, _format_output, _is_tuple
 from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import BaselineType, TargetType
 from captum.attr._core.feature_ablation import _parse_forward_out
-from captum.attr._core.shapley_value import _perm_generator, _shape_feature_mask
-from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline
+from captum.attr._core.shapley_value import _shape_feature_mask
+from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline, _tensorize_baseline
 from torch import Tensor
 
-from captum_idexpo._evaluation import BatchForward, align_baselines, default_rows_per_forward, masked_copies, slices
+from captum_idexpo._evaluation import BatchForward, align_baselines, masked_copies, slices
 from captum_idexpo._features import FeatureLayout
 from captum_idexpo.attr._graph import by_outputs
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._perturbation import copies_per_forward
+from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 
 _MANY_COALITIONS = 2**16
+_VALUES_TO_COMPARE = 2**22
 
 
 class ShapleyValueSampling(captum.ShapleyValueSampling):
@@ -73,8 +76,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
                 every element is a feature.
             n_samples: orders drawn.
             perturbations_per_eval: coalitions of each example in one forward pass, which then has this many times B
-                rows. None: as many as fit 2^18 input values on a CPU, 2^24 on an accelerator; 1 where the forward
-                function returns one value a batch.
+                rows. None: as for `FeatureAblation`.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
 
@@ -118,89 +120,57 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         show_progress: bool,
     ) -> Any:
         is_tuple = _is_tuple(inputs)
-        tensors, baselines = _format_input_baseline(inputs, baselines)
+        tensors, given = _format_input_baseline(inputs, baselines)
         masks = _shape_feature_mask(_format_feature_mask(feature_mask, tensors), tensors)
         assert perturbations_per_eval is None or (
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
         layout = FeatureLayout.of_mask(masks, tensors)
-        coalitions, coefficients = self._coalitions(layout.n_features, n_samples, tensors[0].device)
-        outputs = self._evaluate(
-            coalitions,
-            tensors,
-            align_baselines(baselines, tensors),
-            layout,
-            BatchForward(self.forward_func, additional_forward_args, len(tensors[0]), target),
-            masks,
-            perturbations_per_eval,
-            show_progress,
-        )
-        values = coefficients.to(outputs.dtype) @ outputs.flatten(1)
+        aligned = align_baselines(_tensorize_baseline(tensors, given), tensors)
+        forward = BatchForward(self.forward_func, additional_forward_args, len(tensors[0]), target)
+
+        def evaluate(members: Tensor) -> Tensor:
+            keep = members[:, None].expand(-1, len(tensors[0]), -1)
+            rows = tuple(copies.flatten(0, 1) for copies in masked_copies(tensors, aligned, layout, keep))
+            output: Tensor = torch.atleast_1d(_parse_forward_out(forward(rows, n_copies=len(keep))))
+            return output
+
+        coalitions = self._coalitions(layout.n_features, n_samples, tensors[0].device)
+        outputs = self._evaluate(coalitions, evaluate, tensors, masks, perturbations_per_eval, show_progress)
+        with torch.autocast(outputs.device.type, enabled=False):
+            # The same for all coalitions, a large offset would cost the differences their last digits.
+            values = coalitions.values((outputs - outputs[:1]).flatten(1))
         return _format_output(is_tuple, _laid_out(values, outputs.shape[1:], layout, tensors))
 
-    def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Distinct coalitions, ``(M, D)`` booleans, and the values' coefficients in their outputs, ``(D, M)``."""
-        orders = torch.tensor(list(_perm_generator(n_features, n_samples))).reshape(n_samples, n_features)
-        position = orders.argsort(dim=1)
-        sizes = torch.arange(n_features + 1)
-        prefixes = position[:, None, :] < sizes[None, :, None]  # (n, D + 1, D)
-        coalitions, number = prefixes.flatten(0, 1).unique(dim=0, return_inverse=True)
-        number = number.reshape(n_samples, n_features + 1)
-        coefficients = torch.zeros(n_features, len(coalitions), dtype=torch.float64)
-        share = torch.full(orders.shape, 1 / n_samples, dtype=torch.float64)
-        coefficients.index_put_((orders, number[:, 1:]), share, accumulate=True)
-        coefficients.index_put_((orders, number[:, :-1]), -share, accumulate=True)
-        return coalitions.to(device), coefficients.to(device)
+    def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> Coalitions:
+        orders = [torch.randperm(n_features) for _ in range(n_samples)]  # Captum's draws
+        return Coalitions.of_orders(torch.stack(orders).to(device))
 
     def _evaluate(
         self,
-        coalitions: Tensor,
+        coalitions: Coalitions,
+        evaluate: Callable[[Tensor], Tensor],
         tensors: tuple[Tensor, ...],
-        baselines: tuple[Any, ...],
-        layout: FeatureLayout,
-        forward: BatchForward,
         masks: tuple[Tensor, ...],
         perturbations_per_eval: int | None,
         show_progress: bool,
     ) -> Tensor:
         """The outputs of each coalition, ``(M, *outputs)``, in double precision where they are."""
+        empty, full = (evaluate(coalitions.members(slice(k, k + 1))) for k in (0, 1))
         n_examples = len(tensors[0])
-
-        def evaluate(chunk: Tensor) -> Tensor:
-            keep = chunk[:, None].expand(-1, n_examples, -1)
-            rows = tuple(copies.flatten(0, 1) for copies in masked_copies(tensors, baselines, layout, keep))
-            output: Tensor = torch.atleast_1d(_parse_forward_out(forward(rows, n_copies=len(chunk))))
-            return output
-
-        first = evaluate(coalitions[:1])
-        _find_output_mode_and_verify(first, n_examples, perturbations_per_eval or 1, masks, allow_multi_outputs=True)
-        size = perturbations_per_eval or self._coalitions_at_a_time(first, evaluate, coalitions, tensors)
-        chunks = list(slices(len(coalitions) - 1, size))
-        outputs = [first[None]]
+        _find_output_mode_and_verify(full, n_examples, perturbations_per_eval or 1, masks, allow_multi_outputs=True)
+        twice_full = coalitions.members(slice(1, 2)).repeat(2, 1)
+        size = perturbations_per_eval or copies_per_forward(full, lambda: evaluate(twice_full), tensors)
+        chunks = [slice(2 + chunk.start, 2 + chunk.stop) for chunk in slices(coalitions.n - 2, size)]
+        outputs = [empty[None], full[None]]
         bar_class = progress if show_progress else NullProgress
-        with bar_class(total=1 + len(chunks), desc=f"{self.get_name()} attribution") as bar:
-            bar.update()
+        with bar_class(total=2 + len(chunks), desc=f"{self.get_name()} attribution") as bar:
+            bar.update(2)
             for chunk in chunks:
-                outputs.append(evaluate(coalitions[1:][chunk]).reshape(-1, *first.shape))
+                outputs.append(evaluate(coalitions.members(chunk)).reshape(-1, *full.shape))
                 bar.update()
         evaluated = torch.cat(outputs)
         return evaluated.to(torch.promote_types(evaluated.dtype, torch.float32))
-
-    def _coalitions_at_a_time(
-        self, first: Tensor, evaluate: Any, coalitions: Tensor, tensors: tuple[Tensor, ...]
-    ) -> int:
-        """As many as a forward pass likes, 1 where more rows do not give more outputs."""
-        n_examples = len(tensors[0])
-        if len(first) != n_examples:
-            return 1
-        if n_examples == 1 and len(coalitions) > 1:  # one row does not tell one output a row from one a batch
-            try:
-                with torch.no_grad():
-                    if len(evaluate(coalitions[:2])) != 2:
-                        return 1
-            except Exception:
-                return 1  # it may know one row only
-        return max(1, default_rows_per_forward(tensors) // n_examples)
 
 
 class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
@@ -235,8 +205,7 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
         create_graph: bool = False,
     ) -> TensorOrTensors:
         """What a feature adds to a coalition, the mean over all orders; arguments as for `ShapleyValueSampling`."""
-        sample: Any = ShapleyValueSampling.attribute
-        attribution: TensorOrTensors = sample.__wrapped__(
+        attribution: TensorOrTensors = part(ShapleyValueSampling)(
             self,
             inputs,
             baselines=baselines,
@@ -249,20 +218,87 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
         )
         return attribution
 
-    def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> Coalitions:
         if 2**n_features > _MANY_COALITIONS:
             warnings.warn(
                 f"Exact Shapley values of {n_features} features take 2^{n_features} evaluations of each example: group "
                 "them with a feature_mask, or use ShapleyValueSampling or KernelShap.",
                 stacklevel=2,
             )
-        numbers = torch.arange(2**n_features, device=device)
-        coalitions = (numbers[:, None] >> torch.arange(n_features, device=device)).bitwise_and(1).bool()
+        return Coalitions.all(n_features, device)
+
+
+class Coalitions(NamedTuple):
+    """Coalitions of features, the empty and the full one first, and what their outputs say of each feature."""
+
+    n: int
+    members: Callable[[slice], Tensor]
+    """Of a slice of them, ``(m, D)`` booleans."""
+    values: Callable[[Tensor], Tensor]
+    """Outputs ``(n, K)`` -> values ``(D, K)``."""
+
+    @classmethod
+    def all(cls, n_features: int, device: torch.device) -> Coalitions:
+        """Each of the 2^D, for exact values."""
+        features = torch.arange(n_features, device=device)
         # A coalition S adds |S|! (D - |S| - 1)! / D! of its output to the features outside, with a minus.
         shares = [1 / (n_features * math.comb(n_features - 1, size)) for size in range(n_features)]
-        share = torch.tensor([0.0, *shares, 0.0], dtype=torch.float64, device=device)
-        size = coalitions.sum(dim=1)
-        return coalitions, torch.where(coalitions, share[size][:, None], -share[size + 1][:, None]).T
+
+        def members(chunk: slice) -> Tensor:
+            numbers = _last_second(2**n_features, device)[chunk]
+            return (numbers[:, None] >> features).bitwise_and(1).bool()
+
+        def values(outputs: Tensor) -> Tensor:
+            inside = members(slice(None))
+            share = outputs.new_tensor([0.0, *shares, 0.0])
+            size = inside.sum(dim=1)
+            return torch.where(inside, share[size][:, None], -share[size + 1][:, None]).T @ outputs
+
+        return cls(2**n_features, members, values)
+
+    @classmethod
+    def of_orders(cls, orders: Tensor) -> Coalitions:
+        """Those that the orders ``(n, D)`` go through: the first k features of each, k from 0 to D."""
+        n_orders, n_features = orders.shape
+        position = orders.argsort(dim=1)
+        sizes = torch.arange(n_features + 1, device=orders.device)
+        if n_orders * n_features**2 > _VALUES_TO_COMPARE:
+            return cls._one_by_one(orders, position)
+        # Few enough to see which ones are the same.
+        distinct, number = (position[:, None, :] < sizes[:, None]).flatten(0, 1).unique(dim=0, return_inverse=True)
+        order = _last_second(len(distinct), orders.device)
+        number = order.argsort()[number].reshape(n_orders, -1)
+        return cls(len(distinct), distinct[order].__getitem__, _gains(orders, number))
+
+    @classmethod
+    def _one_by_one(cls, orders: Tensor, position: Tensor) -> Coalitions:
+        """The empty and the full coalition, which all orders have, as 0 and 1; then the others, made when asked for."""
+        n_orders, n_features = orders.shape
+        n_inner = n_features - 1
+        inner = torch.arange(2, 2 + n_orders * n_inner, device=orders.device).reshape(n_orders, n_inner)
+        number = torch.cat([torch.zeros_like(orders[:, :1]), inner, torch.ones_like(orders[:, :1])], dim=1)
+
+        def members(chunk: slice) -> Tensor:
+            index = torch.arange(2 + inner.numel(), device=orders.device)[chunk]
+            size = torch.where(index < 2, index * n_features, (index - 2) % max(1, n_inner) + 1)
+            return position[(index - 2).clamp_min(0) // max(1, n_inner)] < size[:, None]
+
+        return cls(2 + inner.numel(), members, _gains(orders, number))
+
+
+def _last_second(n: int, device: torch.device) -> Tensor:
+    """0, n - 1, then the numbers between."""
+    return torch.tensor([0, n - 1, *range(1, n - 1)], device=device)
+
+
+def _gains(orders: Tensor, number: Tensor) -> Callable[[Tensor], Tensor]:
+    """What features add to those before them, means over orders whose prefixes are numbered ``(n, D + 1)``."""
+
+    def values(outputs: Tensor) -> Tensor:
+        gains = (outputs[number[:, 1:]] - outputs[number[:, :-1]]).flatten(0, 1) / len(orders)
+        return outputs.new_zeros(orders.shape[1], outputs.shape[1]).index_add(0, orders.flatten(), gains)
+
+    return values
 
 
 def _laid_out(

@@ -1,5 +1,9 @@
 """Metrics of attributions, beside `captum.metrics`: how faithful is an explanation to the model?"""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from captum_idexpo.metrics.insertion_deletion import (
     InsertionDeletionScores,
     deletion,
@@ -15,7 +19,12 @@ from captum_idexpo.metrics.local_fidelity import (
 )
 from captum_idexpo.metrics.sensitivity_n import sensitivity_n
 
+if TYPE_CHECKING:
+    from captum_idexpo.metrics.accumulated import Deletion, Insertion
+
 __all__ = [
+    "Deletion",
+    "Insertion",
     "InsertionDeletionScores",
     "LinearExplanation",
     "LocalLinearModels",
@@ -27,3 +36,12 @@ __all__ = [
     "sensitivity_n",
     "stability",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The torchmetrics, imported when they are asked for, since torchmetrics is an extra."""
+    if name in ("Deletion", "Insertion"):
+        from captum_idexpo.metrics import accumulated
+
+        return getattr(accumulated, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

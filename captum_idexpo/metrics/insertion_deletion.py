@@ -26,6 +26,7 @@ from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import default_rows_per_forward, evaluate_copies, masked_copies
 from captum_idexpo._recomputation import MemoryBudget
+from captum_idexpo._sharing import drawn_for
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
@@ -262,7 +263,7 @@ class StepSchedule:
             )
         device = self.steps.device
         source = device if generator is None else generator.device
-        uniform = torch.rand(n_examples, k, device=source, generator=generator).to(device)
+        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=source, generator=generator)).to(device)
         bounds = torch.arange(k + 1, device=device) * self.n_steps // k
         sizes = bounds.diff(dim=1)
         drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))

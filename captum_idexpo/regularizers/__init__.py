@@ -2,7 +2,7 @@
 
 from captum_idexpo.regularizers.attribution_priors import Smoothness, Sparsity
 from captum_idexpo.regularizers.expo import Fidelity, GaussianNeighbors, MaskedNeighbors, Stability, UniformNeighbors
-from captum_idexpo.regularizers.insertion_deletion import InsertionDeletion
+from captum_idexpo.regularizers.insertion_deletion import InsertionDeletion, mean_inputs
 from captum_idexpo.regularizers.right_reasons import Explanation, RightForTheRightReasons, find_another_explanation
 from captum_idexpo.regularizers.saliency_guided import SaliencyGuided
 
@@ -19,4 +19,5 @@ __all__ = [
     "Stability",
     "UniformNeighbors",
     "find_another_explanation",
+    "mean_inputs",
 ]

@@ -26,6 +26,7 @@ from captum_idexpo._evaluation import (
     slices,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
 from captum_idexpo.metrics._locations import groups_of
@@ -73,10 +74,17 @@ class GaussianNeighbors:
         n_examples, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
         sizes = [tensor[0].numel() for tensor in tensors]
         if not self.one_dimensional:
-            coordinates = torch.randn(n_examples, n, sum(sizes), generator=generator, device=device, dtype=dtype)
+            coordinates = drawn_for(
+                n_examples,
+                lambda b: torch.randn(b, n, sum(sizes), generator=generator, device=device, dtype=dtype),
+            )
             return Neighbors(_moved(tensors, self.sigma * coordinates), coordinates)
-        along = torch.randint(sum(sizes), (n_examples, 1, 1), generator=generator, device=device)
-        coordinates = torch.randn(n_examples, n, 1, generator=generator, device=device, dtype=dtype)
+        along = drawn_for(
+            n_examples, lambda b: torch.randint(sum(sizes), (b, 1, 1), generator=generator, device=device)
+        )
+        coordinates = drawn_for(
+            n_examples, lambda b: torch.randn(b, n, 1, generator=generator, device=device, dtype=dtype)
+        )
         steps = coordinates.new_zeros(n_examples, n, sum(sizes)).scatter_(2, along.expand(-1, n, -1), coordinates)
         return Neighbors(_moved(tensors, self.sigma * steps), coordinates)
 
@@ -101,8 +109,10 @@ class UniformNeighbors:
 
     def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
         """So many neighbours of each example."""
-        shape = (len(tensors[0]), n, self.n_unknowns(tensors) - 1)
-        uniform = torch.rand(shape, generator=generator, device=tensors[0].device, dtype=tensors[0].dtype)
+        shape, device, dtype = (n, self.n_unknowns(tensors) - 1), tensors[0].device, tensors[0].dtype
+        uniform = drawn_for(
+            len(tensors[0]), lambda b: torch.rand(b, *shape, generator=generator, device=device, dtype=dtype)
+        )
         coordinates = 2 * uniform - 1
         return Neighbors(_moved(tensors, self.radius * coordinates), coordinates)
 
@@ -133,7 +143,10 @@ class MaskedNeighbors:
     def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
         """So many masked copies of each example."""
         layout = self._layout(tensors)
-        masks = lime_masks("independent", len(tensors[0]), n, layout.n_features, tensors[0].device, generator)
+        masks = drawn_for(
+            len(tensors[0]),
+            lambda b: lime_masks("independent", b, n, layout.n_features, tensors[0].device, generator),
+        )
         given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
         copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())
         dtype = tensors[0].dtype

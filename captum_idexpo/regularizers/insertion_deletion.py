@@ -12,8 +12,9 @@ copies, through the attribution inside the masks, and, for Grad-CAM, through its
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from captum_idexpo.regularizers._base import not_negative
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
 DELETION_FORMS = ("ratio", "log", "complement")
+MEAN = "mean"
 
 
 class InsertionDeletion(nn.Module):
@@ -56,8 +58,9 @@ class InsertionDeletion(nn.Module):
             averaged. For images ``(B, C, H, W)`` without feature mask, channels are averaged, so that a location is a
             pixel. Locations are ranked from the most positive: pass magnitudes (``abs`` of Saliency) where signs do not
             count.
-        baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
-            that returns them. Also passed to explainers that take baselines.
+        baselines: what masked locations are set to: a number, a tensor, a tuple of these, a callable of the inputs
+            that returns them, or "mean": the training inputs' mean over examples and positions, which the trainer
+            measures before it starts (`mean_inputs`). Also passed to explainers that take baselines.
         forward_func: what is masked and scored; default: the explainer's forward function.
         model: the module held in eval mode; found by itself where forward functions are modules or bound methods.
         insertion_weight, deletion_weight: weights of both terms (the paper: 0.001 to 0.1); 0 leaves a term out.
@@ -151,6 +154,7 @@ class InsertionDeletion(nn.Module):
         self.max_examples_per_batch = max_examples_per_batch
         self.memory_budget = memory_budget
         self.floor_share: Tensor | None = None
+        self.explainer_seconds = 0.0
         self._floor_reported = False
         self._check_settings()
 
@@ -228,6 +232,11 @@ class InsertionDeletion(nn.Module):
         memory: MemoryBudget | None = None,
     ) -> tuple[Masking, Tensor]:
         """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
+        if isinstance(self.baselines, str):
+            raise ValueError(
+                f"baselines={self.baselines!r} is measured by the trainer; in a loop of your own pass "
+                "baselines=mean_inputs(train_loader)."
+            )
         baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
@@ -244,7 +253,9 @@ class InsertionDeletion(nn.Module):
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
         }
+        started = time.perf_counter()
         maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
+        self.explainer_seconds = time.perf_counter() - started
         locations = Locations.of(maps, tensors, groups)
         require_finite((locations.values.detach(),), "attributions")
         if cells is None:
@@ -348,6 +359,8 @@ class InsertionDeletion(nn.Module):
             raise ValueError(f"deletion_form must be one of {DELETION_FORMS}, given: {self.deletion_form!r}.")
         if self.deletion_floor is not None and not 0 <= self.deletion_floor < 1:
             raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
+        if isinstance(self.baselines, str) and self.baselines != MEAN:
+            raise ValueError(f"baselines must be numbers, tensors, a callable or {MEAN!r}, given: {self.baselines!r}.")
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
         MemoryBudget.of(self.memory_budget, graph=False)
@@ -357,6 +370,39 @@ class InsertionDeletion(nn.Module):
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
                 stacklevel=3,
             )
+
+
+def mean_inputs(loader: Iterable[Any]) -> Any:
+    """The mean of a loader's inputs, as baselines: for each tensor ``(1, C, 1, ...)``, or ``(1, D)`` for rows.
+
+    Raises:
+        ValueError: the loader yields no batch.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.regularizers import mean_inputs
+        >>> mean_inputs([(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 1]))])
+        tensor([[2., 4.]])
+    """
+    sums: list[Tensor] = []
+    n_examples, is_tuple = 0, False
+    for batch in loader:
+        inputs = batch[0]
+        is_tuple = isinstance(inputs, (tuple, list))
+        tensors = inputs if is_tuple else (inputs,)
+        channels = [_channel_means(tensor.double()) for tensor in tensors]
+        totals = [channel.sum(dim=0, keepdim=True) for channel in channels]
+        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
+        n_examples += len(tensors[0])
+    if not n_examples:
+        raise ValueError("The loader yielded no batch to take the mean of.")
+    baselines = tuple((total / n_examples).to(t.dtype) for total, t in zip(sums, tensors, strict=True))
+    return baselines if is_tuple else baselines[0]
+
+
+def _channel_means(tensor: Tensor) -> Tensor:
+    """Means over all axes behind the first two."""
+    return tensor.mean(dim=tuple(range(2, tensor.dim())), keepdim=True) if tensor.dim() > 2 else tensor
 
 
 def _like(inputs: Any, values: tuple[Any, ...]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import class_labels, log_probabilities
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
@@ -106,5 +107,10 @@ class SaliencyGuided(Regularizer):
             low, high = tensor.detach().amin(axes, keepdim=True), tensor.detach().amax(axes, keepdim=True)
         else:
             low, high = (torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device) for value in self.value_range)
-        uniform = torch.rand(tensor.shape, generator=self.generator, dtype=tensor.dtype, device=tensor.device)
+        uniform = drawn_for(
+            len(tensor),
+            lambda b: torch.rand(
+                b, *tensor.shape[1:], generator=self.generator, dtype=tensor.dtype, device=tensor.device
+            ),
+        )
         return low + (high - low) * uniform

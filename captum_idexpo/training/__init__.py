@@ -1,7 +1,14 @@
 """Training with explanation regularizers: the loss as one module, a trainer, its history."""
 
+from captum_idexpo.training.checkpoint import CheckpointError
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss
-from captum_idexpo.training.trainer import ExplanationRegularizedTrainer
+from captum_idexpo.training.trainer import ExplanationRegularizedTrainer, linear_warmup
 
-__all__ = ["ExplanationRegularizedLoss", "ExplanationRegularizedTrainer", "History"]
+__all__ = [
+    "CheckpointError",
+    "ExplanationRegularizedLoss",
+    "ExplanationRegularizedTrainer",
+    "History",
+    "linear_warmup",
+]

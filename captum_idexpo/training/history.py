@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,14 @@ class History(list[dict[str, float]]):
         except ImportError as error:
             raise ImportError("History.to_pandas needs pandas: `pip install 'captum-idexpo[plot]'`.") from error
         return pd.DataFrame(list(self))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the rows as a table of comma-separated values, a column for each name that occurs."""
+        names = list(dict.fromkeys(name for row in self for name in row))
+        with Path(path).open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self)
 
     def plot(self) -> Any:
         """A matplotlib figure: losses on the left, validation scores on the right; ImportError without matplotlib."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._sharing import share_of_batch
 
 
 class ExplanationRegularizedLoss(nn.Module):
@@ -54,6 +56,8 @@ class ExplanationRegularizedLoss(nn.Module):
         self.model = model
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn
+        self.regularizer_factor = 1.0
+        self.seconds: dict[str, float] = {}
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch (inputs, target) or (inputs, target, annotations).
@@ -66,18 +70,35 @@ class ExplanationRegularizedLoss(nn.Module):
             TypeError: a batch of another form.
             ValueError: an empty batch, or a task loss that is no scalar.
         """
+        terms = self.terms(batch)
+        loss = torch.stack([term.to(terms["task"].dtype) for term in terms.values()]).sum()
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def terms(self, batch: Any) -> dict[str, Tensor]:
+        """The loss's parts by name, with their graphs; errors as for `forward`."""
         inputs, target, annotations = unpack_batch(batch)
         if isinstance(target, Tensor) and not target.numel():
             raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
+        started = time.perf_counter()
         task = self.loss_fn(call_model(self.model, inputs), target)
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
-        terms = {"task": task}
-        for regularizer in self.regularizers:
-            for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
-                terms[_unused(name, terms)] = term
-        loss = torch.stack([term.to(task.dtype) for term in terms.values()]).sum()
-        return loss, {name: term.detach() for name, term in terms.items()}
+        terms, self.seconds = {"task": task}, {"task": time.perf_counter() - started}
+        with share_of_batch():
+            for regularizer in self.regularizers:
+                started = time.perf_counter()
+                for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
+                    terms[_unused(name, terms)] = (
+                        term if self.regularizer_factor == 1 else self.regularizer_factor * term
+                    )
+                self._time(regularizer, time.perf_counter() - started)
+        return terms
+
+    def _time(self, regularizer: Any, seconds: float) -> None:
+        """Splits a regularizer's time into that of its explainer and the rest."""
+        explainer = getattr(regularizer, "explainer_seconds", 0.0)
+        for name, part in (("explainer", explainer), ("metric", seconds - explainer)):
+            self.seconds[name] = self.seconds.get(name, 0.0) + part
 
 
 def unpack_batch(batch: Any) -> tuple[Any, Any, Any]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode, training_mode
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers.insertion_deletion import MEAN, mean_inputs
+from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
@@ -21,6 +26,8 @@ from captum_idexpo.training.processes import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_DWARFS = 10  # times the task's gradient
 
 
 class ExplanationRegularizedTrainer:
@@ -39,11 +46,24 @@ class ExplanationRegularizedTrainer:
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
         patience: stop after this many epochs without a better validation score.
+        max_grad_norm: clip the gradient to this norm before each update.
+        weight_schedule: the number of updates so far -> a factor on all regularizers' terms, `linear_warmup(500)` for
+            example.
+        on_non_finite: "stop" with an error when a term turns NaN or infinite, or "skip" the batch with a warning.
+        gradient_norms_every: measure each term's gradient norm every so many updates, and warn where one is more than
+            ten times the task's. Costs an additional forward and backward pass then.
+        checkpoint_dir: where checkpoints are written, the last two kept; see `resume`.
+        checkpoint_every: write one after so many updates, besides those after each epoch.
+        callbacks: called after each epoch with the trainer and the row of the history.
         show_progress: show a progress bar an epoch, with the loss's parts.
+
+    Trackers of the accelerator (``Accelerator(log_with="tensorboard", project_dir=...)`` after its ``init_trackers``)
+    are given each row of the history.
 
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
-        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer.
+        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the model is
+            compiled, though its regularizers need a second derivative; an argument out of range.
 
     Example:
         >>> import torch
@@ -61,8 +81,8 @@ class ExplanationRegularizedTrainer:
         >>> data = torch.utils.data.TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(3, (16,)))
         >>> loader = torch.utils.data.DataLoader(data, batch_size=8)
         >>> history = trainer.fit(loader, val_loader=loader, epochs=2)
-        >>> [sorted(row)[:4] for row in history]
-        [['deletion', 'epoch', 'insertion', 'loss'], ['deletion', 'epoch', 'insertion', 'loss']]
+        >>> [name for name in history[0] if "seconds" not in name][:5]
+        ['epoch', 'loss', 'task', 'insertion', 'deletion']
         >>> sorted(trainer.evaluate(loader))
         ['accuracy', 'deletion', 'insertion', 'loss', 'one_minus_deletion', 'valscore']
     """
@@ -80,12 +100,29 @@ class ExplanationRegularizedTrainer:
         freeze_batch_norm: bool = True,
         accuracy_weight: float = 2.0,
         patience: int = 10,
+        max_grad_norm: float | None = None,
+        weight_schedule: Callable[[int], float] | None = None,
+        on_non_finite: Literal["stop", "skip"] = "stop",
+        gradient_norms_every: int | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        callbacks: Iterable[Callable[[ExplanationRegularizedTrainer, dict[str, float]], None]] = (),
         show_progress: bool = True,
     ) -> None:
         _check_trainable(model, optimizer)
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch, given: {patience}.")
+        for name, value in (
+            ("patience", patience),
+            ("gradient_norms_every", gradient_norms_every),
+            ("checkpoint_every", checkpoint_every),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, given: {value}.")
+        if on_non_finite not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite must be 'stop' or 'skip', given: {on_non_finite!r}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, given: {max_grad_norm}.")
         loss = ExplanationRegularizedLoss(model, regularizers, loss_fn)
+        check_differentiable_twice(model, loss.regularizers)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
         self._loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
@@ -96,9 +133,17 @@ class ExplanationRegularizedTrainer:
         self.freeze_batch_norm = freeze_batch_norm
         self.accuracy_weight = accuracy_weight
         self.patience = patience
+        self.max_grad_norm = max_grad_norm
+        self.weight_schedule = weight_schedule
+        self.on_non_finite = on_non_finite
+        self.gradient_norms_every = gradient_norms_every
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_every = checkpoint_every
+        self.callbacks = list(callbacks)
         self.show_progress = show_progress
         self.history = History()
         self._prepared: dict[int, tuple[Any, Any]] = {}
+        self._resumed: dict[str, Any] | None = None
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, epochs: int = 1) -> History:
         """Trains, and keeps the weights of the epoch with the best validation score.
@@ -107,46 +152,81 @@ class ExplanationRegularizedTrainer:
             train_loader: yields (inputs, target) or (inputs, target, annotations); inputs are a tensor, a tuple or,
                 where no regularizer explains them, a mapping.
             val_loader: yields (inputs, target), for selection and early stopping; None: the last weights are kept.
-            epochs: passes over the training data at most.
+            epochs: passes over the training data at most; after `resume`, in all.
 
         Returns:
-            A row an epoch: "epoch", "loss" and its parts by name; with a val_loader also the scores of `evaluate`,
-            their names prefixed with "val" ("val_accuracy"), and "valscore". A weight that is "auto" is reported as
-            "<term>_weight".
+            A row an epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the share of it spent on
+            "task", each regularizer and "backward"; with a val_loader also the scores of `evaluate`, their names
+            prefixed with "val" ("val_accuracy"), and "valscore". A weight that is "auto" is reported as
+            "<term>_weight", the deletion floor as "deletion_floor_share" (how many masked copies it binds), batches
+            that were left out as "skipped", gradient norms as "<term>_gradient_norm".
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
                 model is left with the last weights whose task loss is finite on the last batch before. Or a validation
                 score did; then with the best weights so far. `history` holds the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
+            CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, given: {epochs}.")
+        self._measure_mean_baselines(train_loader)
         train_loader, val_loader = self._prepare(train_loader), self._prepare(val_loader)
         self.optimizer.zero_grad()
-        history = self.history = History()
-        best_score, best_epoch, best_weights = -math.inf, 0, None
-        for epoch in range(1, epochs + 1):
-            row: dict[str, float] = {"epoch": epoch, **self._train_epoch(train_loader, epoch, epochs)}
+        run = self._start(train_loader, val_loader)
+        while run.epoch <= epochs and not run.finished:
+            row: dict[str, float] = {"epoch": run.epoch, **self._train_epoch(train_loader, run, epochs)}
             row.update(self._automatic_weights())
-            history.append(row)
+            run.history.append(row)
             self._step_scheduler(row["loss"])
-            if val_loader is None:
-                continue
-            scores = self._evaluate(val_loader, "predicted")
-            for name, value in scores.items():
-                if not math.isfinite(value):
-                    if best_weights is not None:
-                        self.model.load_state_dict(best_weights)
-                    raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {epoch}.")
-            row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
-            if row["valscore"] > best_score:
-                best_score, best_epoch, best_weights = row["valscore"], epoch, _copied(self.model.state_dict())
-            elif epoch - best_epoch >= self.patience:
-                break
-        if best_weights is not None:
-            self.model.load_state_dict(best_weights)
-        return history
+            if val_loader is not None:
+                self._select(run, row, self._evaluate(val_loader, "predicted"))
+            self.accelerator.log(row, step=run.epoch)
+            for callback in self.callbacks:
+                callback(self, row)
+            run.next_epoch()
+            self._save(run)
+        if run.best_weights is not None:
+            self.model.load_state_dict(run.best_weights)
+        return run.history
+
+    def resume(self, path: str | Path | None = None) -> None:
+        """Makes the next `fit` continue where a killed run stopped, with the same model, optimizer and loaders.
+
+        Everything is put back: weights, optimizer, scheduler, automatic weights, all random streams, the position in
+        the epoch, the best weights and the history. On a CPU the result is that of a run that was never killed, bit
+        for bit. Batches of the epoch that were done before are read again and passed over.
+
+        Args:
+            path: a checkpoint file, or a folder whose latest good one is taken; None: `checkpoint_dir`.
+
+        Raises:
+            CheckpointError: there is none, or none that is good; or it belongs to another model or optimizer.
+            ValueError: neither a path nor a checkpoint_dir.
+        """
+        folder = self.checkpoint_dir if path is None else Path(path)
+        if folder is None:
+            raise ValueError("resume() needs a path, or a trainer with a checkpoint_dir.")
+        state, found = checkpoint.load_latest(folder)
+        if len(state["random"]) != self.accelerator.num_processes:
+            raise checkpoint.CheckpointError(
+                f"{found} was written by {len(state['random'])} processes, these are {self.accelerator.num_processes}: "
+                "continue with as many."
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
+                regularizer.load_state_dict(own)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{found} belongs to another model, optimizer or set of regularizers: {error}"
+            ) from error
+        self._resumed = state
 
     def evaluate(
         self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
@@ -164,11 +244,71 @@ class ExplanationRegularizedTrainer:
         """
         return self._evaluate(self._prepare(loader), explain)
 
+    @property
+    def _regularizers(self) -> Iterable[Any]:
+        return cast(Iterable[Any], self._unwrapped.regularizers)
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self._loss)
+
     def _automatic_weights(self) -> dict[str, float]:
         """The weights that regularizers set themselves, "<term>_weight"."""
-        regularizers = self.accelerator.unwrap_model(self._loss).regularizers
-        automatic = [regularizer for regularizer in regularizers if getattr(regularizer, "is_automatic", False)]
+        automatic = [regularizer for regularizer in self._regularizers if getattr(regularizer, "is_automatic", False)]
         return {f"{regularizer.term}_weight": regularizer.weight for regularizer in automatic}
+
+    def _measure_mean_baselines(self, loader: Any) -> None:
+        judges = [self.evaluation] if self.evaluation is not None else []
+        for regularizer in {id(r): r for r in [*self._regularizers, *judges]}.values():
+            if getattr(regularizer, "baselines", None) is MEAN:
+                regularizer.baselines = mean_inputs(loader)
+
+    def _start(self, train_loader: Any, val_loader: Any) -> _Run:
+        """A new run, or the one that is resumed."""
+        generators = list(_generators(train_loader, val_loader, self._regularizers, self.evaluation))
+        run = _Run(generators, self.accelerator)
+        if self._resumed is not None:
+            run.load_state_dict(self._resumed["run"], self._resumed["random"])
+            self._resumed = None
+        self.history = run.history
+        return run
+
+    def _select(self, run: _Run, row: dict[str, float], scores: dict[str, float]) -> None:
+        """Adds validation scores to a row, keeps the best weights, and ends the run when patience does."""
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                if run.best_weights is not None:
+                    self.model.load_state_dict(run.best_weights)
+                raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {run.epoch}.")
+        row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
+        if row["valscore"] > run.best_score:
+            run.best_score, run.best_epoch = row["valscore"], run.epoch
+            run.best_weights = _copied(self.model.state_dict())
+        elif run.epoch - run.best_epoch >= self.patience:
+            run.finished = True
+
+    def _checkpoint_is_due(self, run: _Run) -> bool:
+        """Between two updates, never between the batches that one update accumulates."""
+        every = self.checkpoint_every
+        return bool(every and run.updates and not run.updates % every and self.accelerator.sync_gradients)
+
+    def _save(self, run: _Run) -> None:
+        """Writes a checkpoint, if any are wanted; all processes wait for it."""
+        if self.checkpoint_dir is None:
+            return
+        randoms = run.random_states()
+        if self.accelerator.is_main_process:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
+                "run": run.state_dict(),
+                "random": randoms,
+            }
+            checkpoint.save(state, self.checkpoint_dir, run.updates)
+        self.accelerator.wait_for_everyone()
 
     def _evaluate(self, loader: Any, explain: Literal["predicted", "label"]) -> dict[str, float]:
         return evaluate(
@@ -181,46 +321,60 @@ class ExplanationRegularizedTrainer:
             accelerator=self.accelerator,
         )
 
-    def _train_epoch(self, loader: Any, epoch: int, epochs: int) -> dict[str, float]:
-        """One pass over the data; means of the loss and its parts."""
+    def _train_epoch(self, loader: Any, run: _Run, epochs: int) -> dict[str, float]:
+        """One pass over the data, or the rest of one; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
         weights, last_batch = _Weights(self.model), None
-        totals: dict[str, float] = {}
-        n_steps = 0
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
-        with tqdm(loader, desc=f"epoch {epoch}/{epochs}", disable=hidden) as bar, self._training_mode():
-            for step, batch in enumerate(bar, start=1):
-                where = f"epoch {epoch}, step {step}"
-                try:
-                    parts = self._step(batch, where, weights)
-                except NonFiniteError as error:
-                    self._return_to_good(weights, last_batch)
-                    where = "" if where in str(error) else f" ({where})"
-                    raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
-                last_batch = batch
-                totals = {name: totals.get(name, 0.0) + value for name, value in parts.items()}
-                n_steps += 1
-                bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()})
-        if not n_steps:
+        batches = run.batches(loader)
+        with tqdm(batches, desc=f"epoch {run.epoch}/{epochs}", disable=hidden, initial=run.step) as bar:
+            for batch in bar:
+                where = f"epoch {run.epoch}, step {run.step + 1}"
+                with self._training_mode():
+                    try:
+                        started = time.perf_counter()
+                        parts = self._step(batch, where, weights, run)
+                        parts = {**parts, "seconds_per_step": time.perf_counter() - started}
+                    except NonFiniteError as error:
+                        self._return_to_good(weights, last_batch)
+                        if self.on_non_finite == "stop":
+                            where = "" if where in str(error) else f" ({where})"
+                            raise NonFiniteError(
+                                f"{error}{where} The model is left with its last good weights."
+                            ) from error
+                        warnings.warn(f"{error} ({where}) The batch is left out.", stacklevel=2)
+                        self.optimizer.zero_grad()
+                        parts = {"skipped": 1.0}
+                last_batch = batch if "skipped" not in parts else last_batch
+                run.add(parts)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items() if name in run.shown})
+                if self._checkpoint_is_due(run):
+                    self._save(run)
+        if not run.step:
             raise ValueError(
-                f"The training loader yielded no batch in epoch {epoch}: give a DataLoader or a list of batches (an "
-                "iterator is empty after one pass)."
+                f"The training loader yielded no batch in epoch {run.epoch}: give a DataLoader or a list of batches "
+                "(an iterator is empty after one pass)."
             )
         self.optimizer.zero_grad()
-        if not self._task_loss_is_finite(last_batch):
+        with self._training_mode():
+            finite = last_batch is None or self._task_loss_is_finite(last_batch)
+        if not finite:
             weights.restore()
             raise NonFiniteError(
-                f"After the last step of epoch {epoch} the loss is NaN or infinite: lower the learning rate. The model "
-                "is left with the weights before that step."
+                f"After the last step of epoch {run.epoch} the loss is NaN or infinite: lower the learning rate. The "
+                "model is left with the weights before that step."
             )
-        return {name: total / n_steps for name, total in totals.items()}
+        return run.means()
 
-    def _step(self, batch: Any, where: str, weights: _Weights) -> dict[str, float]:
+    def _step(self, batch: Any, where: str, weights: _Weights, run: _Run) -> dict[str, float]:
         """One update; the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
         batch = send_to_device(batch, self.accelerator.device)
+        module = self._unwrapped
+        module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
+        norms = self._gradient_norms(batch, run.updates)
         with self.accelerator.accumulate(self._loss):
             with failing_together(self.accelerator):
                 loss, parts = self._loss(batch)
@@ -229,14 +383,50 @@ class ExplanationRegularizedTrainer:
             for name in [*parts, "loss"]:
                 if not math.isfinite(named[name]):
                     raise NonFiniteError(f"The loss term {name!r} turned {named[name]} in {where}.")
+            started = time.perf_counter()
             self.accelerator.backward(loss)
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
                     _check_gradients(self.model, where)
+            module.seconds["backward"] = time.perf_counter() - started
             weights.keep()
+            if self.accelerator.sync_gradients:
+                if self.max_grad_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                run.updates += 1
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return named
+        shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
+        return {**named, **norms, **self._floor_shares(), **shares}
+
+    def _floor_shares(self) -> dict[str, float]:
+        """How many masked copies the deletion floor binds, where there is one."""
+        shares = [r.floor_share for r in self._regularizers if getattr(r, "floor_share", None) is not None]
+        return {"deletion_floor_share": float(torch.stack(shares).mean())} if shares else {}
+
+    def _gradient_norms(self, batch: Any, update: int) -> dict[str, float]:
+        """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
+        if self.gradient_norms_every is None or update % self.gradient_norms_every:
+            return {}
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        state = checkpoint.random_state([])
+        terms = self._unwrapped.terms(batch)
+        norms = {}
+        for name, term in terms.items():
+            if term.requires_grad:
+                gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+                norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        checkpoint.set_random_state(state, [])
+        task = norms.get("task", 0.0)
+        for name, norm in norms.items():
+            if norm > _DWARFS * task > 0:
+                warnings.warn(
+                    f"The gradient of {name!r} is {norm / task:.0f} times the task's: lower its weight, or raise it "
+                    "slowly with weight_schedule.",
+                    stacklevel=2,
+                )
+        return {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
     def _return_to_good(self, weights: _Weights, last_batch: Any) -> None:
         """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
@@ -261,7 +451,9 @@ class ExplanationRegularizedTrainer:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(loss)
         elif self.scheduler is not None:
-            self.scheduler.step()
+            with warnings.catch_warnings():  # the updates before it may have been those of a run that is resumed
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
     def _prepare(self, loader: Any) -> Any:
         if not isinstance(loader, DataLoader):
@@ -269,6 +461,97 @@ class ExplanationRegularizedTrainer:
         if id(loader) not in self._prepared:  # the accelerator keeps every loader that it has prepared
             self._prepared[id(loader)] = (loader, self.accelerator.prepare_data_loader(loader))
         return self._prepared[id(loader)][1]
+
+
+class _Run:
+    """Where a run is, and what it has found so far."""
+
+    def __init__(self, generators: list[Generator], accelerator: Accelerator) -> None:
+        self._generators = generators
+        self._accelerator = accelerator
+        self.history = History()
+        self.epoch, self.step, self.updates = 1, 0, 0
+        self.best_score, self.best_epoch = -math.inf, 0
+        self.best_weights: dict[str, Any] | None = None
+        self.finished = False
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._epoch_start: dict[str, Any] | None = None
+        self._here: dict[str, Any] | None = None
+
+    @property
+    def shown(self) -> list[str]:
+        """The names that a progress bar shows."""
+        return [name for name in self._sums if not name.startswith("seconds") and not name.endswith("_norm")]
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """This epoch's batches, those that were done before the run was resumed passed over."""
+        done, here = self.step, self._here
+        if hasattr(loader, "iteration"):
+            loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
+        if here is None:
+            self._epoch_start = checkpoint.random_state(self._generators)
+        else:  # the same order again, then on with the streams of the moment
+            assert self._epoch_start is not None
+            checkpoint.set_random_state(self._epoch_start, self._generators)
+        iterator = iter(loader)
+        for _ in range(done):
+            next(iterator, None)
+        if here is not None:
+            checkpoint.set_random_state(here, self._generators)
+            self._here = None
+        yield from iterator
+
+    def add(self, parts: dict[str, float]) -> None:
+        """Counts a step and what it measured."""
+        self.step += 1
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the epoch's steps; of skipped batches the number."""
+        return {name: value if name == "skipped" else value / self._counts[name] for name, value in self._sums.items()}
+
+    def next_epoch(self) -> None:
+        """Ends an epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self._sums, self._counts, self._epoch_start = {}, {}, None
+
+    def random_states(self) -> list[dict[str, Any]]:
+        """The random streams of each process, now and at the epoch's start."""
+        own = {"here": checkpoint.random_state(self._generators), "epoch_start": self._epoch_start}
+        if self._accelerator.num_processes == 1:
+            return [own]
+        gathered: list[Any] = [None] * self._accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, own)
+        return gathered
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run."""
+        return {
+            "history": [dict(row) for row in self.history],
+            "position": [self.epoch, self.step, self.updates],
+            "best": [self.best_score, self.best_epoch],
+            "best_weights": self.best_weights,
+            "finished": self.finished,
+            "sums": self._sums,
+            "counts": self._counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:
+        """Puts the run where it was."""
+        self.history[:] = state["history"]
+        self.epoch, self.step, self.updates = state["position"]
+        self.best_score, self.best_epoch = state["best"]
+        self.best_weights, self.finished = state["best_weights"], state["finished"]
+        self._sums, self._counts = state["sums"], state["counts"]
+        own = randoms[self._accelerator.process_index]
+        self._epoch_start = own["epoch_start"]
+        if self._epoch_start is None:  # between two epochs
+            checkpoint.set_random_state(own["here"], self._generators)
+        else:
+            self._here = own["here"]
 
 
 class _Weights:
@@ -298,6 +581,51 @@ class _Weights:
     def _copy(sources: list[Any], destinations: list[Any]) -> None:
         for source, destination in zip(sources, destinations, strict=True):
             destination.copy_(source)
+
+
+def _generators(*owners: Any) -> Iterator[Generator]:
+    """The generators that loaders, samplers and regularizers draw from, each once."""
+    seen: set[int] = set()
+    queue = list(owners)
+    while queue:
+        owner = queue.pop()
+        if isinstance(owner, Generator):
+            if id(owner) not in seen:
+                seen.add(id(owner))
+                yield owner
+        elif isinstance(owner, (list, tuple, nn.ModuleList)):
+            queue.extend(owner)
+        elif owner is not None:
+            names = ("generator", "sampler", "batch_sampler", "synchronized_generator", "dataloader", "base_dataloader")
+            queue.extend(vars(owner)[name] for name in names if name in getattr(owner, "__dict__", {}))
+            queue.append(dict(getattr(owner, "attribute_kwargs", {})).get("generator"))
+
+
+def linear_warmup(n_updates: int) -> Callable[[int], float]:
+    """A weight schedule that raises the regularizers' weights from 0 to theirs over so many updates.
+
+    Example:
+        >>> from captum_idexpo.training import linear_warmup
+        >>> [linear_warmup(4)(update) for update in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
+    """
+    if n_updates < 1:
+        raise ValueError(f"n_updates must be at least 1, given: {n_updates}.")
+    return lambda update: min(1.0, update / n_updates)
+
+
+def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:
+    """Refuses, before training starts, what has no second derivative.
+
+    Raises:
+        ValueError: a compiled model with regularizers; says what to do.
+    """
+    compiled = [module for module in model.modules() if isinstance(module, torch._dynamo.OptimizedModule)]
+    if compiled and any(True for _ in regularizers):
+        raise ValueError(
+            "torch.compile has no double backward, which explanation regularizers need: train the module itself "
+            "(model._orig_mod) and compile it afterwards."
+        )
 
 
 def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

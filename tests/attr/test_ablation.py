@@ -6,6 +6,7 @@ import captum.attr
 import pytest
 import torch
 
+import captum_idexpo.attr
 from captum_idexpo.attr import FeatureAblation, FeaturePermutation, LayerFeatureAblation, Occlusion
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -46,12 +47,12 @@ def test_a_batch_is_one_forward_pass_unless_told_otherwise():
     net, rows = smooth_net(), []
     explainer = FeatureAblation(counting(net, rows))
     whole = explainer.attribute(X, target=1)
-    assert rows == [4, 24]
+    assert rows == [4, 8, 24]  # two copies are tried to see whether they can share a forward pass
     rows.clear()
     torch.testing.assert_close(explainer.attribute(X, target=1, perturbations_per_eval=2), whole)
     assert rows == [4, 8, 8, 8]
     rows.clear()
-    single = explainer.attribute(X[:1], target=1)  # two rows are tried to see whether outputs grow with them
+    single = explainer.attribute(X[:1], target=1)
     assert rows == [1, 2, 6]
     torch.testing.assert_close(single, whole[:1])
 
@@ -130,3 +131,51 @@ def test_bad_arguments():
 def test_progress_is_shown(capsys):
     FeatureAblation(smooth_net()).attribute(X, target=1, show_progress=True)
     assert "Feature Ablation attribution: 100%" in capsys.readouterr().err
+
+
+BANK = torch.eye(4, 6, dtype=torch.float64)
+FIXED = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", ["FeatureAblation", "FeaturePermutation", "Occlusion", "ShapleyValueSampling"])
+@pytest.mark.parametrize(
+    ("forward", "arguments"),
+    [
+        # As long as the batch, yet no example's.
+        (lambda x, bank: (x @ bank.T).sum(1), {"additional_forward_args": BANK}),
+        (lambda x, w: x @ w, {"additional_forward_args": torch.ones(6, dtype=torch.float64)}),
+        (lambda x: (x * FIXED).sum(1), {}),
+        (lambda x: x.mean(0)[:4], {}),  # as many outputs as examples, yet of the whole batch
+        (lambda x, s: x[:, 0] * x[:, 1] * sum(s), {"additional_forward_args": ([1.0, 2.0, 3.0, 4.0],)}),
+        (lambda x: x.square().sum(1), {"feature_mask": torch.tensor([0, 0, 1, 1, 2, 2])}),
+    ],
+)
+def test_what_captum_accepts_at_its_default_gives_captums_numbers_at_ours(name, forward, arguments):
+    if name == "Occlusion":
+        arguments = {key: value for key, value in arguments.items() if key != "feature_mask"}
+        arguments["sliding_window_shapes"] = (2,)
+    torch.manual_seed(0)
+    theirs = getattr(captum.attr, name)(forward).attribute(X, **arguments)
+    torch.manual_seed(0)
+    ours = getattr(captum_idexpo.attr, name)(forward).attribute(X, **arguments)
+    torch.testing.assert_close(ours, theirs, check_dtype=False, atol=1e-5, rtol=0)
+
+
+def test_permutations_of_several_tensors_are_captums():
+    def forward(a, b):
+        return a.sum(1) * b.square().sum(1)
+
+    torch.manual_seed(0)
+    theirs = captum.attr.FeaturePermutation(forward).attribute((X[:, :3], X[:, 3:]))
+    torch.manual_seed(0)
+    torch.testing.assert_close(FeaturePermutation(forward).attribute((X[:, :3], X[:, 3:])), theirs)
+
+
+def test_dropout_keeps_copies_apart():
+    net = torch.nn.Sequential(smooth_net(), torch.nn.Dropout()).train()
+    torch.manual_seed(0)
+    assert FeatureAblation(net).attribute(X, target=1).isfinite().all()
+
+
+def test_an_empty_batch():
+    assert FeatureAblation(smooth_net()).attribute(X[:0], target=1).shape == (0, 6)

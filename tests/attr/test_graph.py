@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import threading
+import weakref
+
+import pytest
 import torch
 
+from captum_idexpo.attr import FeatureAblation, LayerConductance, Saliency
 from captum_idexpo.attr._graph import depends_on_leaf
+from tests.helpers import smooth_net
 
 
 def test_a_leaf_is_found_behind_any_number_of_steps():
@@ -21,3 +28,87 @@ def test_leaves_themselves_and_constants():
     assert depends_on_leaf(weight, except_for=[])
     assert not depends_on_leaf(weight, except_for=[weight])
     assert not depends_on_leaf(torch.ones(2), except_for=[])
+
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("inner", ["attribution", "ablation", "gradient"])
+def test_what_a_forward_function_takes_for_constant_stays_constant(inner):
+    """An explanation, or a gradient without graph, inside the model: its values are the same in both modes."""
+    net = smooth_net()
+
+    def forward(x):
+        if inner == "gradient":
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                factor = torch.autograd.grad(net(leaf).sum(), leaf)[0]
+        elif inner == "ablation":
+            with torch.no_grad():
+                factor = FeatureAblation(net).attribute(x, target=0)
+        else:
+            factor = Saliency(net).attribute(x, target=0)
+        return net(x * factor)
+
+    constant = Saliency(forward).attribute(X, target=1)
+    torch.testing.assert_close(Saliency(forward).attribute(X, target=1, create_graph=True).detach(), constant)
+
+
+def test_named_tuples_are_tuples():
+    pair = collections.namedtuple("pair", "a b")(X[:, :2], X[:, 2:])
+    net = smooth_net()
+    attribution = Saliency(lambda a, b: net(torch.cat([a, b], dim=1))).attribute(pair, target=1)
+    torch.testing.assert_close(torch.cat(attribution, dim=1), Saliency(net).attribute(X, target=1))
+
+
+def test_kernels_are_given_back_whatever_the_threads_do():
+    """Two calls that overlap, the first to enter being the first to leave."""
+    net, first, second, done = smooth_net(), *(threading.Event() for _ in range(3))
+
+    def slow_first(x):
+        first.set()
+        second.wait(5)
+        return net(x)
+
+    def slow_second(x):
+        second.set()
+        done.wait(5)
+        return net(x)
+
+    def explain(forward, wait_for=None):
+        if wait_for is not None:
+            wait_for.wait(5)
+        Saliency(forward).attribute(X, target=1, create_graph=True)
+
+    before = torch.backends.cuda.flash_sdp_enabled()
+    threads = [
+        threading.Thread(target=explain, args=(slow_first,)),
+        threading.Thread(target=explain, args=(slow_second, first)),
+    ]
+    for thread in threads:
+        thread.start()
+    threads[0].join()
+    done.set()
+    threads[1].join()
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+
+
+def test_chunks_of_a_path_are_let_go_of_without_a_graph():
+    net, graphs = smooth_net(), []
+
+    class Tracked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            graphs.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            graphs_alive.append(sum(graph() is not None for graph in graphs))
+            return gradient
+
+    graphs_alive = []
+    model = torch.nn.Sequential(net[0], net[1], net[2])
+    explainer = LayerConductance(lambda x: Tracked.apply(model(x)), model[1])
+    explainer.attribute(X, target=1, n_steps=20, internal_batch_size=8)
+    assert max(graphs_alive) <= 2

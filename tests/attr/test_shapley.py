@@ -9,6 +9,7 @@ import captum.attr
 import pytest
 import torch
 
+import captum_idexpo.attr.shapley
 from captum_idexpo.attr import ShapleyValues, ShapleyValueSampling
 from tests.helpers import smooth_net
 
@@ -64,10 +65,10 @@ def test_each_coalition_is_evaluated_once():
         return net(x)
 
     ShapleyValues(counted).attribute(X, target=1)
-    assert sum(rows) == 3 * 2**6
+    assert sum(rows) == 3 * (2**6 + 2)  # and two to see whether copies can share a forward pass
     rows.clear()
     ShapleyValueSampling(counted).attribute(X, target=1, n_samples=200)
-    assert sum(rows) == 3 * 2**6  # 200 orders of 6 features meet every coalition
+    assert sum(rows) == 3 * (2**6 + 2)  # 200 orders of 6 features meet every coalition
 
 
 @pytest.mark.parametrize("forward", [lambda x: x.square().sum(), lambda x: x.square().sum()[None], lambda x: 2.0])
@@ -121,3 +122,40 @@ def test_bad_arguments():
 def test_progress_is_shown(capsys):
     ShapleyValueSampling(smooth_net()).attribute(X, target=1, n_samples=2, show_progress=True)
     assert "Shapley Value Sampling attribution: 100%" in capsys.readouterr().err
+
+
+def test_many_features_are_taken_one_by_one(monkeypatch):
+    net = smooth_net()
+    torch.manual_seed(0)
+    compared = ShapleyValueSampling(net).attribute(X, target=1, n_samples=7)
+    monkeypatch.setattr(captum_idexpo.attr.shapley, "_VALUES_TO_COMPARE", 0)
+    for perturbations_per_eval in (None, 1, 4):
+        torch.manual_seed(0)
+        explainer, arguments = ShapleyValueSampling(net), {"perturbations_per_eval": perturbations_per_eval}
+        one_by_one = explainer.attribute(X, target=1, n_samples=7, **arguments)
+        torch.testing.assert_close(one_by_one, compared)
+    single = ShapleyValueSampling(lambda x: x[:, 0] ** 2).attribute(X[:, :1])
+    torch.testing.assert_close(single[:, 0], X[:, 0] ** 2)
+
+
+def test_a_large_offset_costs_no_digits_also_under_autocast():
+    net = smooth_net().float()
+
+    def forward(x):
+        return net(x).float()[:, 1] + 1000
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        exact = ShapleyValues(net.double()).attribute(X, target=1)
+    net.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = ShapleyValues(forward).attribute(X.float())
+    assert values.dtype == torch.float32
+    assert float((values - exact).abs().max()) < 0.02
+
+
+def test_token_ids_with_a_float_baseline():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    tokens = torch.randint(5, (3, 4))
+    theirs = captum.attr.ShapleyValues(model).attribute(tokens, baselines=1.0, target=1)
+    ours = ShapleyValues(model).attribute(tokens, baselines=1.0, target=1)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

@@ -1,0 +1,148 @@
+"""Checkpoints that survive: written whole or not at all, checked before they are believed, loaded without running code.
+
+A checkpoint is one file: a line that says what it is, the SHA-256 digest of the rest, and the state as `torch.save`
+writes it, which is loaded with ``weights_only=True``. It is written to a temporary name, flushed to the disk and
+renamed; the one before it is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator
+
+_MAGIC = b"captum-idexpo checkpoint 1\n"
+_DIGEST_SIZE = 64
+_NAME = re.compile(r"checkpoint-(\d{9})\.pt")
+_KEPT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message says which, why, and what to do."""
+
+
+def save(state: dict[str, Any], folder: Path, step: int) -> Path:
+    """Writes a checkpoint of the run after so many updates, and removes all but the one before it.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk); earlier ones are untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    path = folder / f"checkpoint-{step:09d}.pt"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written ({error}). Earlier ones are untouched: make room, then "
+            "continue with trainer.resume()."
+        ) from error
+    _flush_folder(folder)
+    for old in sorted(_checkpoints(folder), reverse=True)[_KEPT:]:
+        old.unlink(missing_ok=True)
+    for leftover in folder.glob("checkpoint-*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file.
+
+    Raises:
+        CheckpointError: it is missing, foreign, cut short or changed.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
+    if not content.startswith(_MAGIC):
+        raise CheckpointError(f"{path} is no checkpoint of ExplanationRegularizedTrainer.")
+    start = len(_MAGIC) + _DIGEST_SIZE + 1
+    digest, payload = content[len(_MAGIC) : start - 1], content[start:]
+    if hashlib.sha256(payload).hexdigest().encode() != digest:
+        raise CheckpointError(f"{path} was cut short or changed: its content does not match its digest.")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} holds something that cannot be loaded without running code ({error}): a scheduler or optimizer "
+            "with more than numbers and tensors in its state."
+        ) from error
+    return state
+
+
+def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
+    """The state of a checkpoint file, or of the latest good one in a folder, and where it was found.
+
+    Raises:
+        CheckpointError: there is none, or none that is good; names what is wrong with each.
+    """
+    if path.is_file():
+        return load(path), path
+    faults = []
+    for candidate in sorted(_checkpoints(path), reverse=True):
+        try:
+            return load(candidate), candidate
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError(f"No checkpoint in {path} is good. " + " ".join(faults))
+    raise CheckpointError(f"There is no checkpoint in {path}: start with fit(), without resume().")
+
+
+def random_state(generators: Iterable[Generator]) -> dict[str, Any]:
+    """All random streams of this process: Python's, NumPy's, torch's on each device, and the generators given."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def set_random_state(state: dict[str, Any], generators: Iterable[Generator]) -> None:
+    """Puts all random streams back."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, own in zip(generators, state["generators"], strict=True):
+        generator.set_state(own)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the renaming itself last, where the system lets a folder be flushed."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,274 @@
+"""Runs that are killed at any moment, files that are cut short or changed, disks that are full."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import Lime, MaskSimilarity
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.regularizers import InsertionDeletion, Sparsity
+from captum_idexpo.training import CheckpointError, checkpoint
+from tests.helpers import smooth_conv_net
+
+X = torch.randn(20, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (20,), generator=torch.Generator().manual_seed(0))
+
+
+def trainer_of(folder, **settings):
+    """Everything that draws: shuffling, dropout, LIME's masks, steps, each from another stream."""
+    net = smooth_conv_net().train()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    explainer = Lime(net, Ridge(0.1), MaskSimilarity())
+    regularizers = [
+        InsertionDeletion(
+            explainer,
+            baselines=0.0,
+            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
+            steps_per_update=2,
+            attribute_kwargs={"sampling": "independent", "n_samples": 8},
+            generator=generator,
+        ),
+        Sparsity(explainer, weight="auto", ratio=0.1, attribute_kwargs={"n_samples": 5}),
+    ]
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    trainer = ExplanationRegularizedTrainer(
+        net,
+        optimizer,
+        regularizers,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        checkpoint_dir=folder,
+        show_progress=False,
+        freeze_batch_norm=False,
+        **settings,
+    )
+    loaders = [
+        DataLoader(TensorDataset(X, Y), batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(2)),
+        DataLoader(TensorDataset(X[:8], Y[:8]), batch_size=4),
+    ]
+    return trainer, loaders
+
+
+def without_times(history):
+    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in history]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 5, 8, 12])
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(tmp_path, killed_at, monkeypatch):
+    whole, loaders = trainer_of(None)
+    expected = whole.fit(*loaders, epochs=3)
+
+    trainer, loaders = trainer_of(tmp_path, checkpoint_every=1)
+    original, calls = checkpoint.save, []
+
+    def save_and_die(*args):
+        original(*args)
+        calls.append(1)
+        if len(calls) == killed_at:
+            raise KilledError
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KilledError):
+        trainer.fit(*loaders, epochs=3)
+    monkeypatch.undo()
+
+    resumed, loaders = trainer_of(tmp_path, checkpoint_every=1)
+    torch.manual_seed(99)  # whatever the new process draws before it resumes
+    np.random.rand(3)
+    random.random()
+    resumed.resume()
+    history = resumed.fit(*loaders, epochs=3)
+    assert without_times(history) == without_times(expected)
+    for (name, ours), theirs in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_finished_run_is_not_trained_on_and_one_that_is_may_go_on(tmp_path):
+    trainer, loaders = trainer_of(tmp_path)
+    trainer.fit(*loaders, epochs=2)
+    again, loaders = trainer_of(tmp_path)
+    again.resume(tmp_path)
+    assert len(again.fit(*loaders, epochs=2)) == 2
+    for ours, theirs in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    more, loaders = trainer_of(tmp_path)
+    more.resume()
+    assert [row["epoch"] for row in more.fit(*loaders, epochs=3)] == [1, 2, 3]
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import torch
+from tests.training.test_checkpoint import trainer_of
+from captum_idexpo.training import CheckpointError
+
+flush = os.fsync
+def slow(descriptor):  # a wide window in which a checkpoint is half written
+    time.sleep(0.03)
+    flush(descriptor)
+os.fsync = slow
+
+folder = Path(sys.argv[1])
+trainer, loaders = trainer_of(folder, checkpoint_every=1)
+try:
+    trainer.resume()
+except CheckpointError as error:
+    assert "There is no checkpoint" in str(error), error
+trainer.fit(*loaders, epochs=3)
+torch.save(trainer.model.state_dict(), folder / "final.pt")
+"""
+
+
+def test_a_process_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(tmp_path):
+    whole, loaders = trainer_of(None)
+    whole.fit(*loaders, epochs=3)
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    folder = tmp_path / "checkpoints"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(7):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(folder)], env=environment, stderr=subprocess.PIPE
+        )
+        seen = len(list(folder.glob("*"))) and max(folder.glob("*"), key=lambda path: path.stat().st_mtime)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # until it has begun to write
+            newest = max(folder.glob("*"), key=lambda path: path.name, default=None)
+            if newest is not None and newest != seen:
+                break
+            time.sleep(0.002)
+        try:
+            process.wait(timeout=moments.uniform(0.0, 0.3) if kills < 5 else 60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert (folder / "final.pt").exists()
+    assert kills >= 3
+    final = torch.load(folder / "final.pt", weights_only=True)
+    assert all(torch.equal(final[name], value) for name, value in whole.model.state_dict().items())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two checkpoints of a short run."""
+    trainer, loaders = trainer_of(tmp_path)
+    trainer.fit(*loaders, epochs=2)
+    return tmp_path
+
+
+def paths(folder):
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def test_the_last_two_are_kept_and_nothing_else(tmp_path):
+    trainer, loaders = trainer_of(tmp_path, checkpoint_every=1)
+    (tmp_path / "checkpoint-000000007.123.tmp").write_bytes(b"left over by a process that was killed")
+    trainer.fit(*loaders, epochs=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-000000007.pt", "checkpoint-000000008.pt"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+        lambda content: b"",
+        lambda content: b"PK\x03\x04 another program's file",
+    ],
+    ids=["half", "a byte short", "a bit changed", "empty", "foreign"],
+)
+def test_the_previous_good_one_is_found(folder, damage):
+    older, newer = paths(folder)
+    newer.write_bytes(damage(newer.read_bytes()))
+    state, found = checkpoint.load_latest(folder)
+    assert found == older
+    assert state["run"]["position"] == [2, 0, 4]
+    with pytest.raises(CheckpointError, match=r"cut short or changed|is no checkpoint"):
+        checkpoint.load(newer)
+    older.write_bytes(damage(older.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is good"):
+        checkpoint.load_latest(folder)
+
+
+def test_code_is_never_run(folder):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(folder / "run"),)
+
+    path = checkpoint.save({"model": Evil()}, folder / "evil", 1)
+    with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
+        checkpoint.load(path)
+    assert not (folder / "run").exists()
+
+
+def test_a_full_disk_leaves_the_last_good_one(folder, monkeypatch):
+    before = [path.read_bytes() for path in paths(folder)]
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    trainer, loaders = trainer_of(folder)
+    trainer.resume()
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*untouched.*resume"):
+        trainer.fit(*loaders, epochs=3)
+    assert [path.read_bytes() for path in paths(folder)] == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_another_model_is_an_error(folder):
+    other = torch.nn.Linear(3, 2)
+    trainer = ExplanationRegularizedTrainer(other, torch.optim.SGD(other.parameters(), lr=0.1), show_progress=False)
+    with pytest.raises(CheckpointError, match="belongs to another model, optimizer or set of regularizers"):
+        trainer.resume(folder)
+    with pytest.raises(ValueError, match="needs a path"):
+        trainer.resume()
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        trainer.resume(folder / "nowhere")
+
+
+def test_a_checkpoint_holds_the_users_own_names(folder):
+    state = checkpoint.load(paths(folder)[-1])
+    assert list(state["model"]) == list(smooth_conv_net().state_dict())
+    assert state["run"]["history"][0]["sparsity_weight"] > 0
+
+
+def test_random_streams_are_put_back():
+    generators = [torch.Generator().manual_seed(3)]
+    state = checkpoint.random_state(generators)
+
+    def draw():
+        return (
+            random.random(),
+            float(np.random.randn()),
+            torch.rand(1).item(),
+            torch.rand(1, generator=generators[0]).item(),
+        )
+
+    first = draw()
+    checkpoint.set_random_state(state, generators)
+    assert draw() == first
