@@ -220,7 +220,8 @@ class Fidelity(_Local):
         neighborhood: `GaussianNeighbors` (the authors'; with ``one_dimensional=True`` their 1D-Fidelity, which costs 20
             rows an example whatever the dimension), `UniformNeighbors`, or `MaskedNeighbors` for images.
         weight: the term's, or "auto": ``ratio`` times the task loss at the start, the authors' way.
-        ratio: of the term to the task loss, for an automatic weight.
+        ratio: of the term to the task loss, for an automatic weight. An untrained network is nearly linear, so that
+            useful ratios are small: 0.0003 to 0.1 in `benchmarks/expo_uci.py`.
         n_neighbors: of each example; None: twice as many as dimensions of the fit, at least 20.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: evaluate in eval mode (BatchNorm, dropout).
@@ -355,14 +356,25 @@ def residuals(neighbors: Neighbors, values: Tensor) -> Tensor:
         design = torch.nn.functional.pad(neighbors.coordinates.to(wide), (1, 0), value=1.0)
         root = None if neighbors.weights is None else neighbors.weights.to(wide).sqrt()[..., None]
         design = design if root is None else root * design
-        eigenvalues, vectors = torch.linalg.eigh(design.mT @ design)
-        spanned = eigenvalues > 1e-10 * eigenvalues.amax(dim=-1, keepdim=True)
-        scale = torch.where(spanned, eigenvalues, torch.inf).rsqrt()
-        basis = design @ (vectors * scale[:, None, :])
+        basis = _orthonormal(design)
     scaled = values.to(wide) if root is None else root * values.to(wide)
     left = scaled - basis @ (basis.mT @ scaled)
     result: Tensor = left if root is None else left / root.clamp_min(torch.finfo(wide).tiny)
     return result.to(values.dtype)
+
+
+def _orthonormal(design: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of ``(B, n, D)``, the zero vector in place of those that add nothing."""
+    gram = design.mT @ design
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    if not bool(failed.any()) and bool((diagonal.amin(dim=-1) > 1e-4 * diagonal.amax(dim=-1)).all()):
+        basis: Tensor = torch.linalg.solve_triangular(factor, design.mT, upper=False).mT
+        return basis
+    eigenvalues, vectors = torch.linalg.eigh(gram)  # several times slower, and sees which columns depend on others
+    spanned = eigenvalues > 1e-10 * eigenvalues.amax(dim=-1, keepdim=True)
+    basis = design @ (vectors * torch.where(spanned, eigenvalues, torch.inf).rsqrt()[:, None, :])
+    return basis
 
 
 def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:

@@ -14,9 +14,10 @@ SCRIPT = """
 import json, sys, torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
-from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import LayerGradCam
-from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, InsertionDeletion, RightForTheRightReasons
 from tests.helpers import smooth_conv_net
 
 generator = torch.Generator().manual_seed(0)
@@ -36,6 +37,50 @@ result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_siz
 processes = trainer.accelerator.num_processes
 result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
 result["weight"] = net[0].weight.flatten().tolist()
+
+# Other regularizers, whose random numbers have to be those of one process: gradients of one global batch.
+def gradients(name):
+    net = smooth_conv_net()
+    generator = torch.Generator().manual_seed(5)
+    lime = Lime(net, Ridge(0.1), MaskSimilarity())
+    regularizers = {
+        "LIME": lambda: InsertionDeletion(
+            lime,
+            baselines=0.0,
+            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
+            steps_per_update=2,
+            attribute_kwargs={"sampling": "independent", "n_samples": 9},
+            generator=generator,
+        ),
+        "shared": lambda: InsertionDeletion(
+            lime,
+            baselines=0.0,
+            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
+            attribute_kwargs={"sampling": "independent", "n_samples": 9, "share_masks": True},
+            generator=generator,
+        ),
+        "Grad-CAM": lambda: InsertionDeletion(
+            LayerGradCam(net, net[4]), baselines=0.0, step_size=6, steps_per_update=2, generator=generator
+        ),
+        "RRR": lambda: RightForTheRightReasons(net, weight=0.3),
+        "Fidelity": lambda: Fidelity(net, GaussianNeighbors(one_dimensional=True), generator=generator),
+    }
+    loss = ExplanationRegularizedLoss(net, [regularizers[name]()])
+    size = 8 // processes
+    own = slice(rank * size, (rank + 1) * size)
+    annotations = (x > 0).double()
+    module = loss
+    if processes > 1:
+        module = torch.nn.parallel.DistributedDataParallel(loss, static_graph=True)
+    for _ in range(2):  # a second step, since a static graph is learned from the first
+        net.zero_grad()
+        total, _ = module((x[own], y[own], annotations[own]))
+        total.backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters()]).tolist()
+
+
+rank = trainer.accelerator.process_index
+result["gradients"] = {name: gradients(name) for name in ("LIME", "shared", "Grad-CAM", "RRR", "Fidelity")}
 if processes > 1:
     x[:1] = float("nan")  # in the first process's part only
     try:
@@ -85,6 +130,14 @@ def test_training_does_not_depend_on_the_number_of_processes(results):
         assert process["weight"] == pytest.approx(one["weight"], abs=1e-12)
         for ours, theirs in zip(process["history"], one["history"], strict=True):
             assert without_times(ours) == pytest.approx(without_times(theirs), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["LIME", "shared", "Grad-CAM", "RRR", "Fidelity"])
+def test_gradients_do_not_depend_on_the_number_of_processes(results, name):
+    """Under DDP with a static graph; what is drawn for an example is drawn for it, not for its process."""
+    [one], two = results
+    for process in two:
+        assert process["gradients"][name] == pytest.approx(one["gradients"][name], abs=1e-9)
 
 
 def test_a_failure_in_one_process_stops_both(results):

@@ -1,0 +1,172 @@
+"""Decoy MNIST: a grey patch in a corner tells the digit in training and lies in test (Ross et al. 2017).
+
+Every image gets a patch of 4x4 pixels in a random corner, of grey 255 - 25 y: y is the label in training, a random
+digit in test. A plain network learns the patch; told by annotations where the patch is, it reads the digit, as well as
+a network that never saw one. Annotations are 1 on each example's own patch and 0 in the other corners, as in the
+paper. RRR's weight is the authors' 1000, for inputs in [0, 1]: 1000 / 255^2.
+
+    python benchmarks/right_reasons/decoy_mnist.py --data-root FOLDER     with mnist.npz (x_train, y_train and so on)
+    python benchmarks/right_reasons/decoy_mnist.py                        with torchvision's MNIST, downloaded
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from experiment import (
+    Results,
+    Row,
+    accuracy,
+    markdown,
+    mean_and_error,
+    mlp,
+    parse_arguments,
+    train,
+    with_error,
+    write_table,
+)
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from captum_idexpo.regularizers import RightForTheRightReasons
+from captum_idexpo.visualization import COLORS
+
+SEEDS = range(3)
+EPOCHS = 20
+PATCH = 4
+WEIGHT = 1000 / 255**2
+
+
+class Setting(NamedTuple):
+    """How a network is trained, and the paper's accuracy."""
+
+    regularizer: Callable[[nn.Module], nn.Module] | None = None
+    decoys: bool = True
+    paper: str = ""
+
+
+SETTINGS = {
+    "plain": Setting(paper=".516"),
+    "RRR": Setting(lambda model: RightForTheRightReasons(model, weight=WEIGHT), paper=".961"),
+    "plain, no decoys": Setting(decoys=False, paper=".961"),
+}
+PREFACE = f"""Accuracy, mean ± standard error over {len(SEEDS)} seeds, {EPOCHS} epochs. Both parts have patches or,
+in the last line, none; a training image's patch tells its digit, a test image's says nothing about it.
+"""
+
+
+class Digits(NamedTuple):
+    """Images ``(N, 28, 28)`` in [0, 1], labels, and masks of the patches."""
+
+    x: Tensor
+    y: Tensor
+    patches: Tensor
+
+
+@cache
+def load_mnist(root: Path | None, part: str) -> tuple[Tensor, Tensor]:
+    """The images, uint8, and labels of "train" or "test"."""
+    if root is None:
+        from torchvision.datasets import MNIST
+
+        data = MNIST("data", train=part == "train", download=True)
+        return data.data, data.targets
+    with np.load(root / "mnist.npz") as arrays:
+        return torch.from_numpy(arrays[f"x_{part}"]), torch.from_numpy(arrays[f"y_{part}"]).long()
+
+
+def load(root: Path | None, part: str, decoys: bool, seed: int) -> Digits:
+    """The images with their decoys, or without; in the test part these say a random digit."""
+    images, y = load_mnist(root, part)
+    generator = torch.Generator().manual_seed(2 * seed + (part == "test"))
+    patches = corners(len(y), images.shape[-1], generator)
+    said = y if part == "train" else torch.randint(10, y.shape, generator=generator)
+    with_decoys = torch.where(patches, (255 - 25 * said)[:, None, None], images.long())
+    return Digits((with_decoys if decoys else images) / 255, y, patches.float())
+
+
+def corners(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """A patch in a random corner of each of n square images, booleans."""
+    starts = torch.randint(2, (2, n, 1), generator=generator) * (size - PATCH)
+    pixels = torch.arange(size)
+    rows, columns = (pixels >= starts) & (pixels < starts + PATCH)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def measure(setting: Setting, root: Path | None, seed: int) -> Row:
+    """A network trained in one way: accuracy on its training images and on test images."""
+    digits, test = load(root, "train", setting.decoys, seed), load(root, "test", setting.decoys, seed)
+    torch.manual_seed(seed)
+    model = mlp(digits.x[0].numel(), 10)
+    regularizers = [setting.regularizer(model)] if setting.regularizer else []
+    start = time.perf_counter()
+    train(model, digits, regularizers, epochs=EPOCHS, seed=seed)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"train": accuracy(model, digits.x, digits.y), "test": accuracy(model, test.x, test.y), "seconds": seconds}
+
+
+def table(results: Results) -> str:
+    head = ["training", "training images", "test images", "test images, paper"]
+    parts = ("train", "test")
+    return markdown(
+        head,
+        [
+            [name, *(with_error(results.column(name, part)) for part in parts), setting.paper]
+            for name, setting in SETTINGS.items()
+        ],
+    )
+
+
+def report(results: Results, root: Path | None, out: Path) -> None:
+    """The table beside the paper's figures, and the picture: images with their patches, accuracies."""
+    write_table(out / "decoy_mnist.md", PREFACE, table(results))
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
+    draw_images(left, root)
+    draw_accuracies(right, results)
+    figure.savefig(out / "decoy_mnist.png", dpi=110)
+
+
+def draw_images(figure: Figure, root: Path | None) -> None:
+    """Of each part three images, and what they say."""
+    for axes, part in zip(figure.subplots(2, 3), ("train", "test"), strict=True):
+        digits = load(root, part, True, 0)
+        for axis, image, label in zip(axes, digits.x, digits.y, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set_title(f"{part}: {label}", fontsize=9)
+            axis.set_axis_off()
+
+
+def draw_accuracies(figure: Figure, results: Results) -> None:
+    """A bar for each way to train, the paper's figure as a mark."""
+    axis = figure.subplots()
+    for place, (name, setting) in enumerate(SETTINGS.items()):
+        mean, error = mean_and_error(results.column(name, "test"))
+        axis.barh(place, mean, xerr=error, color=COLORS[1] if setting.regularizer else COLORS[0], height=0.6)
+        axis.annotate(f"{mean:.3f}", (0.02, place), va="center", color="white", fontweight="bold")
+        if setting.paper:
+            axis.plot(float(setting.paper), place, "D", color=COLORS[2], label="paper" if place == 0 else None)
+    axis.set_yticks(range(len(SETTINGS)), labels=list(SETTINGS))
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="accuracy on test images")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.6, 1))
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    root, out = arguments.data_root, arguments.out
+    results = Results(out / "decoy_mnist.json")
+    for name, setting in SETTINGS.items():
+        for seed in SEEDS:
+            results.measure(name, seed, lambda setting=setting, seed=seed: measure(setting, root, seed))
+    report(results, root, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Toy colours: two rules tell the class, and either can be forbidden (Ross, Hughes, Doshi-Velez 2017).
+
+Images of 5x5 pixels in four colours. In the first class the four corners are of one colour and the three pixels in the
+middle of the top row of three different ones; in the second, neither. A network may use either rule. Annotations on the
+corners, or on the top row's middle, forbid one: accuracy stays, the large input gradients move to the other. The search
+for other explanations needs no annotations: its first model uses one rule, the second the other. The third ought to
+fail and does not: only the gradients that were large are forbidden, not every channel of a rule's pixels, and among
+four colours a network may be flat where the images lie, as the penalty asks, and steep in between.
+
+    python benchmarks/right_reasons/toy_colors.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from experiment import Results, Row, accuracy, markdown, mlp, parse_arguments, train, with_error, write_table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
+from torch import Generator, Tensor, nn
+
+from captum_idexpo.attr import Saliency
+from captum_idexpo.regularizers import RightForTheRightReasons, find_another_explanation
+from captum_idexpo.visualization import COLORS
+
+SIZE = 5
+PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 128, 255], [128, 0, 255]]) / 255
+SEEDS = range(3)
+N_IMAGES = 20_000
+EPOCHS = 30
+WEIGHT = 1.0
+LARGE = 0.67
+MAX_MODELS = 3
+PAPER = "1.0"
+
+
+class Rule(NamedTuple):
+    """Some pixels, and whether they obey the rule: colours ``(N, P)`` -> ``(N,)``."""
+
+    rows: list[int]
+    columns: list[int]
+    obeyed: Callable[[Tensor], Tensor]
+
+    @property
+    def area(self) -> Tensor:
+        """1 on the rule's pixels, ``(5, 5)``."""
+        area = torch.zeros(SIZE, SIZE)
+        area[self.rows, self.columns] = 1
+        return area
+
+
+def all_same(colors: Tensor) -> Tensor:
+    return (colors == colors[:, :1]).all(dim=1)
+
+
+def all_different(colors: Tensor) -> Tensor:
+    return (colors.sort(dim=1).values.diff(dim=1) > 0).all(dim=1)
+
+
+RULES = {
+    "corners": Rule([0, 0, -1, -1], [0, -1, 0, -1], all_same),
+    "top middle": Rule([0, 0, 0], [1, 2, 3], all_different),
+}
+SETTINGS = {"plain": None, **{f"{rule} forbidden": rule for rule in RULES}}
+PREFACE = f"""Mean ± standard error over {len(SEEDS)} seeds, on {N_IMAGES:,} test images. Share of large gradients: of
+the pixels whose input gradient, of the predicted class's log probability, exceeds {LARGE} of the image's largest, those
+in an area ({", ".join(f"{name}: {len(rule.rows)} of {SIZE**2} pixels" for name, rule in RULES.items())}). RRR's weight:
+{WEIGHT:g}. Each model of the search may not use what those before it used, image by image; {MAX_MODELS} at most.
+"""
+
+
+class Images(NamedTuple):
+    """Images ``(N, 3, 5, 5)`` in [0, 1] and labels; class 0 obeys both rules, class 1 neither."""
+
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def drawn(cls, n: int, generator: Generator) -> Images:
+        """Half of each class."""
+        halves = [_colors(n // 2, obeying, generator) for obeying in (True, False)]
+        return cls(
+            PALETTE[torch.cat(halves)].permute(0, 3, 1, 2).contiguous(), torch.arange(2).repeat_interleave(n // 2)
+        )
+
+
+def _colors(n: int, obeying: bool, generator: Generator) -> Tensor:
+    """The palette's numbers ``(n, 5, 5)``, at random but for the rules' pixels, which all obey or all violate them."""
+    colors = torch.randint(len(PALETTE), (n, SIZE, SIZE), generator=generator)
+    for rule in RULES.values():
+        candidates = torch.randint(len(PALETTE), (100 * n, len(rule.rows)), generator=generator)
+        colors[:, rule.rows, rule.columns] = candidates[rule.obeyed(candidates) == obeying][:n]
+    return colors
+
+
+def fit(images: Images, annotations: Tensor, seed: int, epochs: int = EPOCHS) -> nn.Module:
+    """The network that may not use what is annotated, ``(N, 3, 5, 5)``."""
+    torch.manual_seed(seed)
+    model = mlp(3 * SIZE**2, 2)
+    regularizers = [RightForTheRightReasons(model, weight=WEIGHT)] if bool(annotations.any()) else []
+    make_optimizer = partial(torch.optim.Adam, lr=3e-3)
+    return train(model, (*images, annotations), regularizers, epochs=epochs, seed=seed, make_optimizer=make_optimizer)
+
+
+def large_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Where any channel's gradient is large for its image, ``(N, 5, 5)``."""
+    gradients = Saliency(lambda images: model(images).log_softmax(dim=1).amax(dim=1)).attribute(x)
+    return (gradients > LARGE * gradients.amax(dim=(1, 2, 3), keepdim=True)).any(dim=1).float()
+
+
+def judge(model: nn.Module, test: Images) -> Row:
+    """Accuracy, the share of large gradients in each rule's area, and how often a pixel's is large."""
+    large = large_gradients(model, test.x)
+    shares = {name: round(float((large * rule.area).sum() / large.sum()), 5) for name, rule in RULES.items()}
+    return {"accuracy": accuracy(model, *test), **shares, "used": rounded(large.mean(dim=0))}
+
+
+def rounded(area: Tensor) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in area.tolist()]
+
+
+def measure(setting: str, seed: int, n_images: int = N_IMAGES, epochs: int = EPOCHS) -> Row:
+    """A network that may use both rules, or only one."""
+    images, test = data(seed, n_images)
+    forbidden = SETTINGS[setting]
+    annotations = torch.zeros_like(images.x)
+    if forbidden is not None:
+        annotations += RULES[forbidden].area
+    return judge(fit(images, annotations, seed, epochs), test)
+
+
+def search(seed: int, n_images: int = N_IMAGES, epochs: int = EPOCHS) -> Row:
+    """The models of a search for other explanations, one after the other."""
+    images, test = data(seed, n_images)
+    found = find_another_explanation(
+        partial(fit, images, seed=seed, epochs=epochs),
+        lambda model: accuracy(model, *test),
+        images.x,
+        threshold=LARGE,
+        max_explanations=MAX_MODELS,
+    )
+    forbidden = [rounded(explanation.annotations.amax(dim=1).mean(dim=0)) for explanation in found]
+    judged = [judge(explanation.model, test) for explanation in found]
+    return {"models": [{**row, "forbidden": area} for row, area in zip(judged, forbidden, strict=True)]}
+
+
+def data(seed: int, n_images: int) -> tuple[Images, Images]:
+    """Training and test images."""
+    generator = Generator().manual_seed(seed)
+    return Images.drawn(n_images, generator), Images.drawn(n_images, generator)
+
+
+def table(results: Results) -> str:
+    """What may be used, then the search's models, one a line."""
+    columns = ("accuracy", *RULES)
+    rows = []
+    for name in SETTINGS:
+        rows.append([name, *(with_error(results.column(name, column)) for column in columns), PAPER])
+    searches = results.column("search", "models")
+    for place in range(max(map(len, searches))):
+        models = [models[place] for models in searches if place < len(models)]
+        measured = (with_error([model[column] for model in models]) for column in columns)
+        rows.append([f"search, model {place + 1} ({len(models)} seeds)", *measured, ""])
+    head = ["training", "accuracy", *(f"large gradients: {rule}" for rule in RULES), "accuracy, paper"]
+    return markdown(head, rows)
+
+
+def report(results: Results, out: Path) -> None:
+    """The table, and a picture of what the first seed's models use and may not use."""
+    write_table(out / "toy_colors.md", PREFACE, table(results))
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    draw_settings(above, results)
+    draw_search(below, results.rows["search"][str(SEEDS[0])]["models"])
+    figure.savefig(out / "toy_colors.png", dpi=110)
+
+
+def draw_settings(figure: SubFigure, results: Results) -> None:
+    """An image of each class; how often each pixel's gradient is large, what is forbidden framed."""
+    figure.suptitle("two images, and where gradients are large")
+    axes = figure.subplots(1, 2 + len(SETTINGS))
+    images, _ = data(SEEDS[0], 2)
+    for axis, image, label in zip(axes, images.x, images.y, strict=False):
+        axis.imshow(image.permute(1, 2, 0))
+        axis.set_title(f"class {label + 1}", fontsize=9)
+        axis.set_axis_off()
+    for axis, (name, rule) in zip(axes[2:], SETTINGS.items(), strict=True):
+        row = results.rows[name][str(SEEDS[0])]
+        draw_area(axis, row, name)
+        if rule is not None:
+            frame(axis, RULES[rule].area)
+
+
+def draw_search(figure: SubFigure, models: list[Row]) -> None:
+    """The search's models: where gradients are large, what was forbidden in most images framed."""
+    figure.suptitle("the search: one model after the other")
+    for place, (axis, model) in enumerate(zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True)):
+        draw_area(axis, model, f"model {place + 1}")
+        frame(axis, torch.tensor(model["forbidden"]).round())
+
+
+def draw_area(axis: Axes, row: Row, title: str) -> None:
+    axis.imshow(row["used"], cmap="Blues", vmin=0, vmax=1)
+    axis.set_title(f"{title}\naccuracy {row['accuracy']:.3f}", fontsize=9)
+    axis.set_axis_off()
+
+
+def frame(axis: Axes, area: Tensor) -> None:
+    """A frame around each pixel of an area."""
+    for row, column in area.nonzero().tolist():
+        axis.add_patch(Rectangle((column - 0.45, row - 0.45), 0.9, 0.9, fill=False, color=COLORS[2], linewidth=2))
+
+
+def main() -> None:
+    out = parse_arguments(__doc__).out
+    results = Results(out / "toy_colors.json")
+    for seed in SEEDS:
+        for name in SETTINGS:
+            results.measure(name, seed, partial(measure, name, seed))
+        results.measure("search", seed, partial(search, seed))
+    report(results, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What training of this kind needs: terms that explode, weights that warm up, gradients that dwarf the task's."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo.attr import InputXGradient, LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, mean_inputs
+from captum_idexpo.training import linear_warmup
+from tests.helpers import smooth_conv_net, smooth_net
+
+X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (12,), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def trainer_of(net, regularizers=(), lr=0.05, **settings):
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    return ExplanationRegularizedTrainer(net, optimizer, regularizers, show_progress=False, **settings)
+
+
+def loader(x=X, size=4):
+    return DataLoader(TensorDataset(x, Y[: len(x)]), batch_size=size)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_if_asked_for():
+    spoiled = X.clone()
+    spoiled[5, 0] = float("nan")
+    clean = [(X[:4], Y[:4]), (X[8:], Y[8:])]
+    net, twin = smooth_net(), smooth_net()
+    with pytest.warns(UserWarning, match=r"'task' turned nan.*epoch 1, step 2.*left out"):
+        history = trainer_of(net, on_non_finite="skip").fit(loader(spoiled))
+    trainer_of(twin).fit(clean)
+    assert history[0]["skipped"] == 1
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(NonFiniteError):
+        trainer_of(smooth_net()).fit(loader(spoiled))
+
+
+def test_a_schedule_raises_the_regularizers_weights():
+    net = smooth_net()
+    seen = []
+
+    def schedule(update):
+        seen.append(update)
+        return linear_warmup(4)(update)
+
+    trainer = trainer_of(net, [Sparsity(InputXGradient(net), weight=2.0)], weight_schedule=schedule)
+    history = trainer.fit(loader(), epochs=3)
+    assert seen == list(range(9))
+    assert history[0]["sparsity"] < history[1]["sparsity"] < history[2]["sparsity"] * 1.2
+    net = smooth_net()
+    loss = ExplanationRegularizedLoss(net, [Sparsity(InputXGradient(net))])
+    _, whole = loss((X, Y))
+    loss.regularizer_factor = 0.25
+    _, quarter = loss((X, Y))
+    torch.testing.assert_close(quarter["sparsity"], 0.25 * whole["sparsity"])
+    torch.testing.assert_close(quarter["task"], whole["task"])
+
+
+def test_gradient_norms_are_measured_and_a_term_that_dwarfs_the_task_is_named():
+    net = smooth_net()
+    regularizer = Sparsity(InputXGradient(net), weight=1e4)
+    trainer = trainer_of(net, [regularizer], lr=1e-9, gradient_norms_every=2)
+    with pytest.warns(UserWarning, match=r"gradient of 'sparsity' is \d+ times the task's.*weight_schedule"):
+        history = trainer.fit(loader(), epochs=1)
+    twin = smooth_net()
+    norms = []
+    for start in (0, 8):  # updates 0 and 2
+        loss = nn.functional.cross_entropy(twin(X[start : start + 4]), Y[start : start + 4])
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+    assert history[0]["task_gradient_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+
+
+def test_measuring_gradient_norms_changes_no_result():
+    results = []
+    for every in (None, 1):
+        net = smooth_conv_net().train()
+        torch.manual_seed(0)
+        regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, steps_per_update=2)
+        trainer_of(net, [regularizer], gradient_norms_every=every).fit(loader(IMAGES), epochs=1)
+        results.append(torch.cat([parameter.flatten() for parameter in net.parameters()]))
+    assert torch.equal(*results)
+
+
+def test_gradients_are_clipped():
+    net, twin = smooth_net(), smooth_net()
+    trainer_of(net, lr=1.0, max_grad_norm=1e-3).fit([(X, Y)])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), twin.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_deletion_floor_is_reported():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6, deletion_floor=0.4)
+    with pytest.warns(UserWarning, match="deletion floor"):
+        history = trainer_of(net, [regularizer]).fit(loader(IMAGES))
+    assert 0 < history[0]["deletion_floor_share"] <= 1
+
+
+def test_time_is_split():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
+    row = trainer_of(net, [regularizer]).fit(loader(IMAGES))[0]
+    parts = sum(row[f"seconds_{name}"] for name in ("task", "explainer", "metric", "backward"))
+    assert 0 < parts <= row["seconds_per_step"]
+
+
+def test_callbacks_trackers_and_csv(tmp_path):
+    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    net, rows = smooth_net(), []
+    trainer = trainer_of(
+        net, accelerator=accelerator, callbacks=[lambda trainer, row: rows.append((trainer.history[-1], row))]
+    )
+    history = trainer.fit(loader(), epochs=2)
+    accelerator.end_training()
+    assert [row["epoch"] for row, _ in rows] == [1, 2]
+    assert all(a is b for a, b in rows)
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    history.to_csv(tmp_path / "history.csv")
+    with (tmp_path / "history.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in history]
+
+
+def test_a_compiled_model_is_refused_before_training_starts():
+    net = smooth_net()
+    compiled = torch.compile(net, backend="eager")
+    with pytest.raises(ValueError, match=r"torch\.compile has no double backward"):
+        trainer_of(compiled, [RightForTheRightReasons(net)])
+    trainer_of(compiled)  # plain training is the compiler's business
+
+
+def test_mean_baselines_are_measured_once():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean", step_size=6)
+    with pytest.raises(ValueError, match=r"measured by the trainer.*mean_inputs\(train_loader\)"):
+        regularizer(IMAGES, Y[:8])
+    trainer_of(net, [regularizer]).fit(loader(IMAGES))
+    expected = IMAGES.mean(dim=(0, 2, 3), keepdim=True)
+    torch.testing.assert_close(regularizer.baselines, expected)
+    pair = mean_inputs([((X, IMAGES[:12]), Y)])
+    torch.testing.assert_close(pair[0], X.mean(0, keepdim=True))
+    with pytest.raises(ValueError, match="baselines must be numbers"):
+        InsertionDeletion(LayerGradCam(net, net[4]), baselines="median")
+    with pytest.raises(ValueError, match="no batch"):
+        mean_inputs([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_non_finite": "ignore"}, "on_non_finite"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"gradient_norms_every": 0}, "gradient_norms_every"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(smooth_net(), **settings)
+
+
+def test_a_warm_up_needs_updates():
+    with pytest.raises(ValueError, match="n_updates"):
+        linear_warmup(0)
