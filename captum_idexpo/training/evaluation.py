@@ -35,28 +35,56 @@ def evaluate(
     Raises:
         ValueError: an unknown choice of what to explain, or a loader that yields no batch.
     """
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for output, target, scores in _scored(model, loader, judge, explain, accelerator):
+        scores = {"loss": loss_fn(output, target).expand(1), **scores}
+        for name, values in scores.items():
+            sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
+            counts[name] = counts.get(name, 0) + len(target)
+    means = {name: total / counts[name] for name, total in sums.items()}
+    return _with_validation_score(means, accuracy_weight)
+
+
+@torch.no_grad()
+def example_scores(
+    model: nn.Module,
+    loader: Iterable[Any],
+    judge: InsertionDeletion | None,
+    *,
+    explain: Literal["predicted", "label"],
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """Each example's scores; see `ExplanationRegularizedTrainer.example_scores`."""
+    batches = [scores for _, _, scores in _scored(model, loader, judge, explain, accelerator)]
+    return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in batches[0]}
+
+
+def _scored(
+    model: nn.Module,
+    loader: Iterable[Any],
+    judge: InsertionDeletion | None,
+    explain: Literal["predicted", "label"],
+    accelerator: Accelerator,
+) -> Iterator[tuple[Any, Any, dict[str, Tensor]]]:
+    """Outputs, targets and each example's scores, batch by batch, of all processes."""
     from accelerate.utils import send_to_device
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    empty = True
     with eval_mode(model), _same_random_numbers(judge, accelerator.device):
         for batch in loader:
+            empty = False
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
             with failing_together(accelerator):
                 output = call_model(model, inputs)
                 scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
             # Gathered without the examples that fill up the last batch, before anything is averaged.
             output, target, scores = accelerator.gather_for_metrics((output, target, scores))
-            scores = {"loss": loss_fn(output, target).expand(1), **_accuracy(model, output, target, judge), **scores}
-            for name, values in scores.items():
-                sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
-                counts[name] = counts.get(name, 0) + len(target)
-    if not sums:
+            yield output, target, {**_accuracy(model, output, target, judge), **scores}
+    if empty:
         raise ValueError("The loader yielded no batch to evaluate on.")
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return _with_validation_score(means, accuracy_weight)
 
 
 def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from captum_idexpo._modes import eval_mode, training_mode
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.regularizers.insertion_deletion import MEAN, mean_inputs
 from captum_idexpo.training import checkpoint
-from captum_idexpo.training.evaluation import evaluate
+from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
 from captum_idexpo.training.processes import failing_together
@@ -243,6 +243,23 @@ class ExplanationRegularizedTrainer:
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
         """
         return self._evaluate(self._prepare(loader), explain)
+
+    def example_scores(
+        self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
+    ) -> dict[str, Tensor]:
+        """Each example's scores, in the loader's order, as `evaluate` averages them.
+
+        Args:
+            loader: yields (inputs, target).
+            explain: which class is explained and scored, the predicted one or the label.
+
+        Returns:
+            By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion", as
+            far as they can be judged.
+        """
+        return example_scores(
+            self.model, self._prepare(loader), self.evaluation, explain=explain, accelerator=self.accelerator
+        )
 
     @property
     def _regularizers(self) -> Iterable[Any]:

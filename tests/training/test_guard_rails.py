@@ -173,3 +173,17 @@ def test_bad_settings(settings, message):
 def test_a_warm_up_needs_updates():
     with pytest.raises(ValueError, match="n_updates"):
         linear_warmup(0)
+
+
+def test_scores_of_each_example_average_to_the_evaluation():
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
+    trainer = trainer_of(net, [regularizer])
+    scores, means = trainer.example_scores(loader(IMAGES, 3)), trainer.evaluate(loader(IMAGES, 3))
+    assert set(scores) == {"accuracy", "insertion", "deletion", "one_minus_deletion"}
+    for name, values in scores.items():
+        assert values.shape == (8,)
+        assert values.double().mean().item() == pytest.approx(means[name])
+    expected = regularizer.scores(IMAGES).insertion
+    torch.testing.assert_close(scores["insertion"], expected)
+    assert set(trainer_of(smooth_net()).example_scores(loader())) == {"accuracy"}
