@@ -13,14 +13,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from captum_idexpo._modes import module_of
@@ -158,32 +157,43 @@ def twice_differentiable(explainer: Any) -> Iterator[None]:
         yield
 
 
-class _Shared:
-    """A context that several threads may be in: the first one enters it, the last one leaves.
+class _MathematicalAttention:
+    """Switches fused attention off while any thread is inside: the first one in does it, the last one out undoes it.
 
     Kernels are chosen for the whole process; contexts that overlap would restore each other's choice.
     """
 
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._make = make
+    _kernels = ("flash", "mem_efficient", "cudnn", "math")
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
+        self._before: dict[str, bool] = {}
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._context = self._make()
-                self._context.__enter__()
+                self._before = {kernel: self._enabled(kernel) for kernel in self._kernels}
+                self._enable({kernel: kernel == "math" for kernel in self._kernels})
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._context.__exit__(None, None, None)
+                self._enable(self._before)
+
+    @staticmethod
+    def _enabled(kernel: str) -> bool:
+        return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: False)())
+
+    @staticmethod
+    def _enable(choice: dict[str, bool]) -> None:
+        for kernel, enabled in choice.items():
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp", lambda _: None)(enabled)  # older torch lacks cuDNN's
 
 
-_mathematical_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_mathematical_attention = _MathematicalAttention()
 
 
 def asks_for_graph(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> bool:

@@ -149,7 +149,7 @@ def predicted_class(output: Tensor, outputs: str) -> Tensor:
 
 def log_probabilities(output: Tensor, outputs: str) -> Tensor:
     """The log probability of each class ``(B, C)``, from outputs ``(B, C)``; of two from ``(B, 1)`` or ``(B,)``."""
-    output = output if output.dim() > 1 else output[:, None]
+    output = (output if output.dim() > 1 else output[:, None]).to(torch.promote_types(output.dtype, torch.float32))
     if outputs == "raw":
         raise ValueError("Raw outputs have no probabilities: pass outputs='logits', or whatever the model returns.")
     if output.shape[1] > 1:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
-from captum_idexpo.metrics._scoring import OUTPUTS
+from captum_idexpo.metrics._scoring import OUTPUTS, class_labels
 
 Weight = float | Literal["auto"]
+_HEAVIEST = 1e8  # beyond it an automatic weight would raise rounding errors
 
 
 class Regularizer(nn.Module):
@@ -69,6 +71,8 @@ class Regularizer(nn.Module):
         else:
             self._weight = not_negative("weight", weight)
         self.ratio = not_negative("ratio", ratio)
+        self._waits = False
+        self._n_columns: int | None = None
         self.eval_mode = eval_mode
         self.outputs = outputs
         if eval_mode and self.model is None:
@@ -105,7 +109,7 @@ class Regularizer(nn.Module):
         penalty = self._held_penalty(inputs, target, annotations)
         if not self.needs_calibration:
             return {self.term: self.weight * penalty}
-        if float(penalty.detach()):
+        if not self._waits:
             raise RuntimeError(
                 f"The weight of {type(self).__name__} is 'auto' and not set yet: before the first step call "
                 "`regularizer.calibrate(task_loss, inputs, target)`; ExplanationRegularizedLoss and the trainer do."
@@ -116,8 +120,13 @@ class Regularizer(nn.Module):
     def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
         """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
 
-        Over several processes both are means over all of them. A penalty of zero (a batch without annotations) leaves
-        the weight to the next batch.
+        Over several processes both are means over all of them. A penalty of next to nothing (a batch without
+        annotations, a model that is linear before it is trained) leaves the weight to the next batch; until then the
+        term counts for nothing.
+
+        Raises:
+            NonFiniteError: the task loss or the penalty is NaN or infinite.
+            ValueError: the task loss is negative, so that there is no share of it.
         """
         if not self.needs_calibration:
             return
@@ -125,8 +134,14 @@ class Regularizer(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)
         task, penalty = both.tolist()
-        if penalty > 0 and math.isfinite(task / penalty):
+        if not math.isfinite(task + penalty):
+            raise NonFiniteError(f"The task loss is {task:g}, the penalty {penalty:g}: there is no ratio of them.")
+        if task < 0:
+            raise ValueError(f"weight='auto' needs a task loss that is not negative, given: {task:g}; pass a number.")
+        if penalty * _HEAVIEST > task:
             self.auto_weight.fill_(self.ratio * task / penalty)
+        else:
+            self._waits = True
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """The scalar, before it is weighted."""
@@ -136,6 +151,15 @@ class Regularizer(nn.Module):
         self._check_target(target)
         with held_in_eval_mode(self.model) if self.eval_mode else nullcontext():
             return self.penalty(inputs, target, annotations)
+
+    def explained_target(self, tensors: tuple[Tensor, ...], target: Any) -> Any:
+        """The target as an explainer takes it: none for a regression, and none where a single column is explained."""
+        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+            return None
+        if self._n_columns is None:
+            with torch.no_grad(), held_in_eval_mode(self.model):
+                self._n_columns = self.forward_func(*(tensor[:1] for tensor in tensors)).numel()
+        return None if self._n_columns == 1 else class_labels(target)
 
     def _check_target(self, target: Any) -> None:
         """Refuses a regression's targets where the outputs are said to be classes."""
@@ -157,6 +181,16 @@ def as_tensors(inputs: Any) -> tuple[Tensor, ...]:
     if not tensors or not len(tensors[0]):
         raise ValueError("The batch is empty: there is nothing to regularize.")
     return tensors
+
+
+def require_real(tensors: tuple[Tensor, ...]) -> None:
+    """Refuses token ids and the like, which have no gradient and no neighbours; TypeError."""
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"inputs of {tensor.dtype} have no gradient and no neighbours: pass embeddings to a forward function "
+                "that takes them, or explain an embedding layer (explainer=LayerIntegratedGradients(model, layer))."
+            )
 
 
 def not_negative(name: str, value: float) -> float:

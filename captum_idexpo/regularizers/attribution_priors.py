@@ -8,7 +8,6 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_idexpo.metrics._scoring import class_labels
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
@@ -43,9 +42,8 @@ class AttributionPrior(Regularizer):
     def maps(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
         """The attribution, a layer's brought to the input's size."""
         tensors = as_tensors(inputs)
-        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
-            target = None  # a regression's target names no column
-        maps = self._explaining(inputs, torch.is_grad_enabled(), {"target": class_labels(target)})
+        offered = {"target": self.explained_target(tensors, target)}
+        maps = self._explaining(inputs, torch.is_grad_enabled(), offered)
         return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
 
 

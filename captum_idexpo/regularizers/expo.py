@@ -31,7 +31,7 @@ from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
 from captum_idexpo.metrics._locations import groups_of
 from captum_idexpo.metrics._scoring import TargetScorer, class_labels
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 
 
 class Neighbors(NamedTuple):
@@ -71,6 +71,7 @@ class GaussianNeighbors:
 
     def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
         """So many neighbours of each example."""
+        require_real(tensors)
         n_examples, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
         sizes = [tensor[0].numel() for tensor in tensors]
         if not self.one_dimensional:
@@ -109,6 +110,7 @@ class UniformNeighbors:
 
     def draw(self, tensors: tuple[Tensor, ...], n: int, generator: Generator | None) -> Neighbors:
         """So many neighbours of each example."""
+        require_real(tensors)
         shape, device, dtype = (n, self.n_unknowns(tensors) - 1), tensors[0].device, tensors[0].dtype
         uniform = drawn_for(
             len(tensors[0]), lambda b: torch.rand(b, *shape, generator=generator, device=device, dtype=dtype)
@@ -206,7 +208,8 @@ class _Local(Regularizer):
             outputs(tuple(copy[part].flatten(0, 1) for copy in copies), part.stop - part.start)
             for part in slices(n_copies, max(1, rows // n_examples))
         ]
-        return torch.cat(chunks).reshape(n_copies, n_examples, -1).transpose(0, 1)
+        values = torch.cat(chunks).reshape(n_copies, n_examples, -1).transpose(0, 1)
+        return values.to(torch.promote_types(values.dtype, torch.float32))  # squares of halves would vanish
 
 
 class Fidelity(_Local):

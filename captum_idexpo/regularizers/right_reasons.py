@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from captum_idexpo._evaluation import default_rows_per_forward, slices
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
-from captum_idexpo.metrics._scoring import class_labels, log_probabilities
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+from captum_idexpo.metrics._scoring import log_probabilities
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
 
@@ -100,10 +100,11 @@ class RightForTheRightReasons(Regularizer):
         self._warn_of_full_masks(masks)
         create_graph = torch.is_grad_enabled()
         if self._explaining is None:
+            require_real(tensors)
             saliency = Saliency(self._explained_sum)
             maps: tuple[Tensor, ...] = saliency.attribute(tensors, abs=False, create_graph=create_graph)
         else:
-            maps = self._explaining(inputs, create_graph, {"target": class_labels(target)})
+            maps = self._explaining(inputs, create_graph, {"target": self.explained_target(tensors, target)})
             if self._explaining.of_layer:
                 maps = (layer_cells(maps, tensors)[0],)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)

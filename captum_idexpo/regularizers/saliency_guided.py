@@ -19,8 +19,8 @@ from torch import Generator, Tensor
 
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import Saliency
-from captum_idexpo.metrics._scoring import class_labels, log_probabilities
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
+from captum_idexpo.metrics._scoring import log_probabilities
+from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 
 
 class SaliencyGuided(Regularizer):
@@ -77,14 +77,15 @@ class SaliencyGuided(Regularizer):
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """KL(p(x) || p(x~)), averaged over the batch."""
         tensors = as_tensors(inputs)
-        replaced = self._replaced(tensors, class_labels(target))
+        require_real(tensors)
+        replaced = self._replaced(tensors, self.explained_target(tensors, target))
         log_p = log_probabilities(self.forward_func(*tensors), self.outputs)
         log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 
     def _replaced(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Tensor, ...]:
         """The inputs, random values in place of the features of least gradient."""
-        gradients = Saliency(self.forward_func).attribute(tensors, target=self._column(tensors, target))
+        gradients = Saliency(self.forward_func).attribute(tensors, target=target)
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
         n_replaced = math.floor(self.fraction * flat.shape[1] + 1e-9)
         least = flat.argsort(dim=1, stable=True)[:, :n_replaced]
@@ -95,15 +96,9 @@ class SaliencyGuided(Regularizer):
             for part, tensor in zip(chosen.split(sizes, dim=1), tensors, strict=True)
         )
 
-    def _column(self, tensors: tuple[Tensor, ...], target: Any) -> Any:
-        """The output to explain: a single column explains both classes."""
-        with torch.no_grad():
-            output = self.forward_func(*(tensor[:1] for tensor in tensors))
-        return None if output.numel() == 1 else target
-
     def _random(self, tensor: Tensor) -> Tensor:
         if self.value_range is None:
-            axes = (0, *range(2, tensor.dim())) if tensor.dim() > 2 else (0,)
+            axes = (0, *range(2, tensor.dim())) if tensor.dim() > 3 else (0,)
             low, high = tensor.detach().amin(axes, keepdim=True), tensor.detach().amax(axes, keepdim=True)
         else:
             low, high = (torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device) for value in self.value_range)

@@ -37,8 +37,9 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
         CheckpointError: it could not be written (a full disk); earlier ones are untouched.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     payload = buffer.getvalue()
+    _loaded(payload, "The state of this run")  # now, rather than when it is needed
     path = folder / f"checkpoint-{step:09d}.pt"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -55,7 +56,7 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
             "continue with trainer.resume()."
         ) from error
     _flush_folder(folder)
-    for old in sorted(_checkpoints(folder), reverse=True)[_KEPT:]:
+    for old in sorted(checkpoints(folder), reverse=True)[_KEPT:]:
         old.unlink(missing_ok=True)
     for leftover in folder.glob("checkpoint-*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -78,14 +79,7 @@ def load(path: Path) -> dict[str, Any]:
     digest, payload = content[len(_MAGIC) : start - 1], content[start:]
     if hashlib.sha256(payload).hexdigest().encode() != digest:
         raise CheckpointError(f"{path} was cut short or changed: its content does not match its digest.")
-    try:
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} holds something that cannot be loaded without running code ({error}): a scheduler or optimizer "
-            "with more than numbers and tensors in its state."
-        ) from error
-    return state
+    return _loaded(payload, str(path))
 
 
 def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
@@ -97,7 +91,7 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
     if path.is_file():
         return load(path), path
     faults = []
-    for candidate in sorted(_checkpoints(path), reverse=True):
+    for candidate in sorted(checkpoints(path), reverse=True):
         try:
             return load(candidate), candidate
         except CheckpointError as error:
@@ -133,8 +127,31 @@ def set_random_state(state: dict[str, Any], generators: Iterable[Generator]) -> 
         generator.set_state(own)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder."""
     return [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def _loaded(payload: bytes, what: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} holds something that cannot be loaded without running code ({error}): a scheduler, an optimizer "
+            "or a callback put more than numbers and tensors there."
+        ) from error
+    return state
+
+
+def _plain(values: Any) -> Any:
+    """NumPy's numbers as Python's, which load without running code."""
+    if isinstance(values, np.generic):
+        return values.item()
+    if isinstance(values, dict):
+        return {_plain(key): _plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(map(_plain, values)) if type(values) in (list, tuple) else values
+    return values
 
 
 def _flush_folder(folder: Path) -> None:

@@ -195,7 +195,9 @@ class ExplanationRegularizedTrainer:
 
         Everything is put back: weights, optimizer, scheduler, automatic weights, all random streams, the position in
         the epoch, the best weights and the history. On a CPU the result is that of a run that was never killed, bit
-        for bit. Batches of the epoch that were done before are read again and passed over.
+        for bit. Batches of the epoch that were done before are read again and passed over, so that a data set which
+        draws from torch's global generator in this process repeats an epoch's end only nearly; one in worker processes
+        that do not persist, or with a generator of its own, repeats it exactly.
 
         Args:
             path: a checkpoint file, or a folder whose latest good one is taken; None: `checkpoint_dir`.
@@ -287,6 +289,11 @@ class ExplanationRegularizedTrainer:
         if self._resumed is not None:
             run.load_state_dict(self._resumed["run"], self._resumed["random"])
             self._resumed = None
+        elif self.checkpoint_dir is not None and checkpoint.checkpoints(self.checkpoint_dir):
+            raise checkpoint.CheckpointError(
+                f"{self.checkpoint_dir} holds checkpoints of another run: call resume() to continue it, or "
+                "choose another checkpoint_dir."
+            )
         self.history = run.history
         return run
 
@@ -361,7 +368,7 @@ class ExplanationRegularizedTrainer:
                                 f"{error}{where} The model is left with its last good weights."
                             ) from error
                         warnings.warn(f"{error} ({where}) The batch is left out.", stacklevel=2)
-                        self.optimizer.zero_grad()
+                        self._drop_gradients()
                         parts = {"skipped": 1.0}
                 last_batch = batch if "skipped" not in parts else last_batch
                 run.add(parts)
@@ -373,7 +380,9 @@ class ExplanationRegularizedTrainer:
                 f"The training loader yielded no batch in epoch {run.epoch}: give a DataLoader or a list of batches "
                 "(an iterator is empty after one pass)."
             )
-        self.optimizer.zero_grad()
+        self._drop_gradients()
+        if last_batch is None and "loss" not in run.means():
+            raise NonFiniteError(f"Every batch of epoch {run.epoch} was left out: no loss was finite.")
         with self._training_mode():
             finite = last_batch is None or self._task_loss_is_finite(last_batch)
         if not finite:
@@ -391,7 +400,7 @@ class ExplanationRegularizedTrainer:
         batch = send_to_device(batch, self.accelerator.device)
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
-        norms = self._gradient_norms(batch, run.updates)
+        norms = self._gradient_norms(batch, run)
         with self.accelerator.accumulate(self._loss):
             with failing_together(self.accelerator):
                 loss, parts = self._loss(batch)
@@ -416,17 +425,24 @@ class ExplanationRegularizedTrainer:
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
         return {**named, **norms, **self._floor_shares(), **shares}
 
+    def _drop_gradients(self) -> None:
+        """Also those of batches that an update was to accumulate and that are not complete."""
+        self.accelerator.step = 0
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def _floor_shares(self) -> dict[str, float]:
         """How many masked copies the deletion floor binds, where there is one."""
         shares = [r.floor_share for r in self._regularizers if getattr(r, "floor_share", None) is not None]
         return {"deletion_floor_share": float(torch.stack(shares).mean())} if shares else {}
 
-    def _gradient_norms(self, batch: Any, update: int) -> dict[str, float]:
+    def _gradient_norms(self, batch: Any, run: _Run) -> dict[str, float]:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
-        if self.gradient_norms_every is None or update % self.gradient_norms_every:
+        if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        state = checkpoint.random_state([])
+        # The measurement leaves no trace: neither in random streams nor in BatchNorm's statistics.
+        state, before = checkpoint.random_state(run.generators), _Weights(self.model)
         terms = self._unwrapped.terms(batch)
         norms = {}
         for name, term in terms.items():
@@ -434,7 +450,8 @@ class ExplanationRegularizedTrainer:
                 gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                 squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
                 norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-        checkpoint.set_random_state(state, [])
+        checkpoint.set_random_state(state, run.generators)
+        before.restore_buffers()
         task = norms.get("task", 0.0)
         for name, norm in norms.items():
             if norm > _DWARFS * task > 0:
@@ -484,7 +501,7 @@ class _Run:
     """Where a run is, and what it has found so far."""
 
     def __init__(self, generators: list[Generator], accelerator: Accelerator) -> None:
-        self._generators = generators
+        self.generators = generators
         self._accelerator = accelerator
         self.history = History()
         self.epoch, self.step, self.updates = 1, 0, 0
@@ -507,15 +524,15 @@ class _Run:
         if hasattr(loader, "iteration"):
             loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
         if here is None:
-            self._epoch_start = checkpoint.random_state(self._generators)
+            self._epoch_start = checkpoint.random_state(self.generators)
         else:  # the same order again, then on with the streams of the moment
             assert self._epoch_start is not None
-            checkpoint.set_random_state(self._epoch_start, self._generators)
+            checkpoint.set_random_state(self._epoch_start, self.generators)
         iterator = iter(loader)
         for _ in range(done):
             next(iterator, None)
         if here is not None:
-            checkpoint.set_random_state(here, self._generators)
+            checkpoint.set_random_state(here, self.generators)
             self._here = None
         yield from iterator
 
@@ -537,7 +554,7 @@ class _Run:
 
     def random_states(self) -> list[dict[str, Any]]:
         """The random streams of each process, now and at the epoch's start."""
-        own = {"here": checkpoint.random_state(self._generators), "epoch_start": self._epoch_start}
+        own = {"here": checkpoint.random_state(self.generators), "epoch_start": self._epoch_start}
         if self._accelerator.num_processes == 1:
             return [own]
         gathered: list[Any] = [None] * self._accelerator.num_processes
@@ -566,7 +583,7 @@ class _Run:
         own = randoms[self._accelerator.process_index]
         self._epoch_start = own["epoch_start"]
         if self._epoch_start is None:  # between two epochs
-            checkpoint.set_random_state(own["here"], self._generators)
+            checkpoint.set_random_state(own["here"], self.generators)
         else:
             self._here = own["here"]
 
@@ -615,7 +632,8 @@ def _generators(*owners: Any) -> Iterator[Generator]:
         elif owner is not None:
             names = ("generator", "sampler", "batch_sampler", "synchronized_generator", "dataloader", "base_dataloader")
             queue.extend(vars(owner)[name] for name in names if name in getattr(owner, "__dict__", {}))
-            queue.append(dict(getattr(owner, "attribute_kwargs", {})).get("generator"))
+            explaining = getattr(owner, "_explaining", None)
+            queue.append(None if explaining is None else explaining.arguments.get("generator"))
 
 
 def linear_warmup(n_updates: int) -> Callable[[int], float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import InputXGradient
 from captum_idexpo.regularizers import (
     Fidelity,
@@ -186,3 +186,46 @@ def test_a_function_whose_mode_cannot_be_held_is_warned_of():
     Stability(lambda x: model(x), eval_mode=False)
     with pytest.raises(TypeError, match="must be a module or a forward function"):
         Stability("model")
+
+
+def test_an_automatic_weight_of_what_is_not_finite_or_has_no_share_is_an_error():
+    model = smooth_net()
+    with pytest.raises(NonFiniteError, match="no ratio"):
+        Stability(model, weight="auto").calibrate(torch.tensor(1.0), X * math.nan, Y)
+    with pytest.raises(ValueError, match="not negative"):
+        Stability(model, weight="auto").calibrate(torch.tensor(-2.0), X, Y)
+
+
+def test_rounding_errors_get_no_weight():
+    linear = nn.Linear(6, 1).double()
+    regularizer = Fidelity(linear, weight="auto", outputs="raw")
+    regularizer.calibrate(torch.tensor(1.0), X, torch.zeros(8, 1))
+    assert math.isnan(regularizer.weight)
+    assert regularizer(X, torch.zeros(8, 1))["fidelity"].item() == 0
+
+
+@pytest.mark.parametrize("term", ["right_reasons", "smoothness", "sparsity", "saliency_guided"])
+def test_a_single_logit_of_two_classes(term):
+    model = smooth_net(n_classes=1)
+    arguments = {"explainer": InputXGradient(model)} if term == "right_reasons" else {}
+    for target in (torch.tensor([0, 1, 1, 0, 1, 0, 1, 1]), torch.tensor([[0.0], [1.0]] * 4)):
+        assert ALL[term](model, **arguments)(X, target, A)[term].item() > 0
+
+
+@pytest.mark.parametrize("term", ["right_reasons", "saliency_guided", "fidelity", "stability"])
+def test_token_ids_have_neither_gradient_nor_neighbours(term):
+    with pytest.raises(TypeError, match=r"torch\.int64.*embedding"):
+        ALL[term](smooth_net())(X.long(), Y, A)
+
+
+@pytest.mark.parametrize("term", ["fidelity", "stability", "saliency_guided", "right_reasons"])
+def test_squares_are_taken_in_single_precision_at_least(term):
+    """Squares of halves would vanish."""
+    model = smooth_net().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ALL[term](model)(X.float(), Y, A)[term].dtype == torch.float32
+
+
+def test_one_row_is_looked_at_in_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
+    assert SaliencyGuided(model, eval_mode=False)(X, Y)["saliency_guided"].isfinite()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import random
 import signal
@@ -219,7 +221,11 @@ def test_code_is_never_run(folder):
         def __reduce__(self):
             return os.system, ("touch " + str(folder / "run"),)
 
-    path = checkpoint.save({"model": Evil()}, folder / "evil", 1)
+    payload = io.BytesIO()
+    torch.save({"model": Evil()}, payload)
+    digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
+    path = folder / "checkpoint-000000099.pt"
+    path.write_bytes(b"captum-idexpo checkpoint 1\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()
@@ -272,3 +278,22 @@ def test_random_streams_are_put_back():
     first = draw()
     checkpoint.set_random_state(state, generators)
     assert draw() == first
+
+
+def test_a_new_run_does_not_write_over_another(folder):
+    trainer, loaders = trainer_of(folder)
+    with pytest.raises(CheckpointError, match=r"another run: call resume\(\)"):
+        trainer.fit(*loaders, epochs=1)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    path = checkpoint.save(
+        {"lr": np.float64(0.5), "rows": [{"a": np.int64(3)}], "pair": (np.float32(1), 2)}, tmp_path, 1
+    )
+    assert checkpoint.load(path) == {"lr": 0.5, "rows": [{"a": 3}], "pair": (1.0, 2)}
+
+
+def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
+        checkpoint.save({"model": Path()}, tmp_path, 1)
+    assert not list(tmp_path.glob("*"))

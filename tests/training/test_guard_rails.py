@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import InputXGradient, LayerGradCam
-from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, mean_inputs
+from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, Stability, mean_inputs
 from captum_idexpo.training import linear_warmup
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -187,3 +187,32 @@ def test_scores_of_each_example_average_to_the_evaluation():
     expected = regularizer.scores(IMAGES).insertion
     torch.testing.assert_close(scores["insertion"], expected)
     assert set(trainer_of(smooth_net()).example_scores(loader())) == {"accuracy"}
+
+
+def test_an_epoch_without_a_finite_loss_is_an_error():
+    spoiled = X * float("nan")
+    trainer = trainer_of(smooth_net(), on_non_finite="skip")
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(NonFiniteError, match="Every batch of epoch 1"):
+        trainer.fit(loader(spoiled))
+
+
+def test_what_an_update_was_to_accumulate_does_not_leak_into_the_next_epoch():
+    """Three batches of a list, two an update: the third waits for a fourth that does not come."""
+    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]
+    nets = [smooth_net(), smooth_net()]
+    trainer_of(nets[0], accelerator=Accelerator(gradient_accumulation_steps=2)).fit(batches, epochs=2)
+    trainer_of(nets[1], accelerator=Accelerator(gradient_accumulation_steps=2)).fit(batches[:2], epochs=2)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_measuring_gradient_norms_leaves_generators_and_statistics_alone():
+    results = []
+    for every in (None, 1):
+        net = smooth_conv_net().train()
+        torch.manual_seed(0)
+        regularizer = Stability(net, generator=torch.Generator().manual_seed(1))
+        settings = {"gradient_norms_every": every, "freeze_batch_norm": False}
+        trainer_of(net, [regularizer], **settings).fit(loader(IMAGES), epochs=1)
+        results.append(torch.cat([value.flatten() for value in net.state_dict().values()]))
+    assert torch.equal(*results)
