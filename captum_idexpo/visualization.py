@@ -5,6 +5,7 @@ Matplotlib figures, returned and never shown. Colours are Okabe and Ito's, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from captum_idexpo.metrics import InsertionDeletionScores
 
+_NO_LOSSES = ("epoch", "skipped", "deletion_floor_share")
 COLORS = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -131,15 +133,46 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
         >>> figure = plot_history([{"epoch": 1, "loss": 0.7, "valscore": 2.5}])
     """
     figure = _figure(1, 2, (8, 3))
-    names = [name for name in (history[0] if history else {}) if name != "epoch"]
+    every = dict.fromkeys(name for row in history for name in row)
+    names = [name for name in every if name not in _NO_LOSSES and not name.startswith("seconds")]
+    names = [name for name in names if not name.endswith(("_weight", "_gradient_norm"))]
     scores = [name for name in names if name.startswith("val_") or name == "valscore"]
     losses = [name for name in names if name not in scores]
     for axis, group, title in zip(figure.axes, (losses, scores), ("training loss", "validation"), strict=True):
         for color, name in zip(COLORS * (1 + len(group) // len(COLORS)), group, strict=False):
-            axis.plot([row["epoch"] for row in history], [row[name] for row in history], "o-", color=color, label=name)
+            values = [row.get(name, math.nan) for row in history]
+            axis.plot([row["epoch"] for row in history], values, "o-", color=color, label=name)
         axis.set(title=title, xlabel="epoch")
         if group:
             axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def plot_front(
+    rows: Sequence[Mapping[str, float]], front: Sequence[Mapping[str, float]], x: str = "accuracy", y: str = "insertion"
+) -> Figure:
+    """Settings of a sweep by two scores, those that no other beats in both joined by a line.
+
+    Args:
+        rows: the scores of each setting.
+        front: those on the front.
+        x, y: names of the scores, higher being better.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from captum_idexpo.visualization import plot_front
+        >>> rows = [{"accuracy": 0.9, "insertion": 0.5}, {"accuracy": 0.8, "insertion": 0.4}]
+        >>> figure = plot_front(rows, rows[:1])
+    """
+    figure = _figure(1, 1, (5, 3.5))
+    (axis,) = figure.axes
+    axis.plot([row[x] for row in rows], [row[y] for row in rows], "o", color=COLORS[0], label="settings")
+    ordered = sorted(front, key=lambda row: row[x])
+    axis.plot([row[x] for row in ordered], [row[y] for row in ordered], "o-", color=COLORS[1], label="front")
+    axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    axis.legend(frameon=False)
     return figure
 
 

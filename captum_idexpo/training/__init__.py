@@ -3,6 +3,7 @@
 from captum_idexpo.training.checkpoint import CheckpointError
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss
+from captum_idexpo.training.sweep import Sweep, sweep
 from captum_idexpo.training.trainer import ExplanationRegularizedTrainer, linear_warmup
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "ExplanationRegularizedLoss",
     "ExplanationRegularizedTrainer",
     "History",
+    "Sweep",
     "linear_warmup",
+    "sweep",
 ]

@@ -1,0 +1,93 @@
+"""Sweeps: each setting once, also after a kill; several side by side; the front."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.training import Sweep, sweep
+from tests.helpers import smooth_conv_net
+
+GRID = {"weight": [0.0, 0.5], "seed": [0, 1]}
+
+
+def train(weight, seed, device="cpu"):
+    """A short run, in earnest."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=generator)
+    loader = DataLoader(TensorDataset(x, torch.arange(8) % 3), batch_size=4)
+    net = smooth_conv_net().to(device)
+    regularizer = InsertionDeletion(
+        LayerGradCam(net, net[4]), baselines=0.0, step_size=6, insertion_weight=weight, deletion_weight=weight
+    )
+    trainer = ExplanationRegularizedTrainer(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), [regularizer], show_progress=False
+    )
+    trainer.fit(loader)
+    return trainer.evaluate(loader)
+
+
+def where(weight, seed, device):
+    return {"process": os.getpid(), "device_number": int(device[-1]), "value": weight + seed}
+
+
+def test_each_setting_is_run_once(tmp_path):
+    calls = []
+
+    def run(**settings):
+        calls.append(settings)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"accuracy": settings["weight"], "insertion": settings["seed"]}
+
+    path = tmp_path / "results" / "sweep.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, GRID, path)
+    path.write_text(path.read_text() + '{"settings": {"weight": 0.5, "se')  # cut short by a kill
+    found = sweep(run, GRID, path)
+    assert [(row["weight"], row["seed"]) for row in found] == [(0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)]
+    assert len(calls) == 5  # the interrupted one twice
+    sweep(run, {**GRID, "seed": [0, 1, 2]}, path)
+    assert len(calls) == 7
+
+
+def test_real_runs_end_with_a_table_and_a_picture(tmp_path):
+    found = sweep(train, GRID, tmp_path / "sweep.jsonl")
+    assert {"accuracy", "insertion", "deletion"} <= set(found[0])
+    assert len(found.table().splitlines()) == 6
+    assert len(found.plot().axes[0].lines) == 2
+    assert list(found.to_pandas()["seed"]) == [0, 1, 0, 1]
+
+
+def test_several_devices_work_side_by_side(tmp_path):
+    found = sweep(where, GRID, tmp_path / "sweep.jsonl", devices=["cpu:0", "cpu:1"])
+    assert [row["value"] for row in found] == [0.0, 1.0, 0.5, 1.5]
+    assert {row["device_number"] for row in found} == {0.0, 1.0}
+    assert all(row["process"] != os.getpid() for row in found)
+
+
+def test_the_front_is_what_no_other_setting_beats():
+    points = [(0.9, 0.1), (0.8, 0.5), (0.85, 0.4), (0.8, 0.3), (0.7, 0.5), (0.6, 0.9)]
+    found = Sweep({"accuracy": x, "insertion": y} for x, y in points)
+    assert [(row["accuracy"], row["insertion"]) for row in found.front()] == [
+        (0.9, 0.1),
+        (0.85, 0.4),
+        (0.8, 0.5),
+        (0.6, 0.9),
+    ]
+    assert found.table().count("yes") == 4
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [({}, "empty"), ({"weight": []}, "empty"), ({"device": ["cpu"]}, "device"), ({"accuracy": [1]}, "share names")],
+)
+def test_bad_grids(tmp_path, grid, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(lambda **settings: {"accuracy": 1.0}, grid, tmp_path / "sweep.jsonl")
