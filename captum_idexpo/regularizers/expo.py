@@ -204,10 +204,12 @@ class _Local(Regularizer):
         """Outputs of the copies ``(n, B, ...)``, as ``(B, n, K)``."""
         n_copies, n_examples = copies[0].shape[:2]
         rows = self.max_examples_per_batch or default_rows_per_forward(tuple(copy[0] for copy in copies))
-        chunks = [
-            outputs(tuple(copy[part].flatten(0, 1) for copy in copies), part.stop - part.start)
-            for part in slices(n_copies, max(1, rows // n_examples))
-        ]
+        # Differences of neighbouring outputs are smaller than what half precision resolves.
+        with torch.autocast(copies[0].device.type, enabled=False):
+            chunks = [
+                outputs(tuple(copy[part].flatten(0, 1) for copy in copies), part.stop - part.start)
+                for part in slices(n_copies, max(1, rows // n_examples))
+            ]
         values = torch.cat(chunks).reshape(n_copies, n_examples, -1).transpose(0, 1)
         return values.to(torch.promote_types(values.dtype, torch.float32))  # squares of halves would vanish
 

@@ -7,12 +7,21 @@ import csv
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import InputXGradient, LayerGradCam
-from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, Stability, mean_inputs
+from captum_idexpo.attr import InputXGradient, LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.regularizers import (
+    Fidelity,
+    InsertionDeletion,
+    RightForTheRightReasons,
+    Sparsity,
+    Stability,
+    mean_inputs,
+)
 from captum_idexpo.training import linear_warmup
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -216,3 +225,37 @@ def test_measuring_gradient_norms_leaves_generators_and_statistics_alone():
         trainer_of(net, [regularizer], **settings).fit(loader(IMAGES), epochs=1)
         results.append(torch.cat([value.flatten() for value in net.state_dict().values()]))
     assert torch.equal(*results)
+
+
+def regularizer_of(name, net):
+    generator = torch.Generator().manual_seed(1)
+    arguments = {"baselines": 0.0, "insertion_weight": 1.0, "deletion_weight": 1.0, "deletion_floor": None}
+    if name == "Grad-CAM":
+        return InsertionDeletion(LayerGradCam(net, net[4]), step_size=6, **arguments)
+    if name == "LIME":
+        return InsertionDeletion(
+            Lime(net, Ridge(0.1), MaskSimilarity()),
+            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
+            attribute_kwargs={"sampling": "independent", "n_samples": 20},
+            generator=generator,
+            **arguments,
+        )
+    if name == "RRR":
+        return RightForTheRightReasons(net)
+    return {"Fidelity": Fidelity, "Stability": Stability}[name](net, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["Grad-CAM", "LIME", "RRR", "Fidelity", "Stability"])
+def test_bfloat16_leaves_the_gradient_where_it_is(name):
+    """Second-order term included; the surrogate's solve and differences of neighbours keep their precision."""
+    gradients = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(True)
+        net = smooth_conv_net().float()
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        loss = ExplanationRegularizedLoss(net, [regularizer_of(name, net)], lambda output, _: 0 * output.sum())
+        total, _ = accelerator.prepare(loss)((IMAGES.float(), Y[:8], (IMAGES > 0).float()))
+        accelerator.backward(total)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in net.parameters()]))
+    AcceleratorState._reset_state(True)
+    assert torch.cosine_similarity(*gradients, dim=0).item() > 0.998
