@@ -159,3 +159,9 @@ def test_token_ids_with_a_float_baseline():
     theirs = captum.attr.ShapleyValues(model).attribute(tokens, baselines=1.0, target=1)
     ours = ShapleyValues(model).attribute(tokens, baselines=1.0, target=1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_what_all_coalitions_share_costs_no_digits():
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    values = ShapleyValues(lambda x: 2.0**20 + x.sum(dim=1)).attribute(x)
+    torch.testing.assert_close(values, x, atol=1e-5, rtol=0)
