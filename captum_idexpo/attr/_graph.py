@@ -5,7 +5,7 @@ Captum's classes lose the graph in few ways, each of which is met once:
 * gradients are taken inside without ``create_graph``: `InnerGradients` adds it to every inner `torch.autograd.grad`;
 * bodies run under `torch.no_grad`: the classes here have bodies of their own that ask `keeps_graph`;
 * layers are evaluated without gradients: `with_gradients` lets the forward function have them all the same;
-* chunks of a path integral are detached (`path.InSteps`); hooks fire again in the backward pass (`hooks`).
+* chunks of a path integral are detached (`path.InSteps`); hooks fire again in the backward pass (`_hooks.HookedOnce`).
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class InnerGradients(TorchFunctionMode):
             self.made_leaves.append(args[0])
         return func(*args, **kwargs)
 
-    def anchor(self) -> Tensor | None:
-        """An output that something trainable reaches, None if there is none."""
-        return next((output for output in self.outputs if depends_on_leaf(output, except_for=self.made_leaves)), None)
+    def anchor(self, attribution: Any) -> Tensor | None:
+        """An output, or a part of the attribution, that something trainable reaches; None if there is none."""
+        candidates = [*self.outputs, *_tensors(attribution)]
+        return next((tensor for tensor in candidates if depends_on_leaf(tensor, except_for=self.made_leaves)), None)
 
 
 @contextmanager
@@ -91,25 +92,20 @@ def by_gradients(
     Raises:
         RuntimeError: create_graph where no graph can exist; under `torch.inference_mode`.
     """
-    name = type(explainer).__name__
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{name} takes gradients inside, which torch.inference_mode() forbids: use torch.no_grad() instead."
+            f"{type(explainer).__name__} takes gradients inside, which torch.inference_mode() forbids: use "
+            "torch.no_grad() instead."
         )
     if keeps_graph():  # a part of another attribution, which sees to the graph of all
         return compute(_aliases(inputs, of_inputs))
     if not create_graph:
         return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
-    require_gradients_enabled(name)
-    with _keeping() as inner, twice_differentiable(explainer):
-        attribution = compute(_aliases(inputs, of_inputs))
-    anchor = inner.anchor()
-    if anchor is None:
-        raise no_graph_error(name)
+    computed = _with_graph(explainer, lambda given: compute(_aliases(given, of_inputs)), inputs)
     if with_delta:
-        attribution, delta = attribution
-        return _attached(attribution, anchor), delta.detach()
-    return _attached(attribution, anchor)
+        attribution, delta = computed
+        return attribution, delta.detach()
+    return computed
 
 
 def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: bool) -> Any:
@@ -123,14 +119,19 @@ def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: 
     if not create_graph:
         with torch.no_grad():
             return compute(inputs)
+    return _with_graph(explainer, compute, inputs)
+
+
+def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:
+    """What `compute` gives with everything it takes on the way keeping its graph; RuntimeError where there is none."""
     name = type(explainer).__name__
     require_gradients_enabled(name)
-    with _keeping(), twice_differentiable(explainer):
-        attribution = compute(inputs)
-    anchor = next((tensor for tensor in _tensors(attribution) if tensor.requires_grad), None)
+    with _keeping() as inner, twice_differentiable(explainer):
+        computed = compute(inputs)
+    anchor = inner.anchor(computed)
     if anchor is None:
         raise no_graph_error(name)
-    return _attached(attribution, anchor)
+    return _attached(computed, anchor)
 
 
 def with_gradients(forward_func: Callable[..., Any]) -> Callable[..., Any]:

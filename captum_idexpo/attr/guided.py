@@ -21,9 +21,16 @@ class ModifiedRelu(HookedOnce):
     def _forget(self) -> None:
         self.backward_hooks: list[Any] = []
 
-    def _attribute(
-        self, inputs: Any, target: TargetType, additional_forward_args: object | None, create_graph: bool
-    ) -> Any:
+    @logged
+    def attribute(
+        self,
+        inputs: TensorOrTensors,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> TensorOrTensors:
+        """The changed gradient of the target in the inputs; arguments, result and errors as for `Saliency`."""
         with self.for_one_call() as explainer:
             compute = partial(
                 super().attribute.__wrapped__,  # type: ignore[misc]
@@ -31,7 +38,8 @@ class ModifiedRelu(HookedOnce):
                 target=target,
                 additional_forward_args=additional_forward_args,
             )
-            return by_gradients(self, compute, inputs, create_graph, of_inputs=True)
+            attribution: TensorOrTensors = by_gradients(self, compute, inputs, create_graph, of_inputs=True)
+            return attribution
 
 
 class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
@@ -49,19 +57,6 @@ class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
         >>> GuidedBackprop(model).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The guided gradient of the target in the inputs; arguments, result and errors as for `Saliency`."""
-        attribution: TensorOrTensors = self._attribute(inputs, target, additional_forward_args, create_graph)
-        return attribution
-
 
 class Deconvolution(ModifiedRelu, captum.Deconvolution):
     """The gradient with ReLU applied to it in place of ReLU's own (Zeiler, Fergus 2014, arXiv 1311.2901).
@@ -77,19 +72,6 @@ class Deconvolution(ModifiedRelu, captum.Deconvolution):
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> Deconvolution(model).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
-
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The deconvolved gradient of the target in the inputs; arguments, result and errors as for `Saliency`."""
-        attribution: TensorOrTensors = self._attribute(inputs, target, additional_forward_args, create_graph)
-        return attribution
 
 
 class GuidedGradCam(captum.GuidedGradCam):

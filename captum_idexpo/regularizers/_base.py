@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -195,6 +196,6 @@ def require_real(tensors: tuple[Tensor, ...]) -> None:
 
 def not_negative(name: str, value: float) -> float:
     """A finite number, zero or positive; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number and not negative, given: {value}.")
     return value

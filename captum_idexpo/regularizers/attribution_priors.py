@@ -15,21 +15,22 @@ from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 class AttributionPrior(Regularizer):
     """What `Smoothness` and `Sparsity` share: a penalty on an attribution alone."""
 
+    _term: str
+
     def __init__(
         self,
-        term: str,
         explainer: Attribution,
         *,
-        model: nn.Module | None,
-        weight: Weight,
-        ratio: float,
-        attribute_kwargs: dict[str, Any] | None,
-        outputs: str,
-        eval_mode: bool,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        attribute_kwargs: dict[str, Any] | None = None,
+        outputs: str = "logits",
+        eval_mode: bool = True,
     ) -> None:
         explaining = Explaining(explainer, attribute_kwargs)
         super().__init__(
-            term,
+            self._term,
             explainer.forward_func,
             model=model,
             weight=weight,
@@ -76,27 +77,7 @@ class Smoothness(AttributionPrior):
         >>> prior(x, y)["smoothness"].backward()
     """
 
-    def __init__(
-        self,
-        explainer: Attribution,
-        *,
-        model: nn.Module | None = None,
-        weight: Weight = 1.0,
-        ratio: float = 1.0,
-        attribute_kwargs: dict[str, Any] | None = None,
-        outputs: str = "logits",
-        eval_mode: bool = True,
-    ) -> None:
-        super().__init__(
-            "smoothness",
-            explainer,
-            model=model,
-            weight=weight,
-            ratio=ratio,
-            attribute_kwargs=attribute_kwargs,
-            outputs=outputs,
-            eval_mode=eval_mode,
-        )
+    _term = "smoothness"
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """Total variation, summed over positions, averaged over the batch."""
@@ -139,27 +120,7 @@ class Sparsity(AttributionPrior):
         True
     """
 
-    def __init__(
-        self,
-        explainer: Attribution,
-        *,
-        model: nn.Module | None = None,
-        weight: Weight = 1.0,
-        ratio: float = 1.0,
-        attribute_kwargs: dict[str, Any] | None = None,
-        outputs: str = "logits",
-        eval_mode: bool = True,
-    ) -> None:
-        super().__init__(
-            "sparsity",
-            explainer,
-            model=model,
-            weight=weight,
-            ratio=ratio,
-            attribute_kwargs=attribute_kwargs,
-            outputs=outputs,
-            eval_mode=eval_mode,
-        )
+    _term = "sparsity"
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """1 - Gini coefficient of the features' mean magnitudes."""

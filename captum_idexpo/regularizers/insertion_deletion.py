@@ -41,7 +41,6 @@ from captum_idexpo.regularizers._base import not_negative
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
 DELETION_FORMS = ("ratio", "log", "complement")
-MEAN = "mean"
 
 
 class InsertionDeletion(nn.Module):
@@ -359,8 +358,8 @@ class InsertionDeletion(nn.Module):
             raise ValueError(f"deletion_form must be one of {DELETION_FORMS}, given: {self.deletion_form!r}.")
         if self.deletion_floor is not None and not 0 <= self.deletion_floor < 1:
             raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
-        if isinstance(self.baselines, str) and self.baselines != MEAN:
-            raise ValueError(f"baselines must be numbers, tensors, a callable or {MEAN!r}, given: {self.baselines!r}.")
+        if isinstance(self.baselines, str) and self.baselines != "mean":
+            raise ValueError(f"baselines must be numbers, tensors, a callable or 'mean', given: {self.baselines!r}.")
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
         MemoryBudget.of(self.memory_budget, graph=False)

@@ -102,7 +102,7 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def random_state(generators: Iterable[Generator]) -> dict[str, Any]:
-    """All random streams of this process: Python's, NumPy's, torch's on each device, and the generators given."""
+    """The random streams of this process: Python's, NumPy's, torch's on the CPU and on CUDA, the generators given."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
@@ -147,11 +147,9 @@ def _plain(values: Any) -> Any:
     """NumPy's numbers as Python's, which load without running code."""
     if isinstance(values, np.generic):
         return values.item()
-    if isinstance(values, dict):
+    if type(values) is dict:  # an OrderedDict is a module's, and holds more than its items
         return {_plain(key): _plain(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(map(_plain, values)) if type(values) in (list, tuple) else values
-    return values
+    return type(values)(map(_plain, values)) if type(values) in (list, tuple) else values
 
 
 def _flush_folder(folder: Path) -> None:

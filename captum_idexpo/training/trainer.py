@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode, training_mode
-from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.regularizers.insertion_deletion import MEAN, mean_inputs
+from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.history import History
@@ -51,7 +50,8 @@ class ExplanationRegularizedTrainer:
             example.
         on_non_finite: "stop" with an error when a term turns NaN or infinite, or "skip" the batch with a warning.
         gradient_norms_every: measure each term's gradient norm every so many updates, and warn where one is more than
-            ten times the task's. Costs an additional forward and backward pass then.
+            ten times the task's; over several processes each on its share of the batch. Costs an additional forward
+            and backward pass then.
         checkpoint_dir: where checkpoints are written, the last two kept; see `resume`.
         checkpoint_every: write one after so many updates, besides those after each epoch.
         callbacks: called after each epoch with the trainer and the row of the history.
@@ -279,7 +279,7 @@ class ExplanationRegularizedTrainer:
     def _measure_mean_baselines(self, loader: Any) -> None:
         judges = [self.evaluation] if self.evaluation is not None else []
         for regularizer in {id(r): r for r in [*self._regularizers, *judges]}.values():
-            if getattr(regularizer, "baselines", None) is MEAN:
+            if isinstance(getattr(regularizer, "baselines", None), str):  # "mean", as the regularizer has checked
                 regularizer.baselines = mean_inputs(loader)
 
     def _start(self, train_loader: Any, val_loader: Any) -> _Run:

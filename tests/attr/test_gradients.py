@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from captum_idexpo.attr import GradientShap, IntegratedGradients, LayerConductance, NoiseTunnel, Saliency
+from captum_idexpo.testing import assert_trainable
 from tests.helpers import smooth_net
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -97,3 +98,15 @@ def test_an_explanation_can_be_attacked_through_its_inputs():
 def test_baselines_have_to_be_a_distribution():
     with pytest.raises(AssertionError, match="baselines must be a distribution"):
         GradientShap(smooth_net()).attribute(X, baselines=0.0, target=1)
+
+
+def test_a_gradient_function_of_ones_own_brings_its_graph():
+    """Captum lets one set it; a graph that it keeps is as good as ours."""
+    net = smooth_net()
+    explainer = Saliency(net)
+
+    def gradients(forward_func, inputs, target_ind=None, additional_forward_args=None):
+        return torch.autograd.grad(forward_func(*inputs)[:, target_ind].sum(), inputs, create_graph=True)
+
+    explainer.gradient_func = gradients
+    assert_trainable(lambda: explainer.attribute(X, target=1, create_graph=True), net)

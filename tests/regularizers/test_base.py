@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -229,3 +230,8 @@ def test_squares_are_taken_in_single_precision_at_least(term):
 def test_one_row_is_looked_at_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
     assert SaliencyGuided(model, eval_mode=False)(X, Y)["saliency_guided"].isfinite()
+
+
+def test_numbers_of_numpy_are_weights():
+    for weight in (np.float32(0.5), np.float64(0.5), np.int64(2)):
+        assert Stability(smooth_net(), weight=weight).weight == weight

@@ -151,7 +151,8 @@ def test_a_compiled_model_is_refused_before_training_starts():
 
 def test_mean_baselines_are_measured_once():
     net = smooth_conv_net()
-    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean", step_size=6)
+    mean = "".join(["me", "an"])  # read from a file, say: an equal string, not the same
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=mean, step_size=6)
     with pytest.raises(ValueError, match=r"measured by the trainer.*mean_inputs\(train_loader\)"):
         regularizer(IMAGES, Y[:8])
     trainer_of(net, [regularizer]).fit(loader(IMAGES))
