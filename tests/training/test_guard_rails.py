@@ -16,6 +16,7 @@ from captum_idexpo.attr import InputXGradient, LayerGradCam, Lime, MaskSimilarit
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import (
     Fidelity,
+    GaussianNeighbors,
     InsertionDeletion,
     RightForTheRightReasons,
     Sparsity,
@@ -243,7 +244,9 @@ def regularizer_of(name, net):
         )
     if name == "RRR":
         return RightForTheRightReasons(net)
-    return {"Fidelity": Fidelity, "Stability": Stability}[name](net, generator=generator)
+    if name == "Fidelity":
+        return Fidelity(net, GaussianNeighbors(one_dimensional=True), generator=generator)
+    return Stability(net, generator=generator)
 
 
 @pytest.mark.parametrize("name", ["Grad-CAM", "LIME", "RRR", "Fidelity", "Stability"])
