@@ -89,8 +89,10 @@ def pretrain(split: Split, seed: int) -> nn.Sequential:
     return model
 
 
-def make_regularizer(model: nn.Sequential, explainer: str, weight: float, seed: int) -> InsertionDeletion:
-    """ID-ExpO's two terms at equal weights; masked pixels are black."""
+def make_regularizer(
+    model: nn.Sequential, explainer: str, weight: float, seed: int, layer: nn.Module | None = None
+) -> InsertionDeletion:
+    """ID-ExpO's terms at equal weights; masked pixels are black; Grad-CAM explains the last ReLU unless told."""
     settings = {
         "baselines": 0.0,
         "forward_func": model,
@@ -101,7 +103,7 @@ def make_regularizer(model: nn.Sequential, explainer: str, weight: float, seed: 
         "generator": torch.Generator().manual_seed(seed),
     }
     if explainer == "gradcam":
-        grad_cam = LayerGradCam(model, model[5])
+        grad_cam = LayerGradCam(model, model[5] if layer is None else layer)
         return InsertionDeletion(grad_cam, step_size=4, attribute_kwargs={"relu_attributions": True}, **settings)
     return InsertionDeletion(
         id_expo_lime(model),
@@ -143,10 +145,10 @@ class Judgement(NamedTuple):
 
 
 @torch.no_grad()
-def judge(model: nn.Sequential, split: Split, explainer: str) -> Judgement:
+def judge(model: nn.Sequential, split: Split, explainer: str, layer: nn.Module | None = None) -> Judgement:
     """Accuracy and hard faithfulness, the predicted class explained; sensitivity-n with n = 4 locations."""
     x, y = split.test.tensors
-    regularizer = make_regularizer(model, explainer, 0.0, seed=0)
+    regularizer = make_regularizer(model, explainer, 0.0, seed=0, layer=layer)
     predicted = model(x).argmax(dim=1)
     scores = regularizer.scores(x, predicted)
     regularizer.generator.manual_seed(0)  # the same masks, so the same explanations

@@ -1,0 +1,321 @@
+"""Images: CIFAR-10 and Imagenette, Grad-CAM and LIME; is ID-ExpO's gain more than fine-tuning, or its rivals, give?
+
+The experiment of ID-ExpO (arXiv 2310.12553) on images: a trained network is fine-tuned plainly (CE-only), with ExpO's
+Stability or Fidelity on masked copies (ExpO-S, ExpO-F: the paper's appendix B.1), or with insertion and deletion of
+its Grad-CAM or LIME explanation. For each explainer and eta of eq. (15), validation images choose weight and epoch. The
+hard metrics on test images, the predicted class explained, are kept example by example, so that changes can be counted.
+
+* `cifar10`: the pretrained ResNet-20 of He et al., Grad-CAM on its 8x8 stage, LIME on superpixels of 4x4 pixels.
+* `imagenette`: a ResNet-18 trained here on 2,000 photographs of 96x96 pixels, Grad-CAM on its 6x6 stage, LIME on
+  superpixels of 12x12 pixels.
+
+    python -m benchmarks.id_expo.images run cifar10 --data-root FOLDER       compact files, see benchmarks/cifar10.py
+    python -m benchmarks.id_expo.images report cifar10
+
+A run that was stopped goes on where it stopped, a setting at a time. Chosen models are kept in `<out>/models`, for
+`judges.py`. `--full` is the paper's size: all training images, 50 epochs, M = 200, all steps; it wants a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import cifar10
+from benchmarks.id_expo import imagenette
+from benchmarks.id_expo.experiment import Judge, Results, Row, fine_tune, means
+from captum_idexpo.attr import LayerGradCam, id_expo_lime
+from captum_idexpo.feature_masks import grid
+from captum_idexpo.regularizers import Fidelity, InsertionDeletion, MaskedNeighbors, Stability
+
+EXPLAINERS = ("Grad-CAM", "LIME")
+METHODS = ("CE-only", "ExpO-S", "ExpO-F", "ID-ExpO")
+FRACTIONS = (0.3, 0.5)
+SENSITIVITY_N = 4
+KEPT = (0.5, 2.0)  # fraction and eta whose models and examples are kept
+
+
+class Setting(NamedTuple):
+    """One fine-tuning."""
+
+    method: str
+    weight: float = 0.0
+    explainer: str | None = None  # ID-ExpO's
+    n_train: int = 0
+    epochs: int = 0
+
+
+class Task(NamedTuple):
+    """A data set, its network, and what is tried on it."""
+
+    settings: tuple[Setting, ...]
+    load: Callable[[Path, str, slice], TensorDataset]
+    pretrained: Callable[[Path], nn.Module]
+    layer: str  # Grad-CAM's
+    cell: int  # pixels of a superpixel's side
+    fidelity_cell: int  # larger, since ExpO-F needs more copies than superpixels
+    step_size: int  # pixels of a step, for Grad-CAM
+    n_val: dict[str, int]  # images to select by, the first after those that are trained on
+    n_test: dict[str, int]  # the first of the test images, to judge explanations of
+    n_classified: int  # and to measure accuracy on
+    first_val: int
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    n_samples: int = 100
+    steps_per_update: int | None = 2
+
+    @property
+    def judges(self) -> dict[str, tuple[Judge, Judge]]:
+        """For selection, and the final one with all steps and M = 200."""
+        return {
+            "Grad-CAM": tuple(
+                Judge(partial(self.insertion_deletion, "Grad-CAM", step_size=step, fraction=0.5), FRACTIONS, 50)
+                for step in (2 * self.step_size, self.step_size)
+            ),
+            "LIME": tuple(
+                Judge(partial(self.insertion_deletion, "LIME", n_samples=n, fraction=0.5), FRACTIONS, 50)
+                for n in (100, 200)
+            ),
+        }
+
+    def insertion_deletion(
+        self, explainer: str, model: nn.Module, *, n_samples: int = 200, seed: int = 0, **arguments: Any
+    ) -> InsertionDeletion:
+        """Of an explainer; masked pixels take the training images' mean colour, 0 of normalised images."""
+        arguments |= {"baselines": 0.0, "generator": Generator().manual_seed(seed)}
+        if explainer == "Grad-CAM":
+            grad_cam = LayerGradCam(model, model.get_submodule(self.layer))
+            return InsertionDeletion(grad_cam, attribute_kwargs={"relu_attributions": True}, **arguments)
+        return InsertionDeletion(
+            id_expo_lime(model),
+            forward_func=model,
+            feature_mask=lambda images: grid(images, self.cell),
+            attribute_kwargs={"n_samples": n_samples, "sampling": "independent"},
+            **arguments,
+        )
+
+    def regularizers(self, setting: Setting, model: nn.Module) -> list[nn.Module]:
+        """A setting's."""
+        generator = Generator().manual_seed(1)
+        if setting.method == "CE-only":
+            return []
+        if setting.method == "ExpO-S":
+            cells = MaskedNeighbors(feature_mask=lambda images: grid(images, self.cell))
+            return [Stability(model, cells, weight=setting.weight, n_neighbors=8, generator=generator)]
+        if setting.method == "ExpO-F":
+            cells = MaskedNeighbors(feature_mask=lambda images: grid(images, self.fidelity_cell))
+            return [Fidelity(model, cells, weight=setting.weight, n_neighbors=24, generator=generator)]
+        return [
+            self.insertion_deletion(
+                setting.explainer,
+                model,
+                n_samples=self.n_samples,
+                seed=1,
+                fraction=0.5,
+                step_size=self.step_size if setting.explainer == "Grad-CAM" else 1,
+                insertion_weight=setting.weight,
+                deletion_weight=setting.weight,
+                steps_per_update=self.steps_per_update,
+            )
+        ]
+
+
+def reduced(n_train: int, epochs: int, n_lime: int, lime_epochs: int) -> tuple[Setting, ...]:
+    """The weights that fit a CPU; LIME, whose step is dear, on fewer images."""
+    return (
+        Setting("CE-only", n_train=n_train, epochs=epochs),
+        *(Setting("ID-ExpO", weight, "Grad-CAM", n_train, epochs) for weight in (0.03, 0.1, 0.01)),
+        *(Setting("ID-ExpO", weight, "LIME", n_lime, lime_epochs) for weight in (0.1, 0.03)),
+        *(Setting("ExpO-S", weight, n_train=n_train, epochs=epochs) for weight in (1.0, 0.1)),
+        *(Setting("ExpO-F", weight, n_train=n_train, epochs=epochs) for weight in (1.0, 0.1)),
+    )
+
+
+TASKS = {
+    "cifar10": Task(
+        reduced(512, 4, 192, 2),
+        cifar10.load_images,
+        cifar10.pretrained_resnet20,
+        layer="layer3",
+        cell=4,
+        fidelity_cell=8,
+        step_size=16,
+        n_val={"Grad-CAM": 128, "LIME": 48},
+        n_test={"Grad-CAM": 250, "LIME": 64},
+        n_classified=2000,
+        first_val=40_000,
+    ),
+    "imagenette": Task(
+        reduced(512, 2, 128, 1),
+        imagenette.load_images,
+        imagenette.pretrained_resnet18,
+        layer="layer3",
+        cell=12,
+        fidelity_cell=24,
+        step_size=288,
+        n_val={"Grad-CAM": 60, "LIME": 16},
+        n_test={"Grad-CAM": 200, "LIME": 40},
+        n_classified=1000,
+        first_val=1800,
+    ),
+}
+
+
+def full(task: Task, n_train: int, n_val: int, n_test: int) -> Task:
+    """The paper's size."""
+    grid_ = [Setting("CE-only", n_train=n_train, epochs=50)]
+    for weight in (0.1, 0.01, 0.001):
+        grid_ += [Setting("ID-ExpO", weight, explainer, n_train, 50) for explainer in EXPLAINERS]
+        grid_ += [Setting(method, 10 * weight, None, n_train, 50) for method in ("ExpO-S", "ExpO-F")]
+    counts = {"n_val": dict.fromkeys(EXPLAINERS, n_val), "n_test": dict.fromkeys(EXPLAINERS, n_test)}
+    return task._replace(
+        settings=tuple(grid_), n_samples=200, steps_per_update=None, batch_size=128, learning_rate=1e-4,
+        n_classified=n_test, fidelity_cell=task.cell, **counts,
+    )  # fmt: skip
+
+
+FULL_SIZES = {"cifar10": (40_000, 10_000, 10_000), "imagenette": (1800, 200, 1000)}
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, task: Task, root: Path, out: Path) -> None:
+    """The pretrained network is judged, then all fine-tunings that are not yet done."""
+    results = Results(out / f"{name}.jsonl")
+    images = Images(task, root)
+    if not results.has(method="before"):
+        model = task.pretrained(root)
+        judged = [row for explainer in EXPLAINERS for row in test(task, images, model, explainer)]
+        results.add({"method": "before", "judged": judged})
+    (before,) = results.where(method="before")
+    for setting in task.settings:
+        if not results.has(**setting._asdict()):
+            start = time.perf_counter()
+            row = measure(name, task, images, setting, before, root, out)
+            results.add({**setting._asdict(), "seconds_in_all": round(time.perf_counter() - start), **row})
+            print(name, *setting, row["seconds"], summary(row), flush=True)
+
+
+class Images:
+    """A task's images, read when they are needed."""
+
+    def __init__(self, task: Task, root: Path) -> None:
+        self.task, self.root = task, root
+        self.classified = task.load(root, "test", slice(0, task.n_classified))
+
+    def val(self, explainer: str) -> TensorDataset:
+        """To select by."""
+        first = self.task.first_val
+        return self.task.load(self.root, "train", slice(first, first + self.task.n_val[explainer]))
+
+    def explained(self, explainer: str) -> TensorDataset:
+        """To test explanations of."""
+        return TensorDataset(*self.classified[: self.task.n_test[explainer]])
+
+
+def measure(name: str, task: Task, images: Images, setting: Setting, before: Row, root: Path, out: Path) -> Row:
+    """Fine-tunes; tests and keeps what the validation images chose."""
+    torch.manual_seed(0)
+    model = task.pretrained(root)
+    explainers = [explainer for explainer in EXPLAINERS if setting.explainer in (None, explainer)]
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=task.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    best, seconds = fine_tune(
+        model,
+        task.regularizers(setting, model),
+        task.load(root, "train", slice(0, setting.n_train)),
+        {explainer: (task.judges[explainer][0], images.val(explainer)) for explainer in explainers},
+        optimizer=optimizer,
+        epochs=setting.epochs,
+        batch_size=task.batch_size,
+        seed=0,
+    )
+    judged: list[Row] = []
+    tested: dict[tuple[str, int], list[Row]] = {
+        (explainer, 0): [row for row in before["judged"] if row["explainer"] == explainer] for explainer in explainers
+    }
+    for (explainer, fraction, eta), chosen in best.items():
+        model.load_state_dict(chosen.weights)
+        if (explainer, chosen.epoch) not in tested:
+            tested[explainer, chosen.epoch] = test(task, images, model, explainer)
+        row = next(row for row in tested[explainer, chosen.epoch] if row["fraction"] == fraction)
+        judged.append({**row, "eta": eta, "epoch": chosen.epoch, "valscore": round(chosen.score, 5)})
+        if (fraction, eta) == KEPT:
+            path = out / "models" / f"{model_name(name, setting, explainer)}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in chosen.weights.items()}, path)
+        else:
+            del judged[-1]["examples"]
+    return {"seconds": round(seconds), "judged": judged}
+
+
+@torch.no_grad()
+def test(task: Task, images: Images, model: nn.Module, explainer: str) -> list[Row]:
+    """For each fraction the means, accuracy on more images than are explained, and each example's scores."""
+    batches = DataLoader(images.classified, batch_size=250)
+    right = torch.cat([model.eval()(x).argmax(dim=1) == y for x, y in batches])
+    scores = task.judges[explainer][1].scores(
+        model, images.explained(explainer), SENSITIVITY_N, lambda x: grid(x, task.cell)
+    )
+    return [
+        {
+            "explainer": explainer,
+            "fraction": fraction,
+            **means(found),
+            "accuracy": round(float(right.double().mean()), 5),
+            "examples": {key: rounded(found[key]) for key in ("insertion", "one_minus_deletion", "sensitivity_n")},
+        }
+        for fraction, found in scores.items()
+    ]
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def model_name(name: str, setting: Setting, explainer: str) -> str:
+    return f"{name}_{setting.method}_{setting.weight}_{explainer}"
+
+
+def load_model(name: str, setting: Setting, explainer: str, root: Path, out: Path) -> nn.Module:
+    """A network that a run kept."""
+    model = copy.deepcopy(TASKS[name].pretrained(root))
+    model.load_state_dict(load_file(out / "models" / f"{model_name(name, setting, explainer)}.safetensors"))
+    return model.eval()
+
+
+def summary(row: Row) -> list[Any]:
+    kept = [judged for judged in row["judged"] if (judged["fraction"], judged["eta"]) == KEPT]
+    return [(j["explainer"], j["epoch"], j["accuracy"], j["insertion"], j["one_minus_deletion"]) for j in kept]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("--data-root", type=Path, help="folder of the images")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--full", action="store_true", help="the paper's size")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the same numbers on every machine of this kind, however many cores it has
+    task = TASKS[arguments.task]
+    if arguments.full:
+        task = full(task, *FULL_SIZES[arguments.task])
+    if arguments.command == "run":
+        run(arguments.task, task, arguments.data_root, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
