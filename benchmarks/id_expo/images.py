@@ -10,7 +10,7 @@ hard metrics on test images, the predicted class explained, are kept example by 
   superpixels of 12x12 pixels.
 
     python -m benchmarks.id_expo.images run cifar10 --data-root FOLDER       compact files, see benchmarks/cifar10.py
-    python -m benchmarks.id_expo.images report cifar10
+    python -m benchmarks.id_expo.images report cifar10 [--data-root FOLDER]  with it also pictures of explanations
 
 A run that was stopped goes on where it stopped, a setting at a time. Chosen models are kept in `<out>/models`, for
 `judges.py`. `--full` is the paper's size: all training images, 50 epochs, M = 200, all steps; it wants a GPU.
@@ -19,7 +19,6 @@ A run that was stopped goes on where it stopped, a setting at a time. Chosen mod
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,16 +26,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import cifar10
+from benchmarks.cifar10 import MEAN, STD
 from benchmarks.id_expo import imagenette
-from benchmarks.id_expo.experiment import Judge, Results, Row, fine_tune, means
+from benchmarks.id_expo.experiment import ETAS, SCORES, Judge, Results, Row, fine_tune, markdown, means, with_error
 from captum_idexpo.attr import LayerGradCam, id_expo_lime
 from captum_idexpo.feature_masks import grid
+from captum_idexpo.metrics import InsertionDeletionScores
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, MaskedNeighbors, Stability
+from captum_idexpo.visualization import draw_heat_map, draw_image, plot_curves, plot_fronts, plot_quadrants
 
 EXPLAINERS = ("Grad-CAM", "LIME")
 METHODS = ("CE-only", "ExpO-S", "ExpO-F", "ID-ExpO")
@@ -69,7 +72,7 @@ class Task(NamedTuple):
     n_test: dict[str, int]  # the first of the test images, to judge explanations of
     n_classified: int  # and to measure accuracy on
     first_val: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     batch_size: int = 8
     n_samples: int = 100
     steps_per_update: int | None = 2
@@ -253,7 +256,7 @@ def measure(name: str, task: Task, images: Images, setting: Setting, before: Row
         row = next(row for row in tested[explainer, chosen.epoch] if row["fraction"] == fraction)
         judged.append({**row, "eta": eta, "epoch": chosen.epoch, "valscore": round(chosen.score, 5)})
         if (fraction, eta) == KEPT:
-            path = out / "models" / f"{model_name(name, setting, explainer)}.safetensors"
+            path = out / "models" / f"{model_name(name, setting.method, setting.weight, explainer)}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.contiguous() for key, value in chosen.weights.items()}, path)
         else:
@@ -285,20 +288,154 @@ def rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def model_name(name: str, setting: Setting, explainer: str) -> str:
-    return f"{name}_{setting.method}_{setting.weight}_{explainer}"
-
-
-def load_model(name: str, setting: Setting, explainer: str, root: Path, out: Path) -> nn.Module:
-    """A network that a run kept."""
-    model = copy.deepcopy(TASKS[name].pretrained(root))
-    model.load_state_dict(load_file(out / "models" / f"{model_name(name, setting, explainer)}.safetensors"))
-    return model.eval()
+def model_name(name: str, method: str, weight: float, explainer: str) -> str:
+    return f"{name}_{method}_{weight}_{explainer}"
 
 
 def summary(row: Row) -> list[Any]:
     kept = [judged for judged in row["judged"] if (judged["fraction"], judged["eta"]) == KEPT]
     return [(j["explainer"], j["epoch"], j["accuracy"], j["insertion"], j["one_minus_deletion"]) for j in kept]
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+Chosen = dict[tuple[str, float, float, str], Row]
+"""(explainer, fraction, eta, method) -> what validation chose; "before" at every eta."""
+
+
+def chosen(results: Results) -> Chosen:
+    """Of each method the weight and epoch with the best validation score."""
+    best: Chosen = {}
+    for run in results.rows:
+        for judged in run["judged"]:
+            for eta in ETAS if run["method"] == "before" else [judged["eta"]]:
+                key = (judged["explainer"], judged["fraction"], eta, run["method"])
+                if key not in best or judged["valscore"] > best[key]["valscore"]:
+                    best[key] = {**judged, "weight": run.get("weight")}
+    return best
+
+
+def load_chosen(name: str, method: str, explainer: str, results: Results, root: Path, out: Path) -> nn.Module:
+    """The network that validation chose among a method's, for an explainer at eta = 2 and S = 0.5."""
+    model = TASKS[name].pretrained(root)
+    if method != "before":
+        weight = chosen(results)[(explainer, *KEPT, method)]["weight"]
+        model.load_state_dict(load_file(out / "models" / f"{model_name(name, method, weight, explainer)}.safetensors"))
+    return model.eval()
+
+
+def report(name: str, task: Task, root: Path | None, out: Path) -> str:
+    """Tables at eta = 2 and S = 0.5, and figures; with the images also pictures of their explanations."""
+    found = chosen(Results(out / f"{name}.jsonl"))
+    explainers = [explainer for explainer in EXPLAINERS if (explainer, *KEPT, "ID-ExpO") in found]
+    draw_fronts(found, explainers).savefig(out / f"{name}_fronts.png", dpi=110)
+    draw_quadrants(found, explainers).savefig(out / f"{name}_quadrants.png", dpi=110)
+    if root is not None:
+        draw_examples(name, task, root, out).savefig(out / f"{name}_examples.png", dpi=110)
+    parts = []
+    for explainer in explainers:
+        parts.append(f"#### {explainer}, {task.n_test[explainer]} test images\n\n{table(found, explainer)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(found: Chosen, explainer: str) -> str:
+    """Means, in brackets the paired difference to CE-only; the shares of images on which both scores rise, or fall."""
+    lines = []
+    for method in ("before", *METHODS):
+        row, plain = (found[(explainer, *KEPT, which)] for which in (method, "CE-only"))
+        line = [method, f"{row['accuracy']:.3f}"]
+        for score in list(SCORES)[1:]:
+            line.append(f"{row[score]:.3f}")
+            if method not in ("before", "CE-only"):
+                own, other = row["examples"][score], plain["examples"][score]
+                differences = [a - b for a, b in zip(own, other, strict=True)]
+                line[-1] += f" ({with_error(differences, '+.3f')})"
+        line += (
+            [f"{share:.1%}" for share in rising_and_falling(found, explainer, method)]
+            if method != "before"
+            else [""] * 2
+        )
+        lines.append(line)
+    return markdown(["method", *SCORES.values(), "both rise", "both fall"], lines)
+
+
+def rising_and_falling(found: Chosen, explainer: str, method: str) -> tuple[float, float]:
+    """Of the images, the shares whose insertion and 1 - deletion both rise, and both fall, from before."""
+    before, after = (found[(explainer, *KEPT, which)]["examples"] for which in ("before", method))
+    changes = [
+        (a - b, c - d)
+        for a, b, c, d in zip(
+            *(scores[score] for score in ("insertion", "one_minus_deletion") for scores in (after, before)), strict=True
+        )
+    ]
+    n = len(changes)
+    return sum(a > 0 and b > 0 for a, b in changes) / n, sum(a < 0 and b < 0 for a, b in changes) / n
+
+
+def draw_fronts(found: Chosen, explainers: list[str]) -> Figure:
+    """Scores against accuracy over eta, S = 0.5: the paper's figures 2 and 3."""
+    scores = ("insertion", "one_minus_deletion", "sensitivity_n")
+    figure = Figure(figsize=(10.5, 3.4 * len(explainers)), layout="constrained")
+    for axes, explainer in zip(figure.subplots(len(explainers), 3, squeeze=False), explainers, strict=True):
+        for axis, score in zip(axes, scores, strict=True):
+            plot_fronts(
+                {method: [found[(explainer, KEPT[0], eta, method)] for eta in ETAS] for method in METHODS},
+                "accuracy",
+                score,
+                axis=axis,
+            )
+            axis.set_title(f"{explainer}: {SCORES[score]}", fontsize=10)
+    return figure
+
+
+def draw_quadrants(found: Chosen, explainers: list[str]) -> Figure:
+    """Each test image's change: the paper's figure 4."""
+    methods = ("CE-only", "ID-ExpO")
+    figure = Figure(figsize=(8, 4 * len(explainers)), layout="constrained")
+    for axes, explainer in zip(figure.subplots(len(explainers), 2, squeeze=False), explainers, strict=True):
+        before = as_scores(found[(explainer, *KEPT, "before")])
+        for axis, method in zip(axes, methods, strict=True):
+            plot_quadrants(before, as_scores(found[(explainer, *KEPT, method)]), axis)
+            axis.set_title(f"{explainer}, {method}\n{axis.get_title()}", fontsize=9)
+    return figure
+
+
+def as_scores(row: Row) -> InsertionDeletionScores:
+    """Scores without their curves."""
+    insertion, kept = (torch.tensor(row["examples"][score]) for score in ("insertion", "one_minus_deletion"))
+    return InsertionDeletionScores(insertion, 1 - kept, torch.ones(1), insertion[:, None], 1 - kept[:, None])
+
+
+def draw_examples(name: str, task: Task, root: Path, out: Path) -> Figure:
+    """The first test images that all networks recognise, their Grad-CAM maps and curves: the paper's figure 5."""
+    results = Results(out / f"{name}.jsonl")
+    networks = {
+        method: load_chosen(name, method, "Grad-CAM", results, root, out) for method in ("before", "CE-only", "ID-ExpO")
+    }
+    x, y = task.load(root, "test", slice(0, 60)).tensors
+    with torch.no_grad():
+        recognised = torch.stack([model(x).argmax(dim=1) == y for model in networks.values()]).all(dim=0)
+    shown = recognised.nonzero()[:4, 0]
+    x, y = x[shown], y[shown]
+    judges = {
+        title: task.insertion_deletion("Grad-CAM", model, step_size=task.step_size, fraction=KEPT[0])
+        for title, model in networks.items()
+    }
+    scores = {title: judge.scores(x, y) for title, judge in judges.items()}
+    maps = {title: judge.attribution(x, y)[0] for title, judge in judges.items()}
+    figure = Figure(figsize=(13, 2.3 * len(shown)), layout="constrained")
+    for row, axes in enumerate(figure.subplots(len(shown), 6)):
+        draw_image(axes[0], x[row] * STD + MEAN)
+        for axis, title in zip(axes[1:], networks, strict=False):
+            draw_heat_map(axis, x[row] * STD + MEAN, maps[title][row], title)
+        plot_curves(scores, axes[4:], example=row)
+        for axis in axes[4:]:
+            axis.tick_params(labelsize=6)
+            axis.set_title(axis.get_title(), fontsize=8)
+            axis.xaxis.label.set_size(7)
+            axis.yaxis.label.set_size(7)
+            axis.legend(frameon=False, fontsize=6)
+    return figure
 
 
 def main() -> None:
@@ -315,6 +452,9 @@ def main() -> None:
         task = full(task, *FULL_SIZES[arguments.task])
     if arguments.command == "run":
         run(arguments.task, task, arguments.data_root, arguments.out)
+    (arguments.out / f"{arguments.task}.md").write_text(
+        report(arguments.task, task, arguments.data_root, arguments.out)
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -26,14 +27,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.id_expo.experiment import Judge, Results, Row, fine_tune, means
+from benchmarks.id_expo.experiment import ETAS, SCORES, Judge, Results, Row, fine_tune, markdown, means, with_error
 from captum_idexpo.attr import KernelShap, id_expo_lime
 from captum_idexpo.attr.lime import Probabilities
 from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, InsertionDeletion, Stability, UniformNeighbors
+from captum_idexpo.visualization import COLORS
 
 # By name at OpenML.
 SETS = {
@@ -46,6 +50,7 @@ SETS = {
 }
 # They number the text, its genre and the corpus, and so give the label away.
 DROPPED = {"collins": ["Text", "Genre", "Counter", "Corpus"]}
+METHODS = ("CE-only", "ExpO-S", "ExpO-F", "ID-ExpO")
 EXPLAINERS = ("LIME", "KernelSHAP")
 FRACTIONS = (0.3, 0.5)
 N_SPLITS = 5
@@ -277,6 +282,95 @@ def measure(setting: Setting, pretrained: nn.Module, split: Split, grid: Grid, s
     return {"seconds": round(seconds, 1), "judged": judged}
 
 
+# --- the report ----------------------------------------------------------------------------------------------------
+
+Judged = dict[tuple[str, str, float, float, str], list[Row]]
+"""(set, explainer, fraction, eta, method) -> what validation chose on each split."""
+
+
+def chosen(out: Path) -> Judged:
+    """Of each method the weight and epoch with the best validation score; sets whose splits are all done."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for name in SETS:
+        results = Results(out / f"tabular_{name}.jsonl")
+        for row, judged in ((run, judged) for run in results.rows for judged in run["judged"]):
+            key = (name, judged["explainer"], judged["fraction"], judged["eta"], row["method"], row["split"])
+            if key not in best or judged["valscore"] > best[key]["valscore"]:
+                best[key] = {**judged, "weight": row["weight"]}
+    found: Judged = {}
+    for (*key, _), row in sorted(best.items(), key=lambda item: item[0][-1]):
+        found.setdefault(tuple(key), []).append(row)
+    return {key: rows for key, rows in found.items() if len(rows) == N_SPLITS}
+
+
+def is_best(found: Judged, key: tuple[str, str, float, float], score: str) -> bool:
+    """Whether ID-ExpO is above every other method, by paired t-tests over the splits at 5 %."""
+    own = [row[score] for row in found[(*key, "ID-ExpO")]]
+    others = [[row[score] for row in found[(*key, method)]] for method in METHODS if method != "ID-ExpO"]
+    return all(ttest_rel(own, other, alternative="greater").pvalue < 0.05 for other in others)
+
+
+def report(out: Path) -> str:
+    """Tables at eta = 3 for both fractions, the summary of the tests, and a figure."""
+    found = chosen(out)
+    names = [
+        name for name in SETS if all((name, e, s, ETAS[-1], "ID-ExpO") in found for e in EXPLAINERS for s in FRACTIONS)
+    ]
+    parts = []
+    for fraction in FRACTIONS:
+        parts.append(f"#### S = {fraction}\n\n" + table(found, names, fraction, ETAS[-1]))
+    draw(found, names).savefig(out / "tabular.png", dpi=110)
+    return summary(found, names) + "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def summary(found: Judged, names: list[str]) -> str:
+    """How often ID-ExpO is significantly best, and what it costs."""
+    lines = []
+    for eta in ETAS:
+        keys = list(product(names, EXPLAINERS, FRACTIONS, [eta]))
+        row = [f"{eta:g}"]
+        row += [f"{sum(is_best(found, key, score) for key in keys)} of {len(keys)}" for score in list(SCORES)[1:]]
+        losses = [
+            a["accuracy"] - b["accuracy"]
+            for key in keys
+            for a, b in zip(found[(*key, "ID-ExpO")], found[(*key, "CE-only")], strict=True)
+        ]
+        lines.append([*row, with_error(losses, "+.3f")])
+    head = ["eta", *(f"best in {SCORES[score]}" for score in list(SCORES)[1:]), "accuracy over CE-only"]
+    return markdown(head, lines)
+
+
+def table(found: Judged, names: list[str], fraction: float, eta: float) -> str:
+    """Means and standard errors over the splits; bold where ID-ExpO is significantly best."""
+    lines = []
+    for name, explainer, method in product(names, EXPLAINERS, METHODS):
+        key = (name, explainer, fraction, eta)
+        line = [name, explainer, method]
+        for score in SCORES:
+            text = with_error([row[score] for row in found[(*key, method)]])
+            line.append(f"**{text}**" if method == "ID-ExpO" and is_best(found, key, score) else text)
+        lines.append(line)
+    return markdown(["set", "explainer", "method", *SCORES.values()], lines)
+
+
+def draw(found: Judged, names: list[str]) -> Figure:
+    """For each set, accuracy against the mean of insertion and 1 - deletion, over eta; LIME, S = 0.5."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for axis, name in zip(axes, names, strict=False):
+        for method, color, marker in zip(METHODS, COLORS, "osD^", strict=False):
+            rows = [found[name, "LIME", 0.5, eta, method] for eta in ETAS]
+            x = [statistics.fmean(row["accuracy"] for row in group) for group in rows]
+            y = [
+                statistics.fmean((row["insertion"] + row["one_minus_deletion"]) / 2 for row in group) for group in rows
+            ]
+            axis.plot(x, y, marker + "-", color=color, label=method, alpha=0.8)
+        axis.set_title(name, fontsize=10)
+        axis.set(xlabel="accuracy", ylabel="faithfulness")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
@@ -288,6 +382,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the same numbers on every machine of this kind, however many cores it has
     if arguments.command == "run":
         run(arguments.sets, arguments.data_root, arguments.out, FULL if arguments.full else REDUCED)
+    (arguments.out / "tabular.md").write_text(report(arguments.out))
 
 
 if __name__ == "__main__":
