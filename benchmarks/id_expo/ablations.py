@@ -42,23 +42,27 @@ from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.attr import LayerGradCam
 from captum_idexpo.regularizers import InsertionDeletion
 
-EPOCHS = 10
+EPOCHS = 6
 WEIGHT = 0.005
-SEEDS = range(5)
+SEEDS = range(3)
 
 
 class ConstantWeights(LayerGradCam):
     """Grad-CAM as Captum attaches it: the activations have a graph, the channel weights are constants."""
 
-    def attribute(self, inputs: Any, *args: Any, create_graph: bool = False, **kwargs: Any) -> Any:
+    def attribute(
+        self, inputs: Tensor, target: Any = None, *, relu_attributions: bool = False, create_graph: bool = False
+    ) -> Any:
         """As Captum's class, whatever is asked for."""
-        return captum.attr.LayerGradCam.attribute(self, inputs, *args, **kwargs)
+        return captum.attr.LayerGradCam.attribute(self, inputs, target, relu_attributions=relu_attributions)
 
 
 class RandomMap(LayerGradCam):
     """No explanation at all."""
 
-    def attribute(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+    def attribute(
+        self, inputs: Tensor, target: Any = None, *, relu_attributions: bool = False, create_graph: bool = False
+    ) -> Tensor:
         """Noise."""
         return torch.rand_like(inputs[:, :1])
 

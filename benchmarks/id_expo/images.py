@@ -140,7 +140,8 @@ def reduced(n_train: int, epochs: int, n_lime: int, lime_epochs: int) -> tuple[S
         *(Setting("ID-ExpO", weight, "Grad-CAM", n_train, epochs) for weight in (0.03, 0.1, 0.01)),
         *(Setting("ID-ExpO", weight, "LIME", n_lime, lime_epochs) for weight in (0.1, 0.03)),
         *(Setting("ExpO-S", weight, n_train=n_train, epochs=epochs) for weight in (1.0, 0.1)),
-        *(Setting("ExpO-F", weight, n_train=n_train, epochs=epochs) for weight in (1.0, 0.1)),
+        Setting("ID-ExpO", 0.1, "LIME", n_train, lime_epochs),
+        Setting("ExpO-F", 1.0, n_train=n_train, epochs=epochs),
     )
 
 

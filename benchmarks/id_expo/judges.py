@@ -75,7 +75,13 @@ def judge(task: Task, model: nn.Module, classified: TensorDataset) -> dict[str, 
     explain = partial(grad_cam, task, model)
     scores["ROAD"] = road(model, x, explain(x, predicted), predicted)
     scores["infidelity"] = infidelity_of_cells(task, model, x, explain(x, predicted), predicted)
-    scores["sensitivity_max"] = sensitivity_max(explain, x, perturb_radius=0.1, n_perturb_samples=10, target=predicted)
+    scores["sensitivity_max"] = sensitivity_max(
+        lambda inputs, target: (explain(inputs[0], target),),
+        x,
+        perturb_radius=0.1,
+        n_perturb_samples=10,
+        target=predicted,
+    )
     scores["masked accuracy"] = masked_accuracy(task, model, classified)
     return {title: [round(value, 4) for value in values.tolist()] for title, values in scores.items()}
 
