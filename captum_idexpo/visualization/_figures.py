@@ -1,0 +1,80 @@
+"""What all pictures share: a figure without pyplot, looks that differ in colour and in grey, arrays that are finite."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from captum_idexpo.metrics._locations import require_finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "os^Dv<>"
+_LINES = ("-", "--", "-.", ":")
+_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "----")
+
+
+def line_look(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the series with this number; the 29th looks like the first again."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index % len(_LINES)],
+        "markersize": 5,
+    }
+
+
+def bar_look(index: int) -> dict[str, Any]:
+    """Colour and hatch of the bars with this number; the 50th looks like the first again."""
+    hatch = _HATCHES[(index + index // len(COLORS)) % len(_HATCHES)]
+    return {"facecolor": COLORS[index % len(COLORS)], "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+
+
+def new_figure(n_rows: int, n_columns: int, size: tuple[float, float]) -> Figure:
+    """A figure in inches with its axes, unknown to pyplot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install 'captum-idexpo[plot]'`.") from error
+    figure = Figure(figsize=size, layout="constrained")
+    figure.subplots(n_rows, n_columns)
+    return figure
+
+
+def figure_of(axis: Any) -> Figure:
+    """The figure that an axis lies in."""
+    figure: Figure = axis.get_figure()
+    return figure
+
+
+def one_axis(axis: Axes | None, size: tuple[float, float]) -> Axes:
+    """The given axis, or that of a new figure."""
+    return new_figure(1, 1, size).axes[0] if axis is None else axis
+
+
+def wrapped(name: str) -> str:
+    """A long name in several lines."""
+    return textwrap.fill(name, 24, break_on_hyphens=False)
+
+
+def finite_array(values: Tensor, name: str) -> NDArray[np.float64]:
+    """A tensor as an array without a graph; NonFiniteError where it holds NaN or infinity."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: a tensor is needed, given: {type(values).__name__}.")
+    require_finite((values,), name)
+    array: NDArray[np.float64] = values.detach().cpu().double().numpy()
+    return array
+
+
+def require_some(given: Sized, name: str, example: str) -> None:
+    """ValueError where there is nothing to draw."""
+    if not len(given):
+        raise ValueError(f"{name} is empty, nothing can be drawn: give at least one, such as {example}.")

@@ -1,0 +1,165 @@
+"""Training runs: the history of one, the fronts of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from captum_idexpo.training.sweep import Row, Sweep
+from captum_idexpo.visualization._figures import COLORS, figure_of, line_look, new_figure, one_axis, require_some
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NO_LOSSES = ("epoch", "skipped", "deletion_floor_share")
+
+
+def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
+    """The loss and its parts (left) and the validation scores (right) of each epoch.
+
+    Args:
+        history: rows as `captum_idexpo.ExplanationRegularizedTrainer.fit` returns them; what a row lacks, or NaN, is a
+            gap in its line.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no row, or one without its epoch.
+
+    Example:
+        >>> from captum_idexpo.visualization import plot_history
+        >>> figure = plot_history([{"epoch": 1, "loss": 0.7, "valscore": 2.5}])
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    require_some(history, "history", '{"epoch": 1, "loss": 0.7}')
+    if any("epoch" not in row for row in history):
+        raise ValueError('A row of the history has no "epoch": give each the number of its own.')
+    figure = new_figure(1, 2, (8, 3))
+    every = dict.fromkeys(name for row in history for name in row)
+    names = [name for name in every if name not in _NO_LOSSES and not name.startswith("seconds")]
+    names = [name for name in names if not name.endswith(("_weight", "_gradient_norm"))]
+    scores = [name for name in names if name.startswith("val_") or name == "valscore"]
+    losses = [name for name in names if name not in scores]
+    for axis, group, title in zip(figure.axes, (losses, scores), ("training loss", "validation"), strict=True):
+        for number, name in enumerate(group):
+            epochs, values = [row["epoch"] for row in history], [row.get(name, math.nan) for row in history]
+            axis.plot(epochs, values, **line_look(number), markevery=max(1, len(history) // 12), label=name)
+        axis.set(title=title, xlabel="epoch")
+        if group:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend(frameon=False, fontsize=7)
+        else:
+            axis.set(xticks=[], yticks=[])
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes)
+    return figure
+
+
+def plot_front(
+    rows: Sequence[Mapping[str, float]], front: Sequence[Mapping[str, float]], x: str = "accuracy", y: str = "insertion"
+) -> Figure:
+    """Settings of a sweep by two scores, those that no other beats in both joined by a line.
+
+    Args:
+        rows: the scores of each setting.
+        front: those on the front.
+        x, y: names of the scores, higher being better.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no rows, scores that are missing, NaN or infinite.
+
+    Example:
+        >>> from captum_idexpo.visualization import plot_front
+        >>> rows = [{"accuracy": 0.9, "insertion": 0.5}, {"accuracy": 0.8, "insertion": 0.4}]
+        >>> figure = plot_front(rows, rows[:1])
+    """
+    require_some(rows, "rows", f'{{"{x}": 0.9, "{y}": 0.5}}')
+    axis = one_axis(None, (5, 3.5))
+    axis.plot(_column(rows, x), _column(rows, y), "o", color=COLORS[0], fillstyle="none", label="settings")
+    points = sorted(zip(_column(front, x), _column(front, y), strict=True))
+    axis.plot([a for a, _ in points], [b for _, b in points], "o-", color=COLORS[1], label="front")
+    _name_axes(axis, x, y)
+    axis.legend(frameon=False, fontsize=8)
+    return figure_of(axis)
+
+
+def plot_fronts(
+    methods: Mapping[str, Sequence[Mapping[str, float]]],
+    x: str = "accuracy",
+    y: str = "insertion",
+    *,
+    x_error: str | None = None,
+    y_error: str | None = None,
+    axis: Axes | None = None,
+) -> Figure:
+    """Fronts of several methods on one axis: the settings of each by two scores, its best ones joined by a line.
+
+    Args:
+        methods: for each name the scores of its settings, a `captum_idexpo.training.Sweep` for example. Full markers
+            are settings that no other of the same method beats in both scores, hollow ones the rest.
+        x, y: names of the scores, higher being better.
+        x_error, y_error: names of their standard errors, drawn as bars; None: no bars.
+        axis: where it is drawn; None: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no methods or a method without rows, scores that are missing, NaN or infinite.
+
+    Example:
+        >>> from captum_idexpo.visualization import plot_fronts
+        >>> plain = [{"accuracy": 0.9, "insertion": 0.5, "error": 0.02}]
+        >>> ours = [{"accuracy": 0.9, "insertion": 0.6, "error": 0.01}, {"accuracy": 0.8, "insertion": 0.7, "error": 0}]
+        >>> figure = plot_fronts({"plain": plain, "ID-ExpO": ours}, y_error="error")
+    """
+    require_some(methods, "methods", '{"plain": rows}')
+    axis = one_axis(axis, (5, 3.5))
+    errors = {"xerr": x_error, "yerr": y_error}
+    handles: list[Any] = []
+    any_beaten = False
+    for number, (name, rows) in enumerate(methods.items()):
+        require_some(rows, f"methods[{name!r}]", f'{{"{x}": 0.9, "{y}": 0.5}}')
+        look = line_look(number)
+        for score in filter(None, (x, y, x_error, y_error)):
+            _column(rows, score)
+        found = Sweep(dict(row) for row in rows)
+        front = found.front(x, y)
+        beaten = [row for row in found if not any(row is other for other in front)]
+        handles.append(_draw_points(axis, front, x, y, errors, **look, label=name))
+        if beaten:
+            _draw_points(axis, beaten, x, y, errors, **look | {"linestyle": "none"}, fillstyle="none", alpha=0.7)
+        any_beaten = any_beaten or bool(beaten)
+    if any_beaten:
+        handles += axis.plot([], [], "o", color="black", fillstyle="none", label="beaten by the same method")
+    _name_axes(axis, x, y)
+    axis.legend(handles=handles, frameon=False, fontsize=8)
+    return figure_of(axis)
+
+
+def _draw_points(axis: Axes, rows: Sequence[Row], x: str, y: str, errors: Mapping[str, str | None], **look: Any) -> Any:
+    """What a legend shows of them."""
+    whiskers: dict[str, Any] = {side: [row[name] for row in rows] for side, name in errors.items() if name is not None}
+    return axis.errorbar(
+        [row[x] for row in rows], [row[y] for row in rows], **whiskers, capsize=2, elinewidth=1, **look
+    )
+
+
+def _name_axes(axis: Axes, x: str, y: str) -> None:
+    axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+
+
+def _column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """A score of each row."""
+    for row in rows:
+        if name not in row:
+            raise ValueError(f"A row has no {name!r}; it has: {', '.join(map(repr, row))}.")
+        if not math.isfinite(row[name]):
+            raise ValueError(f"{name!r} is {row[name]} in a row: leave such settings out.")
+    return [row[name] for row in rows]
