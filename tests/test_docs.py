@@ -40,7 +40,9 @@ def test_each_floor_imports_only_from_those_under_it(path):
 
 def test_messages_about_extras_are_the_package_s():
     """The page's other messages are raised where they stand; these would need something not to be installed."""
-    rows = re.findall(r"   \* - (.*needs? .*)\n     - ``'captum-idexpo\[(\w+)\]'``", (ROOT / "docs" / "errors.rst").read_text())
+    rows = re.findall(
+        r"   \* - (.*needs? .*)\n     - ``'captum-idexpo\[(\w+)\]'``", (ROOT / "docs" / "errors.rst").read_text()
+    )
     source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals over several lines
     assert len(rows) == 6
