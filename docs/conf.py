@@ -4,6 +4,7 @@ import sys
 import zlib
 from pathlib import Path
 
+from sphinx.ext import autosummary
 from sphinx_gallery.scrapers import figure_rst
 
 from captum_idexpo import __version__
@@ -43,6 +44,8 @@ default_role = "any"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autosummary_generate = False
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.", "sec.")  # which end no sentence in the tables
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = True
 nitpicky = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
