@@ -1,0 +1,68 @@
+"""The docs say what is true: every public name has its entry, floors import downwards, and README's code runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "captum_idexpo"
+FLOORS = ["attr", "metrics", "regularizers", "training"]
+MODULES = ["captum_idexpo", *(f"captum_idexpo.{floor}" for floor in FLOORS)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_has_an_entry_in_the_reference(name):
+    entries = set()
+    for page in (ROOT / "docs" / "api").glob("*.rst"):
+        directives = re.findall(r"\.\. auto(?:class|function|exception):: (\S+)", page.read_text())
+        entries |= {name.rpartition(".")[2] for name in directives}
+    assert not set(importlib.import_module(name).__all__) - entries - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_floor_imports_only_from_those_under_it(path):
+    floor = path.relative_to(PACKAGE).parts[0]
+    if floor in FLOORS:
+        forbidden = FLOORS[FLOORS.index(floor) + 1 :]
+    else:
+        forbidden = FLOORS if floor.startswith("_") and floor != "__init__.py" else []
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+    assert not [name for name in names if name.split(".")[0] == "captum_idexpo" and name.split(".")[1] in forbidden]
+
+
+def test_messages_about_extras_are_the_package_s():
+    """The page's other messages are raised where they stand; these would need something not to be installed."""
+    rows = re.findall(
+        r"   \* - (.*needs? .*)\n     - ``'captum-idexpo\[(\w+)\]'``", (ROOT / "docs" / "errors.rst").read_text()
+    )
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals over several lines
+    assert len(rows) == 6
+    for message, extra in rows:
+        line = next(line for line in source.splitlines() if message in line)
+        assert "pip install" in line
+        assert f"captum-idexpo[{extra}]" in line or "pip install scikit-learn" in line
+
+
+def test_readme_s_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential()
+    model.layer2 = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    model.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10))
+    loader = [(torch.rand(8, 1, 8, 8), torch.randint(10, (8,)))]
+    given = {name: loader for name in ("loader", "train_loader", "val_loader", "test_loader")}
+    given |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "cross_entropy": cross_entropy}
+    before = model.head[1].weight.clone()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    for block in blocks:
+        exec(block.replace("epochs=20", "epochs=1"), given)
+    assert len(blocks) >= 2
+    assert not torch.equal(model.head[1].weight, before)
