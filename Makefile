@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs dist clean
 
 demo: .venv/demo
 	$(BIN)/python benchmarks/digits.py demo
@@ -17,6 +17,12 @@ lint: .venv/dev
 
 docs: .venv/docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+dist: .venv/dist
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents --toplevel captum_idexpo dist/*.whl
 
 # One stamp file an extra: a changed pyproject.toml installs again.
 .venv/%: pyproject.toml

@@ -1,11 +1,37 @@
-"""What several test files need: small smooth nets and finite differences of a total loss."""
+"""What several test files need: small smooth nets, finite differences of a total loss, Python without extras."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+# The extras of the package itself, and what they import, but for matplotlib and tqdm, which come with Captum.
+EXTRAS = ("lime", "train", "image", "plot")
+EXTRAS_IMPORTS = ("sklearn", "accelerate", "safetensors", "torchmetrics", "torchvision", "skimage", "pandas")
+
+
+def project() -> dict[str, Any]:
+    """The project's table in pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
+    """A new Python process in which importing an extra's package is an ImportError."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS_IMPORTS!r}))\n"
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, check=False)
 
 
 def smooth_net(n_features: int = 6, n_classes: int = 3, seed: int = 0) -> nn.Sequential:

@@ -2,40 +2,93 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from itertools import chain
+
+import pytest
 
 import captum_idexpo
+from tests.helpers import EXTRAS, ROOT, project, run_without_extras
 
-# The extras; matplotlib, NumPy and tqdm come with Captum.
-BLOCKED = ("sklearn", "accelerate", "safetensors", "torchvision", "skimage", "pandas")
+# What needs an extra: the extra, and a statement that needs it. matplotlib comes with Captum, which imports it.
+NEEDS = {
+    "trainer": ("train", "captum_idexpo.ExplanationRegularizedTrainer(model, optimizer)"),
+    "torchmetrics": ("train", "metrics.Insertion(model)"),
+    "Lime": ("lime", "attr.Lime(model).attribute(inputs, target=0)"),
+    "slic": ("image", "feature_masks.slic(images)"),
+    "quickshift": ("image", "feature_masks.quickshift(images)"),
+    "felzenszwalb": ("image", "feature_masks.felzenszwalb(images)"),
+    "pictures": ("plot", "sys.modules.update({'matplotlib.figure': None}); visualization.plot_history(history)"),
+    "History.plot": ("plot", "sys.modules.update({'matplotlib.figure': None}); history.plot()"),
+    "History.to_pandas": ("plot", "history.to_pandas()"),
+    "Sweep.to_pandas": ("plot", "Sweep([{'accuracy': 0.5}]).to_pandas()"),
+}
+
+PREAMBLE = """
+import torch, captum_idexpo
+from captum_idexpo import attr, feature_masks, metrics, regularizers, testing, training, visualization
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.training import History, Sweep
+model = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+inputs = torch.ones(2, 3)
+images = torch.zeros(1, 3, 8, 8)
+history = History([{"epoch": 1, "loss": 0.5}])
+"""
 
 
-def run(code):
-    block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
-    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, check=False)
-
-
-def test_importing_needs_only_torch_and_captum():
-    code = (
-        "import captum_idexpo, captum_idexpo.attr.surrogates, captum_idexpo.metrics, captum_idexpo.regularizers\n"
-        "import captum_idexpo.training, captum_idexpo.feature_masks, captum_idexpo.visualization, torch\n"
-        "from captum_idexpo.attr import KernelShap\n"
-        "print(KernelShap(torch.nn.Linear(3, 2)).attribute(torch.ones(2, 3), target=0).shape)\n"
-    )
-    result = run(code)
+@pytest.fixture(scope="module")
+def messages():
+    """What each statement of NEEDS says in one process without the extras."""
+    code = f"""{PREAMBLE}
+import json
+messages = {{}}
+for name, (_, statement) in {NEEDS!r}.items():
+    try:
+        exec(statement)
+    except ImportError as error:
+        messages[name] = str(error)
+print(json.dumps(messages))
+"""
+    result = run_without_extras(code)
     assert result.returncode == 0, result.stderr
-    assert "torch.Size([2, 3])" in result.stdout
+    return json.loads(result.stdout)
 
 
-def test_the_trainer_names_its_extra():
-    code = (
-        "import torch, captum_idexpo\n"
-        "model = torch.nn.Linear(3, 2)\n"
-        "captum_idexpo.ExplanationRegularizedTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1))\n"
-    )
-    result = run(code)
-    assert "pip install 'captum-idexpo[train]'" in result.stderr
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_needs_an_extra_names_it(messages, name):
+    extra, _ = NEEDS[name]
+    assert f"`pip install 'captum-idexpo[{extra}]'`" in messages[name]
+
+
+def test_without_extras_attributions_are_measured_and_trained():
+    code = f"""{PREAMBLE}
+for explainer in (
+    attr.IntegratedGradients(model),
+    attr.KernelShap(model),
+    attr.Lime(model, interpretable_model=Ridge()),
+):
+    attributions = explainer.attribute(inputs, target=0, create_graph=True)
+    assert metrics.insertion(model, inputs, attributions, target=0).shape == (2,)
+    loss = captum_idexpo.ExplanationRegularizedLoss(model, [regularizers.InsertionDeletion(explainer, baselines=0.0)])
+    total, parts = loss((inputs, torch.tensor([0, 1])))
+    total.backward()
+    assert model.weight.grad.isfinite().all()
+feature_masks.grid(images, 2)
+history.plot()
+"""
+    result = run_without_extras(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_oldest_versions_that_are_tested_are_the_oldest_admitted():
+    lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
+    tested = {line.replace("==", ">=") for line in lines if "==" in line}
+    extras = project()["optional-dependencies"]
+    admitted = {*project()["dependencies"], *chain.from_iterable(extras[name] for name in (*EXTRAS, "dev"))}
+    assert tested == {requirement for requirement in admitted if not requirement.startswith("captum-idexpo[")}
 
 
 def test_importing_draws_no_random_number():

@@ -198,7 +198,7 @@ class Lasso(Surrogate):
         tol, max_iter, selection, random_state: options of scikit-learn's coordinate descent.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ImportError: scikit-learn is not installed (extra ``lime``).
 
     Example:
         >>> import torch
@@ -240,7 +240,8 @@ class Lasso(Surrogate):
             from sklearn import linear_model
         except ImportError as error:
             raise ImportError(
-                "The Lasso surrogate (LIME's default, as in Captum) needs scikit-learn: `pip install scikit-learn`, "
+                "The Lasso surrogate (LIME's default, as in Captum) needs scikit-learn: "
+                "`pip install 'captum-idexpo[lime]'`, "
                 "or pass interpretable_model=captum_idexpo.attr.surrogates.Ridge()."
             ) from error
         dtype = outputs.dtype

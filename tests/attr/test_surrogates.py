@@ -152,7 +152,7 @@ def test_a_strength_must_be_positive():
 
 def test_lasso_says_that_it_needs_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"captum-idexpo\[lime\]"):
         Lasso().solve(*problem(5, 2))
     Ridge().solve(*problem(5, 2))
 
