@@ -62,6 +62,7 @@ class Task(NamedTuple):
     """A data set, its network, and what is tried on it."""
 
     settings: tuple[Setting, ...]
+    explainers: tuple[str, ...]
     load: Callable[[Path, str, slice], TensorDataset]
     pretrained: Callable[[Path], nn.Module]
     layer: str  # Grad-CAM's
@@ -133,21 +134,20 @@ class Task(NamedTuple):
         ]
 
 
-def reduced(n_train: int, epochs: int, n_lime: int, lime_epochs: int) -> tuple[Setting, ...]:
-    """The weights that fit a CPU; LIME, whose step is dear, on fewer images."""
-    return (
-        Setting("CE-only", n_train=n_train, epochs=epochs),
-        *(Setting("ID-ExpO", weight, "Grad-CAM", n_train, epochs) for weight in (0.03, 0.1, 0.01)),
-        *(Setting("ID-ExpO", weight, "LIME", n_lime, lime_epochs) for weight in (0.1, 0.03)),
-        *(Setting("ExpO-S", weight, n_train=n_train, epochs=epochs) for weight in (1.0, 0.1)),
-        Setting("ID-ExpO", 0.1, "LIME", n_train, lime_epochs),
-        Setting("ExpO-F", 1.0, n_train=n_train, epochs=epochs),
-    )
-
-
+CIFAR: dict[str, Any] = {"n_train": 512, "epochs": 4}
+IMAGENETTE: dict[str, Any] = {"n_train": 256, "epochs": 2}
 TASKS = {
     "cifar10": Task(
-        reduced(512, 4, 192, 2),
+        (
+            Setting("CE-only", **CIFAR),
+            *(Setting("ID-ExpO", weight, "Grad-CAM", **CIFAR) for weight in (0.03, 0.1, 0.01)),
+            # LIME's step is dear: fewer images, or half of the epochs.
+            *(Setting("ID-ExpO", weight, "LIME", 192, 2) for weight in (0.1, 0.03)),
+            *(Setting("ExpO-S", weight, **CIFAR) for weight in (1.0, 0.1)),
+            Setting("ID-ExpO", 0.1, "LIME", 512, 2),
+            Setting("ExpO-F", 1.0, **CIFAR),
+        ),
+        EXPLAINERS,
         cifar10.load_images,
         cifar10.pretrained_resnet20,
         layer="layer3",
@@ -160,17 +160,24 @@ TASKS = {
         first_val=40_000,
     ),
     "imagenette": Task(
-        reduced(512, 2, 128, 1),
+        (
+            Setting("CE-only", **IMAGENETTE),
+            Setting("ID-ExpO", 0.1, "Grad-CAM", **IMAGENETTE),
+            Setting("ExpO-S", 1.0, **IMAGENETTE),
+            Setting("ID-ExpO", 0.03, "Grad-CAM", **IMAGENETTE),
+        ),
+        ("Grad-CAM",),
         imagenette.load_images,
         imagenette.pretrained_resnet18,
         layer="layer3",
         cell=12,
         fidelity_cell=24,
         step_size=288,
-        n_val={"Grad-CAM": 60, "LIME": 16},
-        n_test={"Grad-CAM": 200, "LIME": 40},
+        n_val={"Grad-CAM": 32},
+        n_test={"Grad-CAM": 80},
         n_classified=1000,
         first_val=1800,
+        learning_rate=1e-3,
     ),
 }
 
@@ -183,7 +190,8 @@ def full(task: Task, n_train: int, n_val: int, n_test: int) -> Task:
         grid_ += [Setting(method, 10 * weight, None, n_train, 50) for method in ("ExpO-S", "ExpO-F")]
     counts = {"n_val": dict.fromkeys(EXPLAINERS, n_val), "n_test": dict.fromkeys(EXPLAINERS, n_test)}
     return task._replace(
-        settings=tuple(grid_), n_samples=200, steps_per_update=None, batch_size=128, learning_rate=1e-4,
+        explainers=EXPLAINERS, settings=tuple(grid_),
+        n_samples=200, steps_per_update=None, batch_size=128, learning_rate=1e-4,
         n_classified=n_test, fidelity_cell=task.cell, **counts,
     )  # fmt: skip
 
@@ -200,7 +208,7 @@ def run(name: str, task: Task, root: Path, out: Path) -> None:
     images = Images(task, root)
     if not results.has(method="before"):
         model = task.pretrained(root)
-        judged = [row for explainer in EXPLAINERS for row in test(task, images, model, explainer)]
+        judged = [row for explainer in task.explainers for row in test(task, images, model, explainer)]
         results.add({"method": "before", "judged": judged})
     (before,) = results.where(method="before")
     for setting in task.settings:
@@ -232,7 +240,7 @@ def measure(name: str, task: Task, images: Images, setting: Setting, before: Row
     """Fine-tunes; tests and keeps what the validation images chose."""
     torch.manual_seed(0)
     model = task.pretrained(root)
-    explainers = [explainer for explainer in EXPLAINERS if setting.explainer in (None, explainer)]
+    explainers = [explainer for explainer in task.explainers if setting.explainer in (None, explainer)]
     optimizer = torch.optim.SGD(
         model.parameters(), lr=task.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -327,22 +335,27 @@ def load_chosen(name: str, method: str, explainer: str, results: Results, root: 
 
 def report(name: str, task: Task, root: Path | None, out: Path) -> str:
     """Tables at eta = 2 and S = 0.5, and figures; with the images also pictures of their explanations."""
-    found = chosen(Results(out / f"{name}.jsonl"))
-    explainers = [explainer for explainer in EXPLAINERS if (explainer, *KEPT, "ID-ExpO") in found]
-    draw_fronts(found, explainers).savefig(out / f"{name}_fronts.png", dpi=110)
-    draw_quadrants(found, explainers).savefig(out / f"{name}_quadrants.png", dpi=110)
+    results = Results(out / f"{name}.jsonl")
+    found = chosen(results)
+    draw_fronts(results, task.explainers).savefig(out / f"{name}_fronts.png", dpi=110)
+    draw_quadrants(found, task.explainers).savefig(out / f"{name}_quadrants.png", dpi=110)
     if root is not None:
         draw_examples(name, task, root, out).savefig(out / f"{name}_examples.png", dpi=110)
     parts = []
-    for explainer in explainers:
+    for explainer in task.explainers:
         parts.append(f"#### {explainer}, {task.n_test[explainer]} test images\n\n{table(found, explainer)}")
     return "\n\n".join(parts) + "\n"
+
+
+def methods(found: Chosen, explainer: str) -> list[str]:
+    """Those that were run, in the order of the tables."""
+    return [method for method in ("before", *METHODS) if (explainer, *KEPT, method) in found]
 
 
 def table(found: Chosen, explainer: str) -> str:
     """Means, in brackets the paired difference to CE-only; the shares of images on which both scores rise, or fall."""
     lines = []
-    for method in ("before", *METHODS):
+    for method in methods(found, explainer):
         row, plain = (found[(explainer, *KEPT, which)] for which in (method, "CE-only"))
         line = [method, f"{row['accuracy']:.3f}"]
         for score in list(SCORES)[1:]:
@@ -373,31 +386,36 @@ def rising_and_falling(found: Chosen, explainer: str, method: str) -> tuple[floa
     return sum(a > 0 and b > 0 for a, b in changes) / n, sum(a < 0 and b < 0 for a, b in changes) / n
 
 
-def draw_fronts(found: Chosen, explainers: list[str]) -> Figure:
-    """Scores against accuracy over eta, S = 0.5: the paper's figures 2 and 3."""
+def draw_fronts(results: Results, explainers: tuple[str, ...]) -> Figure:
+    """Scores against accuracy, of every weight and what each eta chose of its epochs: the paper's figures 2 and 3."""
     scores = ("insertion", "one_minus_deletion", "sensitivity_n")
     figure = Figure(figsize=(10.5, 3.4 * len(explainers)), layout="constrained")
     for axes, explainer in zip(figure.subplots(len(explainers), 3, squeeze=False), explainers, strict=True):
+        points: dict[str, list[Row]] = {}
+        for run in results.rows:
+            judged = [row for row in run["judged"] if (row["explainer"], row["fraction"]) == (explainer, KEPT[0])]
+            points.setdefault(run["method"], []).extend(judged)
         for axis, score in zip(axes, scores, strict=True):
-            plot_fronts(
-                {method: [found[(explainer, KEPT[0], eta, method)] for eta in ETAS] for method in METHODS},
-                "accuracy",
-                score,
-                axis=axis,
-            )
-            axis.set_title(f"{explainer}: {SCORES[score]}", fontsize=10)
+            plot_fronts(points, "accuracy", score, axis=axis)
+            axis.set(title=explainer, ylabel=SCORES[score])
+        for axis in axes[1:]:
+            axis.get_legend().remove()
     return figure
 
 
-def draw_quadrants(found: Chosen, explainers: list[str]) -> Figure:
-    """Each test image's change: the paper's figure 4."""
-    methods = ("CE-only", "ID-ExpO")
-    figure = Figure(figsize=(8, 4 * len(explainers)), layout="constrained")
-    for axes, explainer in zip(figure.subplots(len(explainers), 2, squeeze=False), explainers, strict=True):
-        before = as_scores(found[(explainer, *KEPT, "before")])
-        for axis, method in zip(axes, methods, strict=True):
-            plot_quadrants(before, as_scores(found[(explainer, *KEPT, method)]), axis)
-            axis.set_title(f"{explainer}, {method}\n{axis.get_title()}", fontsize=9)
+def draw_quadrants(found: Chosen, explainers: tuple[str, ...]) -> Figure:
+    """Each test image's change by each method, where validation chose to change the network: the paper's figure 4."""
+    panels = [
+        (explainer, method)
+        for explainer in explainers
+        for method in methods(found, explainer)[1:]
+        if found[(explainer, *KEPT, "ID-ExpO")]["epoch"]
+    ]
+    figure = Figure(figsize=(8, 2 * (len(panels) + len(panels) % 2)), layout="constrained")
+    for axis, (explainer, method) in zip(figure.subplots((len(panels) + 1) // 2, 2).flat, panels, strict=False):
+        before, after = (as_scores(found[(explainer, *KEPT, which)]) for which in ("before", method))
+        plot_quadrants(before, after, axis)
+        axis.set_title(f"{explainer}, {method}\n{axis.get_title()}", fontsize=9)
     return figure
 
 

@@ -1,9 +1,9 @@
 """Does ID-ExpO's gain survive judges that it was not trained on?
 
-The networks that `images.py` kept (those that validation chose at eta = 2, S = 0.5), all judged on the same test
-images, the predicted class explained:
+The networks that `images.py` kept (those that validation chose for Grad-CAM at eta = 2, S = 0.5), all judged on the
+same test images, the predicted class explained:
 
-* other explainers: LIME and IntegratedGradients, for networks trained with Grad-CAM, and the other way round;
+* other explainers: LIME and IntegratedGradients;
 * other baselines: black, noise and the blurred image in the place of the mean colour;
 * ROAD's question (Rong et al. 2022, arXiv 2202.00449): masked pixels are imputed by their neighbours, so that no mask
   shows; the probability that remains when the least relevant pixels go, minus that when the most relevant go;
@@ -32,7 +32,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from benchmarks.cifar10 import MEAN, STD
 from benchmarks.id_expo.experiment import Results, Row, markdown, mean_and_error
-from benchmarks.id_expo.images import KEPT, METHODS, TASKS, Images, Task, load_chosen
+from benchmarks.id_expo.images import KEPT, TASKS, Images, Task, chosen, load_chosen, methods
 from captum_idexpo.attr import IntegratedGradients
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.regularizers import InsertionDeletion
@@ -169,16 +169,11 @@ def run(name: str, root: Path, out: Path) -> None:
     task, results = TASKS[name], Results(out / f"judges_{name}.jsonl")
     classified = Images(task, root).classified
     kept = Results(out / f"{name}.jsonl")
-    networks = {
-        "before": ("before", "Grad-CAM"),
-        **{method: (method, "Grad-CAM") for method in METHODS},
-        "ID-ExpO by LIME": ("ID-ExpO", "LIME"),
-    }
-    for title, (method, explainer) in networks.items():
-        if not results.has(network=title):
-            scores = judge(task, load_chosen(name, method, explainer, kept, root, out), classified)
-            results.add({"network": title, "scores": scores})
-            print(title, {score: round(mean_and_error(values)[0], 3) for score, values in scores.items()}, flush=True)
+    for method in methods(chosen(kept), "Grad-CAM"):
+        if not results.has(network=method):
+            scores = judge(task, load_chosen(name, method, "Grad-CAM", kept, root, out), classified)
+            results.add({"network": method, "scores": scores})
+            print(method, {score: round(mean_and_error(values)[0], 3) for score, values in scores.items()}, flush=True)
     (out / f"judges_{name}.md").write_text(table(results.rows))
 
 

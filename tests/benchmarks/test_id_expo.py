@@ -174,6 +174,7 @@ def task():
             images.Setting("ExpO-S", 0.1, **train),
             images.Setting("ExpO-F", 0.1, **train),
         ),
+        explainers=images.EXPLAINERS,
         load=load_small, pretrained=small_network, layer="3", cell=2, fidelity_cell=4, step_size=4,
         n_classified=60, first_val=600, learning_rate=1e-2, n_samples=40, **counts,
     )  # fmt: skip
@@ -228,7 +229,7 @@ def test_other_judges(task, run_of_images, folder, monkeypatch):
     monkeypatch.setitem(judges.BASELINES, "blur", lambda x: judges.gaussian_blur(x, [3, 3], [1.0, 1.0]))
     judges.run("small", None, folder)
     rows = Results(folder / "judges_small.jsonl").rows
-    assert [row["network"] for row in rows] == ["before", *images.METHODS, "ID-ExpO by LIME"]
+    assert [row["network"] for row in rows] == ["before", *images.METHODS]
     for row in rows:
         lengths = {score: len(values) for score, values in row["scores"].items()}
         assert lengths.pop("masked accuracy") == 60
