@@ -317,8 +317,11 @@ def report(out: Path) -> str:
         "Means and standard errors over random splits; in brackets the paired difference to CE-only. The number in a "
         "fine-tuning's name is the weight of both terms. Test rows, the predicted class explained by the terms of the "
         f"NAM, up to {FRACTION:.0%} of the columns inserted or deleted; sensitivity-n with n = {SENSITIVITY_N}. Best "
-        "order: of the same NAM, what no order of columns exceeds (of more than two classes, hardly). KernelSHAP: of "
-        "the same network, in place of the NAM. Agreement: how often the NAM predicts the network's class."
+        "order: of the columns of the same NAM, one by one the column that moves the probability most; for two classes "
+        "that is the order by what a column adds to the log odds beyond its value at the baseline, and no order is "
+        "better. KernelSHAP: of the same network, in place of the NAM. Agreement: how often the NAM predicts the "
+        "network's class. Where the NAM is trained alone, the network is the pretrained one.\n\n"
+        "In the picture the wide lines are standard errors of accuracy."
     )
     return "\n\n".join([preface, *parts]) + "\n"
 
@@ -351,7 +354,7 @@ def values_of(results: Results, name: str, key: str, splits: list[int]) -> dict[
 
 
 def plot(out: Path) -> Figure:
-    """Insertion + 1 - deletion against accuracy; a line leads from the explanation to its reference."""
+    """Mean of insertion and 1 - deletion against accuracy; a line leads from the explanation to its reference."""
     results = Results(out / "additive.jsonl")
     figure = Figure(figsize=(9, 3.4 * len(SETS)), layout="constrained")
     grid = figure.subplots(len(SETS), len(REFERENCES), squeeze=False)
@@ -360,18 +363,18 @@ def plot(out: Path) -> Figure:
         for axis, (kind, reference) in zip(row, REFERENCES.items(), strict=True):
             keys = [key for key, setting in SETTINGS.items() if setting.kind == kind]
             for color, key in zip(COLORS, keys, strict=False):
-                values = {score: mean_and_error(v)[0] for score, v in values_of(results, name, key, splits).items()}
-                own = (values["insertion"] + values["one_minus_deletion"]) / 2
-                other = (values["reference insertion"] + values["reference one_minus_deletion"]) / 2
-                axis.plot([values["accuracy"]] * 2, [own, other], color=color, linewidth=1)
-                axis.plot(values["accuracy"], own, "o", color=color, label=SETTINGS[key].title)
-                axis.plot(values["accuracy"], other, "_", markersize=12, color=color)
-            axis.set(
-                title=f"{name}: {kind} (bar: {reference})",
-                xlabel="accuracy",
-                ylabel="mean of insertion and 1 - deletion",
-            )
-            axis.legend(frameon=False, fontsize=8)
+                values = values_of(results, name, key, splits)
+                mean = {score: mean_and_error(column)[0] for score, column in values.items()}
+                accuracy, error = mean_and_error(values["accuracy"])
+                own = (mean["insertion"] + mean["one_minus_deletion"]) / 2
+                other = (mean["reference insertion"] + mean["reference one_minus_deletion"]) / 2
+                axis.plot([accuracy] * 2, [own, other], color=color, linewidth=1)
+                axis.plot(accuracy, other, "_", markersize=12, color=color)
+                axis.errorbar(accuracy, own, xerr=error, fmt="o", color=color, label=SETTINGS[key].title)
+            axis.set_title(f"{name}: {kind} (short line: {reference})", fontsize=10)
+            axis.set(xlabel="accuracy", ylabel="mean of insertion and 1 - deletion")
+    # The colours are the same everywhere; the last panel has all of them.
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
