@@ -85,7 +85,7 @@ SETTINGS = {
     "random_0.3": Setting("random words masked, 0.3", "random", 0.3, None),
     "lime_0.3": Setting("ID-ExpO, LIME, 0.3", "LIME", 0.3),
 }
-PICTURED = "shap_0.3"
+PICTURED, CONTROL = "shap_0.3", "hard_0.3"
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -398,28 +398,37 @@ def report(out: Path) -> str:
     results = Results(out / "text.jsonl")
     seeds = [seed for seed in SEEDS if all(results.has(seed=seed, setting=name) for name in ("before", *SETTINGS))]
     columns = {**SCORES, "masked_accuracy": "accuracy, half the words"}
-    tables = []
-    for explainer in EXPLAINERS:
-        lines = []
-        for name, title in {"before": "before", **{name: setting.title for name, setting in SETTINGS.items()}}.items():
-            judged = [results.where(seed=seed, setting=name)[0]["judged"].get(explainer) for seed in seeds]
-            if None in judged:
-                continue
-            plain = [results.where(seed=seed, setting="plain")[0]["judged"][explainer] for seed in seeds]
-            line = [title]
-            for score in columns:
-                line.append(with_error([row[score] for row in judged]))
-                if name != "plain":
-                    differences = [row[score] - other[score] for row, other in zip(judged, plain, strict=True)]
-                    line[-1] += f" ({with_error(differences, '+.3f')})"
-            lines.append(line)
-        tables.append(f"Explained by {explainer}:\n\n" + markdown(["fine-tuning", *columns.values()], lines))
-    preface = (
+
+    def judged(name: str, explainer: str, score: str) -> list[float]:
+        rows = [results.where(seed=seed, setting=name)[0]["judged"] for seed in seeds]
+        return [row[explainer][score] for row in rows if explainer in row]
+
+    def difference(name: str, other: str, explainer: str, score: str) -> str:
+        pairs = zip(judged(name, explainer, score), judged(other, explainer, score), strict=True)
+        return with_error([a - b for a, b in pairs], "+.3f")
+
+    titles = {"before": "before", **{name: setting.title for name, setting in SETTINGS.items()}}
+    parts = [
         f"Means and standard errors over {len(seeds)} random splits; in brackets the paired difference to CE-only. The "
         "number in a fine-tuning's name is the weight of both terms. Test sentences, the predicted class explained, "
         f"up to {FRACTION:.0%} of a sentence's words inserted or deleted; sensitivity-n with n = {SENSITIVITY_N}."
+    ]
+    for explainer in EXPLAINERS:
+        lines = []
+        for name, title in titles.items():
+            if not judged(name, explainer, "accuracy"):
+                continue
+            line = [title]
+            for score in columns:
+                beside = "" if name == "plain" else f" ({difference(name, 'plain', explainer, score)})"
+                line.append(with_error(judged(name, explainer, score)) + beside)
+            lines.append(line)
+        parts += [f"Explained by {explainer}:", markdown(["fine-tuning", *columns.values()], lines)]
+    compared = [f"{title} {difference(PICTURED, CONTROL, 'KernelSHAP', score)}" for score, title in columns.items()]
+    parts.append(
+        f"What the gradient through the masks adds (weight 0.3, ID-ExpO less hard masks): {', '.join(compared)}."
     )
-    return "\n\n".join([preface, *tables]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(out: Path) -> Figure:
@@ -431,11 +440,14 @@ def plot(out: Path) -> Figure:
         for name, title in titles.items()
     }
     n_sentences = len(pictured["before"])
-    figure = Figure(figsize=(11, 0.4 + 1.15 * n_sentences), layout="constrained")
+    figure = Figure(figsize=(9.5, 0.4 + n_sentences), layout="constrained")
     axis = figure.subplots()
     axis.set(xlim=(0, 135), ylim=(-4 * n_sentences, 0.6))
     axis.axis("off")
-    axis.set_title("KernelSHAP: blue words speak for the predicted class, orange ones against it", fontsize=10)
+    axis.set_title(
+        "KernelSHAP: blue words speak for the predicted class, orange ones against it (in brackets: unknown words)",
+        fontsize=9,
+    )
     for index in range(n_sentences):
         for line, (title, sentences) in enumerate(pictured.items()):
             draw_sentence(axis, title, sentences[index], y=-4 * index - line - 0.4)

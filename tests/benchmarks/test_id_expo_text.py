@@ -86,7 +86,7 @@ def test_the_gradient_reaches_reader_and_word_vectors(text):
 
 
 def test_explanations_become_more_faithful_and_a_run_goes_on(text, sentences, sizes, tmp_path, monkeypatch):
-    kept = {name: text.SETTINGS[name] for name in ("plain", text.PICTURED, "random_0.3", "lime_0.3")}
+    kept = {name: text.SETTINGS[name] for name in ("plain", text.PICTURED, text.CONTROL, "random_0.3", "lime_0.3")}
     monkeypatch.setattr(text, "SETTINGS", kept)
     monkeypatch.setattr(text, "SEEDS", range(1))
     text.run(sentences, tmp_path, sizes, text.SEEDS)
