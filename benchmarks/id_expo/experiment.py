@@ -42,17 +42,17 @@ class Judge(NamedTuple):
     def scores(
         self,
         model: nn.Module,
-        data: TensorDataset,
+        data: TensorDataset | Iterable[tuple[Tensor, Tensor]],
         n: int | None = None,
         feature_mask: Callable[[Tensor], Tensor] = lambda _: None,
     ) -> dict[float, dict[str, Tensor]]:
         """Each example's scores for each fraction, the predicted class explained; with n also sensitivity-n.
 
         The regularizer is made anew, so that each judgement draws the same masks. Sensitivity-n is that of the groups
-        of `feature_mask`.
+        of `feature_mask`. Data may come as batches.
         """
         regularizer = self.make(model)
-        batches = DataLoader(data, batch_size=JUDGED_AT_ONCE)
+        batches = DataLoader(data, batch_size=JUDGED_AT_ONCE) if isinstance(data, TensorDataset) else data
         parts = [self._part(regularizer, model.eval(), x, y, n, feature_mask(x)) for x, y in batches]
         return {
             fraction: {name: torch.cat([part[fraction][name] for part in parts]) for name in parts[0][fraction]}
@@ -115,17 +115,17 @@ class Best(NamedTuple):
 def fine_tune(
     model: nn.Module,
     regularizers: Iterable[nn.Module],
-    train: TensorDataset,
-    judges: Mapping[str, tuple[Judge, TensorDataset]],
+    train: TensorDataset | Sequence[tuple[Tensor, Tensor]],
+    judges: Mapping[str, tuple[Judge, Any]],
     *,
     optimizer: torch.optim.Optimizer,
     epochs: int,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
 ) -> tuple[dict[tuple[str, float, float], Best], float]:
     """Trains; for each judge, fraction and eta the best epoch on its validation data, and the seconds it took.
 
-    The weights before the first epoch are a candidate too.
+    The weights before the first epoch are a candidate too. With a batch size of None `train` holds batches.
     """
     best: dict[tuple[str, float, float], Best] = {}
 
