@@ -316,9 +316,8 @@ def report(out: Path) -> str:
     names = [
         name for name in SETS if all((name, e, s, ETAS[-1], "ID-ExpO") in found for e in EXPLAINERS for s in FRACTIONS)
     ]
-    parts = []
-    for fraction in FRACTIONS:
-        parts.append(f"#### S = {fraction}\n\n" + table(found, names, fraction, ETAS[-1]))
+    parts = [f"#### By weight\n\n{by_weight(out, names)}"]
+    parts += [f"#### S = {fraction}\n\n{table(found, names, fraction, ETAS[-1])}" for fraction in FRACTIONS]
     draw(found, names).savefig(out / "tabular.png", dpi=110)
     return summary(found, names) + "\n\n" + "\n\n".join(parts) + "\n"
 
@@ -338,6 +337,27 @@ def summary(found: Judged, names: list[str]) -> str:
         lines.append([*row, with_error(losses, "+.3f")])
     head = ["eta", *(f"best in {SCORES[score]}" for score in list(SCORES)[1:]), "accuracy over CE-only"]
     return markdown(head, lines)
+
+
+def by_weight(out: Path, names: list[str]) -> str:
+    """What each weight of ID-ExpO brings and costs, paired with CE-only; epochs chosen at the largest eta."""
+    differences: dict[float, dict[str, list[list[float]]]] = {}
+    for name in names:
+        rows = Results(out / f"tabular_{name}.jsonl").rows
+        judged = [(row, j) for row in rows for j in row["judged"] if j["eta"] == ETAS[-1]]
+        plain = {(row["split"], j["explainer"], j["fraction"]): j for row, j in judged if row["method"] == "CE-only"}
+        for row, j in judged:
+            if row["method"] == "ID-ExpO":
+                other = plain[row["split"], j["explainer"], j["fraction"]]
+                group = differences.setdefault(row["weight"], {}).setdefault(name, [])
+                group.append([j[score] - other[score] for score in SCORES])
+    n_runs = len(EXPLAINERS) * len(FRACTIONS) * N_SPLITS
+    lines = []
+    for weight, groups in sorted(differences.items()):
+        if all(len(groups.get(name, [])) == n_runs for name in names):
+            columns = zip(*(row for name in names for row in groups[name]), strict=True)
+            lines.append([f"{weight:g}", *(with_error(list(column), "+.3f") for column in columns)])
+    return markdown(["weight", *(f"{title} over CE-only" for title in SCORES.values())], lines)
 
 
 def table(found: Judged, names: list[str], fraction: float, eta: float) -> str:
