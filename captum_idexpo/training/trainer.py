@@ -416,6 +416,8 @@ class ExplanationRegularizedTrainer:
         batch = send_to_device(batch, self.accelerator.device)
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
+        n_passes = self.accelerator.gradient_accumulation_steps
+        module.pass_of_update = (self.accelerator.step % n_passes, n_passes)
         norms = self._gradient_norms(batch, run)
         # Shards add gradients up that are averaged each time: what waits for its average stands in no shard.
         waiting = [] if is_sharded(self.model) else [self._loss]
