@@ -176,14 +176,14 @@ def _options(**settings: Any) -> Any:
 def _sharded_modules(model: nn.Module) -> list[Any]:
     try:
         from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # before FSDP2, or without torch.distributed
+    except ImportError:  # as below
         return []
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _is_shard(tensor: Any) -> bool:
-    if not torch.distributed.is_available():
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:  # before FSDP2, or without torch.distributed
         return False
-    from torch.distributed.tensor import DTensor
-
     return isinstance(tensor, DTensor)

@@ -23,6 +23,10 @@ from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReason
 from captum_idexpo.training import checkpoint, gathered
 from tests.helpers import smooth_conv_net
 
+FSDPModule = getattr(pytest.importorskip("torch.distributed.fsdp"), "FSDPModule", None)
+if not hasattr(FSDPModule, "set_reshard_after_forward"):
+    pytest.skip("FSDP2 came later", allow_module_level=True)
+
 X = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (22,), generator=torch.Generator().manual_seed(0))
 ANNOTATIONS = (X > 0).double()
