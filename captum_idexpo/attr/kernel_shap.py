@@ -8,7 +8,7 @@ from typing import Any
 from captum.attr import KernelShap as CaptumKernelShap
 from torch import Generator, Tensor
 
-from captum_idexpo._sharing import drawn_for
+from captum_idexpo._sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.lime import Lime
@@ -70,5 +70,6 @@ class KernelShap(Lime, CaptumKernelShap):
         def draw(n_sets: int) -> tuple[Tensor, Tensor | None]:
             return streams.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
 
-        masks, weights = draw(1) if share_masks else drawn_for(problem.n_examples, draw)
-        return Samples(masks, weights)
+        like = (n_samples, n_features)
+        drawn = drawn_for_all(lambda: draw(1), *like) if share_masks else drawn_for(problem.n_examples, draw, *like)
+        return Samples(*drawn)

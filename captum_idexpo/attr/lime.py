@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._evaluation import BatchForward
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo._sharing import drawn_for
+from captum_idexpo._sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
@@ -188,7 +188,9 @@ class Lime(CaptumLime):
             def draw(n_sets: int) -> Tensor:
                 return streams.lime_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
 
-            samples = Samples(draw(1) if share_masks else drawn_for(problem.n_examples, draw))
+            like = (n_samples, n_features)
+            masks = drawn_for_all(lambda: draw(1), *like) if share_masks else drawn_for(problem.n_examples, draw, *like)
+            samples = Samples(masks)
         if kernel is not None:
             return samples.weighted(
                 kernel.weights(samples.masks, problem.layout, problem.inputs, problem.baselines, problem.joint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +80,17 @@ def groups_of(feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout | 
 
 
 def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
-    """A tensor or a tuple of tensors as a tuple."""
+    """A tensor or a tuple of tensors as a tuple; TypeError for anything else, with the cure for a mapping."""
     formatted: tuple[Tensor, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
     for tensor in formatted:
+        if isinstance(tensor, Mapping):
+            keys = ", ".join(map(str, tensor))
+            raise TypeError(
+                f"{name} must be a tensor or a tuple of tensors, given: a mapping of {keys}. Let the loader yield the "
+                "tensors that are explained, and wrap the model in a module whose forward method takes these, such "
+                f"as\n    def forward(self, {keys}):\n"
+                f"        return self.model({', '.join(f'{key}={key}' for key in tensor)})"
+            )
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor or a tuple of tensors, given: {type(tensor).__name__}.")
     return formatted

@@ -263,7 +263,7 @@ class StepSchedule:
             )
         device = self.steps.device
         source = device if generator is None else generator.device
-        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=source, generator=generator)).to(device)
+        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=source, generator=generator), k).to(device)
         bounds = torch.arange(k + 1, device=device) * self.n_steps // k
         sizes = bounds.diff(dim=1)
         drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))

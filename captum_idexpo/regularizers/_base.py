@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
+from captum_idexpo.metrics._locations import as_tuple
 from captum_idexpo.metrics._scoring import OUTPUTS, class_labels
 
 Weight = float | Literal["auto"]
@@ -175,10 +176,7 @@ class Regularizer(nn.Module):
 
 def as_tensors(inputs: Any) -> tuple[Tensor, ...]:
     """A batch's tensors; TypeError for anything else, ValueError for an empty batch."""
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"inputs must be a tensor or a tuple of tensors, given: {type(inputs).__name__}.")
+    tensors = as_tuple(inputs, "inputs")
     if not tensors or not len(tensors[0]):
         raise ValueError("The batch is empty: there is nothing to regularize.")
     return tensors

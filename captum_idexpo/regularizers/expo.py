@@ -78,13 +78,15 @@ class GaussianNeighbors:
             coordinates = drawn_for(
                 n_examples,
                 lambda b: torch.randn(b, n, sum(sizes), generator=generator, device=device, dtype=dtype),
+                n,
+                sizes,
             )
             return Neighbors(_moved(tensors, self.sigma * coordinates), coordinates)
         along = drawn_for(
-            n_examples, lambda b: torch.randint(sum(sizes), (b, 1, 1), generator=generator, device=device)
+            n_examples, lambda b: torch.randint(sum(sizes), (b, 1, 1), generator=generator, device=device), sizes
         )
         coordinates = drawn_for(
-            n_examples, lambda b: torch.randn(b, n, 1, generator=generator, device=device, dtype=dtype)
+            n_examples, lambda b: torch.randn(b, n, 1, generator=generator, device=device, dtype=dtype), n
         )
         steps = coordinates.new_zeros(n_examples, n, sum(sizes)).scatter_(2, along.expand(-1, n, -1), coordinates)
         return Neighbors(_moved(tensors, self.sigma * steps), coordinates)
@@ -113,7 +115,7 @@ class UniformNeighbors:
         require_real(tensors)
         shape, device, dtype = (n, self.n_unknowns(tensors) - 1), tensors[0].device, tensors[0].dtype
         uniform = drawn_for(
-            len(tensors[0]), lambda b: torch.rand(b, *shape, generator=generator, device=device, dtype=dtype)
+            len(tensors[0]), lambda b: torch.rand(b, *shape, generator=generator, device=device, dtype=dtype), shape
         )
         coordinates = 2 * uniform - 1
         return Neighbors(_moved(tensors, self.radius * coordinates), coordinates)
@@ -148,6 +150,8 @@ class MaskedNeighbors:
         masks = drawn_for(
             len(tensors[0]),
             lambda b: lime_masks("independent", b, n, layout.n_features, tensors[0].device, generator),
+            n,
+            layout.n_features,
         )
         given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
         copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())

@@ -26,7 +26,7 @@ from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
+from captum_idexpo.metrics._locations import Locations, as_tuple, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
     InsertionDeletionScores,
@@ -171,7 +171,8 @@ class InsertionDeletion(nn.Module):
         """The weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
 
         Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them (attributions know no mappings).
+            inputs: a tensor ``(B, ...)`` or a tuple of them (attributions know no mappings: wrap a model of keyword
+                arguments in a module whose forward method takes tensors).
             target: the labels, ``(B,)`` integers (any Captum target), or the ``(B, 1)`` zeros and ones of a binary
                 loss; ignored for raw outputs if floating point.
             annotations: not used; accepted so that all regularizers are called alike.
@@ -376,6 +377,7 @@ def mean_inputs(loader: Iterable[Any]) -> Any:
 
     Raises:
         ValueError: the loader yields no batch.
+        TypeError: its inputs are neither tensors nor tuples of them.
 
     Example:
         >>> import torch
@@ -388,7 +390,7 @@ def mean_inputs(loader: Iterable[Any]) -> Any:
     for batch in loader:
         inputs = batch[0]
         is_tuple = isinstance(inputs, (tuple, list))
-        tensors = inputs if is_tuple else (inputs,)
+        tensors = as_tuple(tuple(inputs) if is_tuple else inputs, "inputs")
         channels = [_channel_means(tensor.double()) for tensor in tensors]
         totals = [channel.sum(dim=0, keepdim=True) for channel in channels]
         sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals

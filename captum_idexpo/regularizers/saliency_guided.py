@@ -107,5 +107,6 @@ class SaliencyGuided(Regularizer):
             lambda b: torch.rand(
                 b, *tensor.shape[1:], generator=self.generator, dtype=tensor.dtype, device=tensor.device
             ),
+            tensor.shape[1:],
         )
         return low + (high - low) * uniform

@@ -3,6 +3,7 @@
 from captum_idexpo.training.checkpoint import CheckpointError
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss
+from captum_idexpo.training.sharding import gathered
 from captum_idexpo.training.sweep import Sweep, sweep
 from captum_idexpo.training.trainer import ExplanationRegularizedTrainer, linear_warmup
 
@@ -12,6 +13,7 @@ __all__ = [
     "ExplanationRegularizedTrainer",
     "History",
     "Sweep",
+    "gathered",
     "linear_warmup",
     "sweep",
 ]

@@ -15,7 +15,7 @@ from captum_idexpo._sharing import share_of_batch
 
 
 class ExplanationRegularizedLoss(nn.Module):
-    """Task loss and regularizers of one batch, in one forward pass: the module that DDP or FSDP wraps.
+    """Task loss and regularizers of one batch, in one forward pass: the module that DDP wraps.
 
     Args:
         model: called with the batch's inputs (a tuple is spread over its positional arguments, a mapping over its
@@ -57,6 +57,8 @@ class ExplanationRegularizedLoss(nn.Module):
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn
         self.regularizer_factor = 1.0
+        self.pass_of_update = (0, 1)  # which, and of how many: those that accumulate an update's gradient
+        self._drawn: list[Any] = []
         self.seconds: dict[str, float] = {}
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,7 +86,7 @@ class ExplanationRegularizedLoss(nn.Module):
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
         terms, self.seconds = {"task": task}, {"task": time.perf_counter() - started}
-        with share_of_batch():
+        with share_of_batch(*self.pass_of_update, self._drawn):
             for regularizer in self.regularizers:
                 started = time.perf_counter()
                 for name, term in _regularize(regularizer, inputs, target, annotations, task).items():

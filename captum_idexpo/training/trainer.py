@@ -22,6 +22,17 @@ from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
 from captum_idexpo.training.processes import failing_together
+from captum_idexpo.training.sharding import (
+    check_sharding,
+    gathered,
+    is_sharded,
+    load_optimizer_state,
+    load_weights,
+    local,
+    optimizer_state_of,
+    prepare,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +74,8 @@ class ExplanationRegularizedTrainer:
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
         ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the model is
-            compiled, though its regularizers need a second derivative; an argument out of range.
+            compiled, though its regularizers need a second derivative; it is sharded in a way that cannot be trained
+            (FSDP1, layers only, with statistics of its own in each process); an argument out of range.
 
     Example:
         >>> import torch
@@ -125,7 +137,8 @@ class ExplanationRegularizedTrainer:
         check_differentiable_twice(model, loss.regularizers)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
-        self._loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
+        self._loss, self.optimizer = prepare(self.accelerator, loss, optimizer)
+        check_sharding(model, freeze_batch_norm=freeze_batch_norm)
         self.scheduler = scheduler
         self.loss_fn = loss_fn
         judges = [regularizer for regularizer in loss.regularizers if isinstance(regularizer, InsertionDeletion)]
@@ -187,7 +200,7 @@ class ExplanationRegularizedTrainer:
             run.next_epoch()
             self._save(run)
         if run.best_weights is not None:
-            self.model.load_state_dict(run.best_weights)
+            load_weights(self.model, run.best_weights)
         return run.history
 
     def resume(self, path: str | Path | None = None) -> None:
@@ -216,8 +229,8 @@ class ExplanationRegularizedTrainer:
                 "continue with as many."
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_weights(self.model, state["model"])
+            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             if self.accelerator.scaler is not None:
@@ -259,9 +272,10 @@ class ExplanationRegularizedTrainer:
             By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion", as
             far as they can be judged.
         """
-        return example_scores(
-            self.model, self._prepare(loader), self.evaluation, explain=explain, accelerator=self.accelerator
-        )
+        with gathered(self.model):
+            return example_scores(
+                self.model, self._prepare(loader), self.evaluation, explain=explain, accelerator=self.accelerator
+            )
 
     @property
     def _regularizers(self) -> Iterable[Any]:
@@ -302,12 +316,12 @@ class ExplanationRegularizedTrainer:
         for name, value in scores.items():
             if not math.isfinite(value):
                 if run.best_weights is not None:
-                    self.model.load_state_dict(run.best_weights)
+                    load_weights(self.model, run.best_weights)
                 raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {run.epoch}.")
         row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
         if row["valscore"] > run.best_score:
             run.best_score, run.best_epoch = row["valscore"], run.epoch
-            run.best_weights = _copied(self.model.state_dict())
+            run.best_weights = weights_of(self.model)
         elif run.epoch - run.best_epoch >= self.patience:
             run.finished = True
 
@@ -320,11 +334,12 @@ class ExplanationRegularizedTrainer:
         """Writes a checkpoint, if any are wanted; all processes wait for it."""
         if self.checkpoint_dir is None:
             return
-        randoms = run.random_states()
+        randoms, weights = run.random_states(), weights_of(self.model)
+        optimizer = optimizer_state_of(self.model, self.optimizer)
         if self.accelerator.is_main_process:
             state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": weights,
+                "optimizer": optimizer,
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
@@ -335,15 +350,16 @@ class ExplanationRegularizedTrainer:
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, loader: Any, explain: Literal["predicted", "label"]) -> dict[str, float]:
-        return evaluate(
-            self.model,
-            loader,
-            self.loss_fn,
-            self.evaluation,
-            accuracy_weight=self.accuracy_weight,
-            explain=explain,
-            accelerator=self.accelerator,
-        )
+        with gathered(self.model):
+            return evaluate(
+                self.model,
+                loader,
+                self.loss_fn,
+                self.evaluation,
+                accuracy_weight=self.accuracy_weight,
+                explain=explain,
+                accelerator=self.accelerator,
+            )
 
     def _train_epoch(self, loader: Any, run: _Run, epochs: int) -> dict[str, float]:
         """One pass over the data, or the rest of one; means of the loss and its parts."""
@@ -400,21 +416,17 @@ class ExplanationRegularizedTrainer:
         batch = send_to_device(batch, self.accelerator.device)
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
+        n_passes = self.accelerator.gradient_accumulation_steps
+        module.pass_of_update = (self.accelerator.step % n_passes, n_passes)
         norms = self._gradient_norms(batch, run)
-        with self.accelerator.accumulate(self._loss):
-            with failing_together(self.accelerator):
-                loss, parts = self._loss(batch)
-            values = self.accelerator.reduce(torch.stack([loss.detach(), *parts.values()]), reduction="mean").tolist()
-            named = dict(zip(["loss", *parts], values, strict=True))
-            for name in [*parts, "loss"]:
-                if not math.isfinite(named[name]):
-                    raise NonFiniteError(f"The loss term {name!r} turned {named[name]} in {where}.")
-            started = time.perf_counter()
-            self.accelerator.backward(loss)
+        # Shards add gradients up that are averaged each time: what waits for its average stands in no shard.
+        waiting = [] if is_sharded(self.model) else [self._loss]
+        with self.accelerator.accumulate(*waiting):
+            with gathered(self.model):
+                named = self._backward(batch, where)
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
                     _check_gradients(self.model, where)
-            module.seconds["backward"] = time.perf_counter() - started
             weights.keep()
             if self.accelerator.sync_gradients:
                 if self.max_grad_norm is not None:
@@ -424,6 +436,20 @@ class ExplanationRegularizedTrainer:
             self.optimizer.zero_grad()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
         return {**named, **norms, **self._floor_shares(), **shares}
+
+    def _backward(self, batch: Any, where: str) -> dict[str, float]:
+        """The gradient of a batch; its loss and parts, means over processes."""
+        with failing_together(self.accelerator):
+            loss, parts = self._loss(batch)
+        values = self.accelerator.reduce(torch.stack([loss.detach(), *parts.values()]), reduction="mean").tolist()
+        named = dict(zip(["loss", *parts], values, strict=True))
+        for name in [*parts, "loss"]:
+            if not math.isfinite(named[name]):
+                raise NonFiniteError(f"The loss term {name!r} turned {named[name]} in {where}.")
+        started = time.perf_counter()
+        self.accelerator.backward(loss)
+        self._unwrapped.seconds["backward"] = time.perf_counter() - started
+        return named
 
     def _drop_gradients(self) -> None:
         """Also those of batches that an update was to accumulate and that are not complete."""
@@ -440,16 +466,17 @@ class ExplanationRegularizedTrainer:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # The measurement leaves no trace: neither in random streams nor in BatchNorm's statistics.
         state, before = checkpoint.random_state(run.generators), _Weights(self.model)
-        terms = self._unwrapped.terms(batch)
         norms = {}
-        for name, term in terms.items():
-            if term.requires_grad:
-                gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-                squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
-                norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        with gathered(self.model):
+            terms = self._unwrapped.terms(batch)
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            for name, term in terms.items():
+                if term.requires_grad:
+                    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                    squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+                    norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         checkpoint.set_random_state(state, run.generators)
         before.restore_buffers()
         task = norms.get("task", 0.0)
@@ -473,7 +500,7 @@ class ExplanationRegularizedTrainer:
         """Whether the current weights are good for a finite task loss on a batch, in every process."""
         from accelerate.utils import send_to_device
 
-        with eval_mode(self.model):
+        with eval_mode(self.model), gathered(self.model):
             inputs, target, _ = unpack_batch(send_to_device(batch, self.accelerator.device))
             finite = self.loss_fn(call_model(self.model, inputs), target).isfinite().all()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
@@ -679,16 +706,12 @@ def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _check_gradients(model: nn.Module, where: str) -> None:
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients.values()]
     finite = [value.isfinite().all() for value in values]
     if finite and not bool(torch.stack(finite).all()):
         name = list(gradients)[[bool(check) for check in finite].index(False)]
         raise NonFiniteError(f"The gradient of the loss in {name!r} turned NaN or infinite in {where}.")
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _accelerator() -> Accelerator:

@@ -249,17 +249,96 @@ def regularizer_of(name, net):
     return Stability(net, generator=generator)
 
 
+@pytest.fixture
+def accelerator_of():
+    """Accelerators of several precisions, one after the other, in a process that is allowed but one."""
+
+    def make(precision, scale=2.0**10):
+        AcceleratorState._reset_state(True)
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        if precision == "fp16":  # accelerate scales losses on GPUs only
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    yield make
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["Grad-CAM", "LIME", "RRR", "Fidelity", "Stability"])
-def test_bfloat16_leaves_the_gradient_where_it_is(name):
+def test_half_precision_leaves_the_gradient_where_it_is(name, precision, accelerator_of):
     """Second-order term included; the surrogate's solve and differences of neighbours keep their precision."""
     gradients = []
-    for precision in ("no", "bf16"):
-        AcceleratorState._reset_state(True)
+    for used in ("no", precision):
+        accelerator = accelerator_of(used)
         net = smooth_conv_net().float()
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
         loss = ExplanationRegularizedLoss(net, [regularizer_of(name, net)], lambda output, _: 0 * output.sum())
-        total, _ = accelerator.prepare(loss)((IMAGES.float(), Y[:8], (IMAGES > 0).float()))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        prepared, _ = accelerator.prepare(loss, optimizer)
+        total, _ = prepared((IMAGES.float(), Y[:8], (IMAGES > 0).float()))
         accelerator.backward(total)
+        if accelerator.scaler is not None:
+            accelerator.scaler.unscale_(optimizer)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in net.parameters()]))
-    AcceleratorState._reset_state(True)
     assert torch.cosine_similarity(*gradients, dim=0).item() > 0.998
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.02)
+
+
+def half_trainer(accelerator, folder=None, **settings):
+    """Batches of four, one update each; the images' gradients in half precision."""
+    net = smooth_conv_net().float()
+    settings = {"lr": 0.1, "checkpoint_dir": folder, **settings}
+    trainer = trainer_of(net, [regularizer_of("Grad-CAM", net)], accelerator=accelerator, **settings)
+    return trainer, loader(IMAGES.float())
+
+
+def flat(net):
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_in_half_precision_ends_near_that_in_single(precision, accelerator_of):
+    start, ends = flat(smooth_conv_net().float()), []
+    for used in ("no", precision):
+        trainer, batches = half_trainer(accelerator_of(used))
+        scores = trainer.fit(batches, batches, epochs=2)[-1]
+        ends.append(flat(trainer.model) - start)
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert torch.cosine_similarity(*ends, dim=0).item() > 0.995
+    assert 0 <= scores["val_insertion"] <= 1
+
+
+def test_an_update_whose_scaled_gradient_overflows_is_left_out_and_the_next_is_not(accelerator_of):
+    """The scale is the scaler's business: no failure of the loss, nor of the gradient."""
+    accelerator = accelerator_of("fp16", scale=2.0**24)
+    trainer, batches = half_trainer(accelerator)
+    start = flat(trainer.model)
+    trainer.fit([next(iter(batches))])
+    assert torch.equal(flat(trainer.model), start)
+    assert accelerator.scaler.get_scale() == 2.0**23
+    history = trainer.fit(batches, epochs=6)
+    assert accelerator.scaler.get_scale() < 2.0**20
+    assert (flat(trainer.model) - start).norm() > 0.01
+    assert all("skipped" not in row for row in history)
+
+
+def test_gradients_are_clipped_as_they_are_without_their_scale(accelerator_of):
+    trainer, batches = half_trainer(accelerator_of("fp16"), lr=1.0, max_grad_norm=1e-3)
+    start = flat(trainer.model)
+    trainer.fit([next(iter(batches))])
+    assert (flat(trainer.model) - start).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_half_precision_too(accelerator_of):
+    trainer, _ = half_trainer(accelerator_of("fp16"))
+    with pytest.raises(NonFiniteError, match=r"'task' is not finite.*epoch 1, step 1"):
+        trainer.fit([(IMAGES.float() * float("nan"), Y[:8])])
+
+
+def test_the_scale_is_resumed(accelerator_of, tmp_path):
+    trainer, batches = half_trainer(accelerator_of("fp16", scale=2.0**24), tmp_path)
+    trainer.fit(batches, epochs=1)
+    again, batches = half_trainer(accelerator_of("fp16"), tmp_path)
+    again.resume()
+    assert again.accelerator.scaler.get_scale() == 2.0**22
+    assert torch.equal(flat(again.model), flat(trainer.model))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from captum_idexpo import ExplanationRegularizedLoss, NonFiniteError
-from captum_idexpo.attr import LayerGradCam
-from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.attr import InputXGradient, LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, mean_inputs
 from tests.helpers import smooth_conv_net
 
 X = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -122,3 +122,43 @@ def test_a_regularizer_that_meets_nan_names_the_term():
         ExplanationRegularizedLoss(net, [regularizer])((X, Y))
     with pytest.raises(NonFiniteError, match="'InsertionDeletion' is not finite"):
         ExplanationRegularizedLoss(net, [regularizer], lambda output, y: output.nan_to_num().sum())((X, Y))
+
+
+class OfPixels(nn.Module):
+    """A model of keyword arguments that returns a mapping, as Hugging Face's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = smooth_conv_net()
+
+    def forward(self, pixel_values=None):
+        return {"logits": self.net(pixel_values)}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values=pixel_values)["logits"]
+
+
+@pytest.mark.parametrize("regularizer_of", [RightForTheRightReasons, lambda net: Sparsity(InputXGradient(net))])
+def test_a_mapping_is_refused_with_the_forward_method_that_mends_it(regularizer_of):
+    model = Wrapped(OfPixels())
+    explained = InsertionDeletion(LayerGradCam(model, model.model.net[4]), baselines=0.0)
+    for regularizer in (explained, regularizer_of(model)):
+        with pytest.raises(TypeError, match=r"a mapping of a, b(?s:.*)def forward\(self, a, b\):\n.*\(a=a, b=b\)"):
+            regularizer({"a": X, "b": X}, Y, X)
+    with pytest.raises(TypeError, match="given: a mapping of pixel_values"):
+        mean_inputs([({"pixel_values": X}, Y)])
+
+
+def test_a_model_of_keyword_arguments_is_explained_behind_such_a_forward_method():
+    model, twin = Wrapped(OfPixels()), smooth_conv_net()
+    losses = []
+    for net, layer in ((model, model.model.net[4]), (twin, twin[4])):
+        regularizer = InsertionDeletion(LayerGradCam(net, layer), baselines=0.0)
+        losses.append(ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0])
+    torch.testing.assert_close(*losses)
