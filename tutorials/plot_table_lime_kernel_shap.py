@@ -189,11 +189,11 @@ print(f"{accuracy_longer:.3f} trained longer without the terms")
 pd.concat({"before": table_before, "after": table_after, "trained longer": table_longer})
 
 # %%
-# Insertion gains from more training alone, too; deletion gains from the terms only, and KernelSHAP, which took no part,
+# Insertion gains from more training alone, too; deletion mostly from the terms, and KernelSHAP, which took no part,
 # gains as much as LIME. A random order gains a little insertion and loses in deletion: the explanations have moved away
-# from chance. Sensitivity-3 falls, with and without the terms: a surer network gives the same answer without most
-# triples of measurements. The terms ask for the right order of the bars, sensitivity-n for their lengths: whoever reads
-# lengths should not train for order alone.
+# from chance. Sensitivity-3 falls, with and without the terms, probably because a surer network gives the same answer
+# without most triples of measurements. The terms ask for the right order of the bars, sensitivity-n for their lengths:
+# whoever reads lengths should not train for order alone.
 #
 # The curves of LIME, means over the test patients. Deletion ends where everything is at the average; before that it
 # lies lower, since what is deleted last are the measurements that spoke for the other class.
