@@ -21,7 +21,7 @@ from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.attr import KernelShap, id_expo_lime
 from captum_idexpo.metrics import insertion_deletion, sensitivity_n
 from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.visualization import COLORS, plot_curves
+from captum_idexpo.visualization import plot_attribution_bars, plot_curves
 
 # %%
 # The data ship with scikit-learn: 569 patients. Class 1 is malignant here. Every measurement has three columns, its
@@ -93,26 +93,10 @@ def explain(model, rows, target):
     }
 
 
-def bars(axis, bars_by_name, title, colors):
-    height = 0.8 / len(bars_by_name)
-    for number, ((name, values), color) in enumerate(zip(bars_by_name.items(), colors, strict=True)):
-        axis.barh(torch.arange(10) + number * height, values, height, label=name, color=color)
-    axis.set_yticks(torch.arange(10) + 0.4 - height / 2, measurements)
-    axis.invert_yaxis()
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(title=title, xlabel="share in the probability of malignant")
-    axis.legend(frameon=False)
-
-
 row = x_test[patient : patient + 1]
-explained = explain(model, row, 1)
-figure = Figure(figsize=(7, 4), layout="constrained")
-bars(
-    figure.subplots(),
-    {name: values[0] for name, values in explained.items()},
-    f"p(malignant) = {float(probabilities(model)(row)[0, 1].detach()):.2f}",
-    COLORS[1:3],
-)
+explained = {name: values[0] for name, values in explain(model, row, 1).items()}
+figure = plot_attribution_bars(explained, measurements)
+figure.suptitle(f"p(malignant) = {float(probabilities(model)(row)[0, 1].detach()):.2f}")
 
 # %%
 # Faithful?
@@ -214,9 +198,10 @@ for name, network in (("before", before), ("after", model), ("trained longer", l
 # ----------------------
 
 explained_after = explain(model, row, 1)
-figure = Figure(figsize=(9, 4), layout="constrained")
-for axis, name in zip(figure.subplots(1, 2, sharex=True), explained, strict=True):
-    bars(axis, {"before": explained[name][0], "after": explained_after[name][0]}, name, (COLORS[0], COLORS[1]))
+figure = Figure(figsize=(9, 5), layout="constrained")
+for axis, (name, values) in zip(figure.subplots(1, 2), explained.items(), strict=True):
+    plot_attribution_bars({"before": values, "after": explained_after[name][0]}, measurements, axis=axis)
+    axis.set_title(name, loc="left")
 
 # %%
 # The two measurements that led before, texture and smoothness, lead by more now. Where a bar changed its sign
