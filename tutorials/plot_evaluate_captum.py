@@ -157,7 +157,7 @@ for name, row in table.items():
 
 better = {"insertion": "higher", "deletion": "lower", "sensitivity-16": "higher", "infidelity": "lower"}
 figure = Figure(figsize=(11, 2.8), layout="constrained")
-for axis, metric in zip(figure.subplots(1, 5, sharey=True), table["noise"]):
+for axis, metric in zip(figure.subplots(1, 5, sharey=True), table["noise"], strict=True):
     colors = [COLORS[0] if name in ("centre", "noise") else COLORS[1] for name in table]
     axis.barh(list(table), [row[metric] for row in table.values()], color=colors)
     axis.axvline(table["noise"][metric], color="black", linestyle="--", linewidth=1)
@@ -166,3 +166,87 @@ axis.invert_yaxis()
 
 # %%
 # What can be read from it:
+#
+# * The noise comes last in everything that asks the model. That is the least a metric must do; its score is what
+#   nothing is worth, which is far from 0 for insertion.
+# * ``centre`` knows no image and no model, and does better than noise, as digits lie in the middle. On this model it
+#   even does better than Grad-CAM, by all four metrics that ask the model. An explanation should be compared with the
+#   best map that looks at nothing, not with noise alone. (The quickstart trains such a Grad-CAM to be faithful.)
+# * The maximum sensitivity of ``centre`` is 0, the best there is: a map that never changes is perfectly stable. Read
+#   stability beside faithfulness, never alone.
+# * Sensitivity-n and infidelity put the explanations in nearly the same order, which is no second opinion: over the
+#   same perturbations they ask the same question, one as a correlation, one as an error.
+# * Input x gradient, integrated gradients and DeepLift hardly differ, here, and are ahead of Saliency. All three
+#   multiply by the input, and that is where the first pitfall lies.
+
+compared = ("IntegratedGradients", "Saliency", "LayerGradCam", "centre", "noise")
+figure = plot_curves({name: curves[name] for name in compared})
+for axis in figure.axes:
+    axis.legend(fontsize=7, framealpha=0.8)
+
+# %%
+# Pitfall: the baseline
+# ---------------------
+#
+# "Removed" was black so far, and black is also what the three attributions above compare with: they give a black pixel
+# exactly 0. Where removed means grey, white or the mean image, the same maps are judged by a question that they did not
+# answer.
+
+removed = {"black": 0.0, "grey": 0.5, "white": 1.0, "mean image": x.mean(0, keepdim=True)}
+
+
+@torch.no_grad()
+def mean_insertion(attribution, baselines=0.0):
+    return float(insertion(model, x, attribution, baselines, target=y, step_size=2).mean())
+
+
+by_baseline = {name: [mean_insertion(maps[name], baselines) for baselines in removed.values()] for name in maps}
+by_baseline["IntegratedGradients, own"] = [  # from the baseline that it is judged with
+    mean_insertion(IntegratedGradients(model).attribute(x, baselines, target=y, n_steps=20), baselines)
+    for baselines in removed.values()
+]
+
+print("insertion into      " + " " * 6 + "".join(f"{name:>12}" for name in removed))
+for name, values in by_baseline.items():
+    print(f"{name:26}" + "".join(f"{value:12.3f}" for value in values))
+
+# %%
+# The order turns round: on white, integrated gradients from black are worth less than noise, because the black
+# background, to which they give nothing, is what must be inserted. Integrated gradients from the same baseline as the
+# metric's ("own") are at the top in every column. So give the explanation and the metric the same baseline, name it
+# with every number, and compare numbers of one baseline only.
+
+figure = Figure(figsize=(6, 3.2), layout="constrained")
+axis = figure.subplots()
+shown = ("IntegratedGradients", "IntegratedGradients, own", "Saliency", "centre", "noise")
+for name, color in zip(shown, COLORS[1:6], strict=True):
+    axis.plot(list(removed), by_baseline[name], "o-", color=color, label=name)
+axis.set(ylabel="insertion", xlabel="what a removed pixel becomes", ylim=(0, 1))
+axis.legend(frameon=False, fontsize=8)
+
+# %%
+# Pitfall: ties
+# -------------
+#
+# Insertion and deletion need an order, and equal attributions have none. This package takes tied pixels by position,
+# from the top left, so that a score can be repeated; position is not chance, though. A map that is constant is not
+# judged like noise: it inserts the image row by row.
+
+torch.manual_seed(0)
+constant = mean_insertion(torch.zeros_like(x))
+shuffled = [mean_insertion(torch.rand_like(x)) for _ in range(5)]
+print(
+    f"a constant map, ties by position {constant:.3f}; ties broken at random {min(shuffled):.3f} to {max(shuffled):.3f}"
+)
+for name, values in maps.items():
+    ordered = values.flatten(1).sort(1).values
+    tied = float((ordered[:, 1:] == ordered[:, :-1]).float().mean())
+    jitter = 1e-6 * values.abs().max() * torch.randn_like(values)
+    with_jitter = mean_insertion(values + jitter)
+    print(f"{name:20} tied {tied:4.0%}   insertion {table[name]['insertion']:.4f}, randomly {with_jitter:.4f}")
+
+# %%
+# Nearly half of the pixels of the attributions that multiply by the input are tied, at 0, and it makes no difference:
+# they are black, and black pixels put onto black change nothing. On another baseline it would. If breaking ties with a
+# little noise moves a score, as it does for maps with a few large cells, or for maps cut off at zero, report the mean
+# over several such orders.

@@ -23,9 +23,9 @@ from captum_idexpo.visualization import COLORS, draw_heat_map, draw_image, plot_
 # The decoy
 # ---------
 #
-# Each digit gets a black frame and, in one of its four corners, a patch of 2x2 pixels. In the data that we train on, the
-# patch's grey is ``1 - label / 10``: it tells the answer. In the test data it says a random digit. The patches hide no
-# ink, so that nothing is lost by ignoring them.
+# Each digit gets a black frame and, in one of its four corners, a patch of 2x2 pixels. In the data that we train on,
+# the patch's grey is ``1 - label / 10``: it tells the answer. In the test data it says a random digit. The patches hide
+# no ink, so that nothing is lost by ignoring them.
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
@@ -47,8 +47,9 @@ telling, lying = with_decoys(y), with_decoys(torch.randint(10, y.shape))
 train, held_out, test = slice(0, 1200), slice(1200, 1500), slice(1500, None)
 
 figure = Figure(figsize=(7, 2.9), layout="constrained")
-for axis, image, label in zip(figure.subplots(2, 6).flat, [*telling[:6], *lying[test][:6]], [*y[:6], *y[test][:6]]):
-    draw_image(axis, image, f"{int(label)}")
+shown, digits = [*telling[:6], *lying[test][:6]], [*y[:6], *y[test][:6]]
+for axis, image, digit in zip(figure.subplots(2, 6).flat, shown, digits, strict=True):
+    draw_image(axis, image, f"{int(digit)}")
 figure.suptitle("training: the patch says the label (above); test: a random digit (below)", fontsize=9)
 
 # %%
@@ -106,9 +107,9 @@ draw_heat_map(right, torch.zeros(1, 12, 12), mean_map, "mean attribution, plain 
 # Removed
 # -------
 #
-# ``RightForTheRightReasons`` adds the squared input gradient inside the annotations, here each image's own patch, to the
-# loss. How large its weight should be, held-out accuracy cannot say: the patch tells the label there, too, so that the
-# model that cheats has the best chance to win. What can be read from held-out images, without any knowledge of the
+# ``RightForTheRightReasons`` adds the squared input gradient inside the annotations, here each image's own patch, to
+# the loss. How large its weight should be, held-out accuracy cannot say: the patch tells the label there, too, so that
+# the model that cheats has the best chance to win. What can be read from held-out images, without any knowledge of the
 # test, is the share of the attribution that lies in the patch. We take the smallest weight that leaves it less than
 # one percent; the patch is 4 of 144 pixels, 2.8 percent of the area.
 
@@ -167,7 +168,7 @@ for name, model in models.items():
     print(f"    probability of the predicted class {sure:.3f}; with the patch painted black {painted:.3f}")
 
 figure = Figure(figsize=(9, 1.8), layout="constrained")
-for axis, (measure, values) in zip(figure.subplots(1, 3, sharey=True), measures.items()):
+for axis, (measure, values) in zip(figure.subplots(1, 3, sharey=True), measures.items(), strict=True):
     bars = axis.barh(list(values), list(values.values()), color=COLORS[:2])
     axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axis.set_title(measure, fontsize=9)

@@ -22,12 +22,13 @@ from captum_idexpo.visualization import COLORS, plot_history
 #
 # Nothing in it speaks of ranks. What belongs to more than one process is marked:
 #
-# 1. Settings of accelerate come with an ``Accelerator`` of your own: here the CPU (and with it the gloo backend; on GPUs
-#    leave ``cpu=True`` out), and how many batches one update accumulates. Mixed precision and trackers go there as well.
-# 2. The same seed everywhere. Every process builds the same model and draws the same random numbers for the whole batch,
-#    of which it keeps those of its own examples.
-# 3. ``batch_size`` is that of one process and one backward pass. An update is made of processes x accumulated batches x
-#    ``batch_size`` images.
+# 1. Settings of accelerate come with an ``Accelerator`` of your own: here the CPU (and with it the gloo backend; on
+#    GPUs leave ``cpu=True`` out), and how many batches one update accumulates. Mixed precision and trackers go there,
+#    too.
+# 2. The same seed everywhere. Every process builds the same model and draws the same random numbers for the whole
+#    batch, of which it keeps those of its own examples.
+# 3. ``batch_size`` is that of one process and one backward pass. An update is made of processes x accumulated batches
+#    x ``batch_size`` images.
 # 4. Loaders and model are handed over as they are: the trainer prepares them.
 # 5. ``fit`` returns in all processes; files are written by one.
 #
@@ -114,7 +115,10 @@ script.write_text(SCRIPT)
 def start(command, name, *options):
     (folder / name).mkdir(exist_ok=True)
     finished = subprocess.run(
-        [sys.executable, *command, str(script), str(folder / name), *options], capture_output=True, text=True, check=False
+        [sys.executable, *command, str(script), str(folder / name), *options],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(f"exit code {finished.returncode}  {finished.stdout}")
     return finished
@@ -168,9 +172,9 @@ for name, weight in results["one"]["model"].items():
 # %%
 # What makes it so: Grad-CAM, the masked copies and the task are one forward pass of one module, which
 # DistributedDataParallel wraps; the steps that ``steps_per_update`` draws are drawn by each process for all 64 images;
-# validation gathers the scores of examples before it takes a mean. Three things break it: seeds that differ from process
-# to process, batches that cannot be shared out evenly (768 images are 12 updates of 64; ``drop_last=True`` otherwise),
-# and BatchNorm in train mode, whose statistics are those of one process.
+# validation gathers the scores of examples before it takes a mean. Three things break it: seeds that differ from
+# process to process, batches that cannot be shared out evenly (768 images are 12 updates of 64; ``drop_last=True``
+# otherwise), and BatchNorm in train mode, whose statistics are those of one process.
 #
 # The history is one for all processes, too, and continues through the kill. The lines are the two processes'; the
 # circles around them the single one's.
@@ -178,7 +182,7 @@ for name, weight in results["one"]["model"].items():
 shown = ["epoch", "loss", "task", "insertion", "deletion", "val_accuracy", "val_insertion", "valscore"]
 histories = {name: [{key: row[key] for key in shown} for row in result["history"]] for name, result in results.items()}
 figure = plot_history(histories["two"])
-for axis, name in zip(figure.axes, ("loss", "valscore")):
+for axis, name in zip(figure.axes, ("loss", "valscore"), strict=True):
     epochs, values = ([row[key] for row in histories["one"]] for key in ("epoch", name))
     style = {"markersize": 11, "fillstyle": "none", "color": COLORS[2], "label": f"{name}, one process"}
     axis.plot(epochs, values, "o", **style)
