@@ -181,8 +181,6 @@ axis.invert_yaxis()
 
 compared = ("IntegratedGradients", "Saliency", "LayerGradCam", "centre", "noise")
 figure = plot_curves({name: curves[name] for name in compared})
-for axis in figure.axes:
-    axis.legend(fontsize=7, framealpha=0.8)
 
 # %%
 # Pitfall: the baseline
@@ -243,7 +241,7 @@ for name, values in maps.items():
     tied = float((ordered[:, 1:] == ordered[:, :-1]).float().mean())
     jitter = 1e-6 * values.abs().max() * torch.randn_like(values)
     with_jitter = mean_insertion(values + jitter)
-    print(f"{name:20} tied {tied:4.0%}   insertion {table[name]['insertion']:.4f}, randomly {with_jitter:.4f}")
+    print(f"{name:20} tied {tied:4.0%}   insertion {table[name]['insertion']:.4f}, at random {with_jitter:.4f}")
 
 # %%
 # Nearly half of the pixels of the attributions that multiply by the input are tied, at 0, and it makes no difference:
