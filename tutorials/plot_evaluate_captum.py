@@ -218,7 +218,7 @@ figure = Figure(figsize=(6, 3.2), layout="constrained")
 axis = figure.subplots()
 shown = ("IntegratedGradients", "IntegratedGradients, own", "Saliency", "centre", "noise")
 for name, color in zip(shown, COLORS[1:6], strict=True):
-    axis.plot(list(removed), by_baseline[name], "o-", color=color, label=name)
+    axis.plot(list(removed), by_baseline[name], "o:", color=color, label=name)
 axis.set(ylabel="insertion", xlabel="what a removed pixel becomes", ylim=(0, 1))
 axis.legend(frameon=False, fontsize=8)
 

@@ -162,8 +162,9 @@ measures = {
 }
 for name, model in models.items():
     target = predicted[name]
-    sure = float(model(x_test).softmax(1).gather(1, target[:, None]).mean())
-    painted = float(deletion(model, x_test, patches_test, target=target, fraction=4 / 144, step_size=4).mean())
+    with torch.no_grad():
+        sure = float(model(x_test).softmax(1).gather(1, target[:, None]).mean())
+        painted = float(deletion(model, x_test, patches_test, target=target, fraction=4 / 144, step_size=4).mean())
     print(f"{name}: " + ", ".join(f"{measure} {values[name]:.3f}" for measure, values in measures.items()))
     print(f"    probability of the predicted class {sure:.3f}; with the patch painted black {painted:.3f}")
 

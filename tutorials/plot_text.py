@@ -213,9 +213,10 @@ figure = plot_curves(scores)
 # %%
 # The words that KernelShap names now decide more, at no cost in accuracy: the first of them alone, a tenth of the
 # sentence, nearly fixes the prediction, and without the first half of them little of it is left. What the term asks for
-# is a model that goes by few words, and this is what it gets. It did not become a better judge of sentences: it is more
-# certain than its accuracy warrants, as it was before, and the right half of an insertion curve cannot lie higher than
-# the certainty on the whole sentence allows. The steeper deletion curve is the part that certainty does not explain.
+# is a model that goes by few words, and this is what it gets. It did not become a better judge of sentences: accuracy
+# is the control's, and its certainty rose still further above it. The term rewards certainty, so that some of what
+# insertion gained is just that; think of calibration before you use such probabilities. Deletion cannot be gained so: a
+# model that is more certain of the whole sentence falls from higher up, and this one lands lower all the same.
 #
 # Before and after
 # ----------------
