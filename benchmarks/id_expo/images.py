@@ -409,10 +409,14 @@ def draw_quadrants(found: Chosen, explainers: tuple[str, ...]) -> Figure:
         (explainer, method)
         for explainer in explainers
         for method in methods(found, explainer)[1:]
-        if found[(explainer, *KEPT, "ID-ExpO")]["epoch"]
+        if found[(explainer, *KEPT, method)]["epoch"]
     ]
-    figure = Figure(figsize=(8, 2 * (len(panels) + len(panels) % 2)), layout="constrained")
-    for axis, (explainer, method) in zip(figure.subplots((len(panels) + 1) // 2, 2).flat, panels, strict=False):
+    n_rows = max(1, (len(panels) + 1) // 2)
+    figure = Figure(figsize=(8, 4 * n_rows), layout="constrained")
+    axes = list(figure.subplots(n_rows, 2).flat)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, (explainer, method) in zip(axes, panels, strict=False):
         before, after = (as_scores(found[(explainer, *KEPT, which)]) for which in ("before", method))
         plot_quadrants(before, after, axis)
         axis.set_title(f"{explainer}, {method}\n{axis.get_title()}", fontsize=9)
