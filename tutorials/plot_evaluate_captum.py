@@ -10,6 +10,7 @@ only named.
 
 import warnings
 
+import pandas
 import torch
 from captum.attr import (
     DeepLift,
@@ -148,9 +149,7 @@ for name in methods:
     curves[name], scores = scores_of(name)
     table[name] = {metric: float(values.detach().mean()) for metric, values in scores.items()}
 
-print(" " * 20 + "  ".join(f"{metric:>15}" for metric in table["noise"]))
-for name, row in table.items():
-    print(f"{name:20}" + "  ".join(f"{value:15.4f}" for value in row.values()))
+pandas.DataFrame(table).T.round(3)
 
 # %%
 # The same table as a picture. The dashed line is the noise's score; bars to the better side of it say something.
@@ -188,7 +187,7 @@ figure = plot_curves({name: curves[name] for name in compared})
 #
 # "Removed" was black so far, and black is also what the three attributions above compare with: they give a black pixel
 # exactly 0. Where removed means grey, white or the mean image, the same maps are judged by a question that they did not
-# answer.
+# answer. Insertion into each of them:
 
 removed = {"black": 0.0, "grey": 0.5, "white": 1.0, "mean image": x.mean(0, keepdim=True)}
 
@@ -204,9 +203,7 @@ by_baseline["IntegratedGradients, own"] = [  # from the baseline that it is judg
     for baselines in removed.values()
 ]
 
-print("insertion into      " + " " * 6 + "".join(f"{name:>12}" for name in removed))
-for name, values in by_baseline.items():
-    print(f"{name:26}" + "".join(f"{value:12.3f}" for value in values))
+pandas.DataFrame(by_baseline, index=list(removed)).T.round(3)
 
 # %%
 # The order turns round: on white, integrated gradients from black are worth less than noise, because the black

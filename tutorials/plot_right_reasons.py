@@ -165,8 +165,7 @@ for name, model in models.items():
     with torch.no_grad():
         sure = float(model(x_test).softmax(1).gather(1, target[:, None]).mean())
         painted = float(deletion(model, x_test, patches_test, target=target, fraction=4 / 144, step_size=4).mean())
-    print(f"{name}: " + ", ".join(f"{measure} {values[name]:.3f}" for measure, values in measures.items()))
-    print(f"    probability of the predicted class {sure:.3f}; with the patch painted black {painted:.3f}")
+    print(f"{name:13}  probability of the predicted class {sure:.3f}, the patch painted black {painted:.3f}")
 
 figure = Figure(figsize=(9, 1.8), layout="constrained")
 for axis, (measure, values) in zip(figure.subplots(1, 3, sharey=True), measures.items(), strict=True):
