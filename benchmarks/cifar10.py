@@ -1,8 +1,9 @@
-"""CIFAR-10 and the pretrained ResNet-20 of He et al. (2015), read from a folder of compact files.
+"""CIFAR-10 and the pretrained ResNet-20 of He et al. (2015), read from a folder of compact files, or downloaded.
 
 The folder holds `cifar10_train.npz` and `cifar10_test.npz`, whose arrays are ``images`` (encoded images, one after the
 other), ``offsets`` (n + 1 byte positions) and ``labels``, shuffled once; and `weights/cifar10_resnet20.safetensors`, a
-state dict of `ResNet` (91.7 % of the test images).
+state dict of `ResNet` (91.7 % of the test images). Without a folder torchvision downloads the images, and torch.hub the
+weights of github.com/akamaster/pytorch_resnet_cifar10, each compared with its checksum.
 """
 
 from __future__ import annotations
@@ -22,16 +23,34 @@ from torch.utils.data import TensorDataset
 # The weights were trained on inputs normalised with ImageNet's constants.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+WEIGHTS = (
+    "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"  # checksum
+)
 
 
-def load_images(root: Path, part: Literal["train", "test"], rows: slice) -> TensorDataset:
+def load_images(root: Path | None, part: Literal["train", "test"], rows: slice) -> TensorDataset:
     """Normalised images ``(n, 3, 32, 32)`` and their labels; any slice is a random subset of all classes."""
-    with np.load(root / f"cifar10_{part}.npz") as arrays:
+    if root is None:
+        from torchvision.datasets import CIFAR10
+
+        downloaded = CIFAR10("data", train=part == "train", download=True)
+        return normalised(downloaded.data[rows], np.asarray(downloaded.targets)[rows])
+    return normalised(*read_images(root / f"cifar10_{part}.npz", rows))
+
+
+def read_images(path: Path, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``(n, H, W, 3)`` of bytes and their labels, decoded from a compact file."""
+    with np.load(path) as arrays:
         encoded, offsets, labels = arrays["images"], arrays["offsets"], arrays["labels"]
     numbers = range(len(labels))[rows]
     images = [Image.open(io.BytesIO(encoded[offsets[i] : offsets[i + 1]])).convert("RGB") for i in numbers]
-    x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-    return TensorDataset((x - MEAN) / STD, torch.from_numpy(labels[rows].astype("int64")))
+    return np.stack([np.asarray(image) for image in images]), labels[rows]
+
+
+def normalised(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
+    """Images with channels first, by ImageNet's constants."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return TensorDataset((x - MEAN) / STD, torch.from_numpy(labels.astype("int64")))
 
 
 class Block(nn.Module):
@@ -76,8 +95,12 @@ class ResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def pretrained_resnet20(root: Path) -> ResNet:
+def pretrained_resnet20(root: Path | None) -> ResNet:
     """ResNet-20 with its weights."""
     model = ResNet()
-    model.load_state_dict(load_file(root / "weights" / "cifar10_resnet20.safetensors"))
+    if root is None:
+        saved = torch.hub.load_state_dict_from_url(WEIGHTS, map_location="cpu", check_hash=True, weights_only=True)
+        model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    else:
+        model.load_state_dict(load_file(root / "weights" / "cifar10_resnet20.safetensors"))
     return model.eval()

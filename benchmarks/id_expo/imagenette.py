@@ -1,42 +1,46 @@
 """Imagenette at 96 pixels and a ResNet-18 trained on it, in the place of the paper's STL-10.
 
-The folder holds `imagenette96_train.npz` and `imagenette96_test.npz`, laid out as in `benchmarks/cifar10.py`. The
+The folder holds `imagenette96_train.npz` (2,000 photographs) and `imagenette96_test.npz` (1,000), laid out as in
+`benchmarks/cifar10.py`. Without a folder torchvision downloads the whole set, and as many are drawn from it. The
 network, torchvision's, is trained from random weights once and kept beside the results.
 """
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import TensorDataset
+from torchvision.datasets import Imagenette
 from torchvision.models import resnet18
 
-from benchmarks.cifar10 import MEAN, STD
+from benchmarks.cifar10 import normalised, read_images
 
 WEIGHTS = Path(__file__).parent / "results" / "models" / "imagenette_resnet18.safetensors"
+FOLDER = Path("data") / "imagenette2-160"  # torchvision's
+SIZES = {"train": 2000, "test": 1000}
 N_TRAIN = 1800  # of 2,000; the others select
 EPOCHS = 16
 
 
-def load_images(root: Path, part: Literal["train", "test"], rows: slice) -> TensorDataset:
+def load_images(root: Path | None, part: Literal["train", "test"], rows: slice) -> TensorDataset:
     """Normalised images ``(n, 3, 96, 96)`` and their labels; any slice is a random subset of all classes."""
-    with np.load(root / f"imagenette96_{part}.npz") as arrays:
-        encoded, offsets, labels = arrays["images"], arrays["offsets"], arrays["labels"]
-    numbers = range(len(labels))[rows]
-    images = [Image.open(io.BytesIO(encoded[offsets[i] : offsets[i + 1]])).convert("RGB") for i in numbers]
-    x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-    return TensorDataset((x - MEAN) / STD, torch.from_numpy(labels[rows].astype("int64")))
+    if root is not None:
+        return normalised(*read_images(root / f"imagenette96_{part}.npz", rows))
+    downloaded = Imagenette("data", "train" if part == "train" else "val", size="160px", download=not FOLDER.exists())
+    numbers = torch.randperm(len(downloaded), generator=Generator().manual_seed(0))[: SIZES[part]][rows]
+    images, labels = zip(*(downloaded[i] for i in numbers.tolist()), strict=True)
+    small = [np.asarray(ImageOps.fit(image.convert("RGB"), (96, 96))) for image in images]
+    return normalised(np.stack(small), np.asarray(labels))
 
 
-def pretrained_resnet18(root: Path) -> nn.Module:
+def pretrained_resnet18(root: Path | None) -> nn.Module:
     """The network, trained first if it has not been."""
     torch.manual_seed(0)
     model = resnet18(num_classes=10)

@@ -10,7 +10,8 @@ hard metrics on test images, the predicted class explained, are kept example by 
   superpixels of 12x12 pixels.
 
     python -m benchmarks.id_expo.images run cifar10 --data-root FOLDER       compact files, see benchmarks/cifar10.py
-    python -m benchmarks.id_expo.images report cifar10 [--data-root FOLDER]  with it also pictures of explanations
+    python -m benchmarks.id_expo.images run cifar10                          torchvision downloads into ./data
+    python -m benchmarks.id_expo.images report cifar10
 
 A run that was stopped goes on where it stopped, a setting at a time. Chosen models are kept in `<out>/models`, for
 `judges.py`. `--full` is the paper's size: all training images, 50 epochs, M = 200, all steps; it wants a GPU.
@@ -63,8 +64,8 @@ class Task(NamedTuple):
 
     settings: tuple[Setting, ...]
     explainers: tuple[str, ...]
-    load: Callable[[Path, str, slice], TensorDataset]
-    pretrained: Callable[[Path], nn.Module]
+    load: Callable[[Path | None, str, slice], TensorDataset]
+    pretrained: Callable[[Path | None], nn.Module]
     layer: str  # Grad-CAM's
     cell: int  # pixels of a superpixel's side
     fidelity_cell: int  # larger, since ExpO-F needs more copies than superpixels
@@ -202,7 +203,7 @@ FULL_SIZES = {"cifar10": (40_000, 10_000, 10_000), "imagenette": (1800, 200, 100
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def run(name: str, task: Task, root: Path, out: Path) -> None:
+def run(name: str, task: Task, root: Path | None, out: Path) -> None:
     """The pretrained network is judged, then all fine-tunings that are not yet done."""
     results = Results(out / f"{name}.jsonl")
     images = Images(task, root)
@@ -222,7 +223,7 @@ def run(name: str, task: Task, root: Path, out: Path) -> None:
 class Images:
     """A task's images, read when they are needed."""
 
-    def __init__(self, task: Task, root: Path) -> None:
+    def __init__(self, task: Task, root: Path | None) -> None:
         self.task, self.root = task, root
         self.classified = task.load(root, "test", slice(0, task.n_classified))
 
@@ -236,7 +237,7 @@ class Images:
         return TensorDataset(*self.classified[: self.task.n_test[explainer]])
 
 
-def measure(name: str, task: Task, images: Images, setting: Setting, before: Row, root: Path, out: Path) -> Row:
+def measure(name: str, task: Task, images: Images, setting: Setting, before: Row, root: Path | None, out: Path) -> Row:
     """Fine-tunes; tests and keeps what the validation images chose."""
     torch.manual_seed(0)
     model = task.pretrained(root)
@@ -324,7 +325,7 @@ def chosen(results: Results) -> Chosen:
     return best
 
 
-def load_chosen(name: str, method: str, explainer: str, results: Results, root: Path, out: Path) -> nn.Module:
+def load_chosen(name: str, method: str, explainer: str, results: Results, root: Path | None, out: Path) -> nn.Module:
     """The network that validation chose among a method's, for an explainer at eta = 2 and S = 0.5."""
     model = TASKS[name].pretrained(root)
     if method != "before":
@@ -333,14 +334,12 @@ def load_chosen(name: str, method: str, explainer: str, results: Results, root: 
     return model.eval()
 
 
-def report(name: str, task: Task, root: Path | None, out: Path) -> str:
-    """Tables at eta = 2 and S = 0.5, and figures; with the images also pictures of their explanations."""
+def report(name: str, task: Task, out: Path) -> str:
+    """Tables at eta = 2 and S = 0.5, and figures."""
     results = Results(out / f"{name}.jsonl")
     found = chosen(results)
     draw_fronts(results, task.explainers).savefig(out / f"{name}_fronts.png", dpi=110)
     draw_quadrants(found, task.explainers).savefig(out / f"{name}_quadrants.png", dpi=110)
-    if root is not None:
-        draw_examples(name, task, root, out).savefig(out / f"{name}_examples.png", dpi=110)
     parts = []
     for explainer in task.explainers:
         parts.append(f"#### {explainer}, {task.n_test[explainer]} test images\n\n{table(found, explainer)}")
@@ -429,7 +428,7 @@ def as_scores(row: Row) -> InsertionDeletionScores:
     return InsertionDeletionScores(insertion, 1 - kept, torch.ones(1), insertion[:, None], 1 - kept[:, None])
 
 
-def draw_examples(name: str, task: Task, root: Path, out: Path) -> Figure:
+def draw_examples(name: str, task: Task, root: Path | None, out: Path) -> Figure:
     """The first test images that all networks recognise, their Grad-CAM maps and curves: the paper's figure 5."""
     results = Results(out / f"{name}.jsonl")
     networks = {
@@ -475,9 +474,9 @@ def main() -> None:
         task = full(task, *FULL_SIZES[arguments.task])
     if arguments.command == "run":
         run(arguments.task, task, arguments.data_root, arguments.out)
-    (arguments.out / f"{arguments.task}.md").write_text(
-        report(arguments.task, task, arguments.data_root, arguments.out)
-    )
+        examples = draw_examples(arguments.task, task, arguments.data_root, arguments.out)
+        examples.savefig(arguments.out / f"{arguments.task}_examples.png", dpi=110)
+    (arguments.out / f"{arguments.task}.md").write_text(report(arguments.task, task, arguments.out))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def masked_accuracy(task: Task, model: nn.Module, data: TensorDataset) -> Tensor
     return torch.cat(right)
 
 
-def run(name: str, root: Path, out: Path) -> None:
+def run(name: str, root: Path | None, out: Path) -> None:
     """All networks that are not yet judged."""
     task, results = TASKS[name], Results(out / f"judges_{name}.jsonl")
     classified = Images(task, root).classified
@@ -196,7 +196,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of the images")
+    parser.add_argument("--data-root", type=Path, help="folder of the images; None: downloads")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -201,7 +201,8 @@ def test_images_from_run_to_report(task, run_of_images, folder):
     n_bytes = (folder / "small.jsonl").stat().st_size
     images.run("small", task, None, folder)  # nothing is missing
     assert (folder / "small.jsonl").stat().st_size == n_bytes
-    text = images.report("small", task, folder, folder)
+    text = images.report("small", task, folder)
+    images.draw_examples("small", task, None, folder).savefig(folder / "small_examples.png")
     found = images.chosen(run_of_images)
     for explainer in images.EXPLAINERS:
         before, after = (found[(explainer, *images.KEPT, m)]["examples"] for m in ("before", "ID-ExpO"))
