@@ -535,7 +535,7 @@ def test_bad_batches_are_named():
     lime = InsertionDeletion(Lime(NET, Ridge()), baselines=0.0, feature_mask=torch.zeros(1, 1, 6, 6))
     with pytest.raises(TypeError, match="must hold integers"):
         lime(X, Y)
-    with pytest.raises(TypeError, match="given: dict"):
+    with pytest.raises(TypeError, match="given: a mapping of x"):
         regularizer({"x": X}, Y)
     with pytest.raises(ValueError, match="baseline of shape"):
         InsertionDeletion(LayerGradCam(NET, NET[4]), baselines=torch.zeros(7))(X, Y)
