@@ -217,7 +217,7 @@ shown = ("IntegratedGradients", "IntegratedGradients, own", "Saliency", "centre"
 for name, color in zip(shown, COLORS[1:6], strict=True):
     axis.plot(list(removed), by_baseline[name], "o:", color=color, label=name)
 axis.set(ylabel="insertion", xlabel="what a removed pixel becomes", ylim=(0, 1))
-axis.legend(frameon=False, fontsize=8)
+_ = axis.legend(frameon=False, fontsize=8)
 
 # %%
 # Pitfall: ties

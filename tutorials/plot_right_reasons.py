@@ -47,10 +47,10 @@ telling, lying = with_decoys(y), with_decoys(torch.randint(10, y.shape))
 train, held_out, test = slice(0, 1200), slice(1200, 1500), slice(1500, None)
 
 figure = Figure(figsize=(7, 2.9), layout="constrained")
+figure.suptitle("training: the patch says the label (above); test: a random digit (below)", fontsize=9)
 shown, digits = [*telling[:6], *lying[test][:6]], [*y[:6], *y[test][:6]]
 for axis, image, digit in zip(figure.subplots(2, 6).flat, shown, digits, strict=True):
     draw_image(axis, image, f"{int(digit)}")
-figure.suptitle("training: the patch says the label (above); test: a random digit (below)", fontsize=9)
 
 # %%
 # Found

@@ -101,9 +101,10 @@ if accelerator.is_main_process:  # 5
           f"{torch.distributed.get_backend() if accelerator.num_processes > 1 else None}")
 '''
 
-folder = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()  # goes when this script ends
+folder = Path(temporary.name)
 script = folder / "train.py"
-script.write_text(SCRIPT)
+_ = script.write_text(SCRIPT, encoding="utf-8")
 
 # %%
 # One process
