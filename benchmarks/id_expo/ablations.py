@@ -7,8 +7,8 @@ split and judge). Taken away or replaced:
 * the second-order term: channel weights as constants, what Captum's own class trains on;
 * the gradient through the mask: hard masks along the explanation, which is masking augmentation;
 * the explanation itself: as many pixels masked at random;
-* Del-A (the ratio, eq. 10) for Del-B (log) or Del-C (complement); temperature; S; and BatchNorm's statistics, frozen or
-  not, in a network that has them.
+* Del-A (the ratio, eq. 10) for Del-B (log) or Del-C (complement); the temperature, an example's or a batch's; S; and
+  BatchNorm's statistics, frozen or not, in a network that has them.
 
 Missingness is measured too: accuracy where half of all pixels, drawn at random, are black.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import itertools
 import time
 import warnings
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import captum.attr
 import torch
@@ -40,11 +42,14 @@ from benchmarks.digits import SCORES, Split, judge, pretrain
 from benchmarks.id_expo.experiment import Results, Row, markdown, with_error
 from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.metrics.masks import SoftMasks
 from captum_idexpo.regularizers import InsertionDeletion
 
+# The module, whose name the metrics give to a function too.
+masking = importlib.import_module("captum_idexpo.metrics.insertion_deletion")
 EPOCHS = 6
 WEIGHT = 0.005
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 class ConstantWeights(LayerGradCam):
@@ -67,6 +72,16 @@ class RandomMap(LayerGradCam):
         return torch.rand_like(inputs[:, :1])
 
 
+class OneTemperature(SoftMasks):
+    """One T for the whole batch, from its largest, smallest and distinct values."""
+
+    def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
+        super().__init__(values, present, temperature)
+        distinct = self._ordered.unique()
+        slope = temperature * (len(distinct) - 1) / (distinct[-1] - distinct[0])
+        self._slope = torch.where(self._slope > 0, slope, 0.0)
+
+
 class Variant(NamedTuple):
     """How the loss differs from ID-ExpO's; the judge does not."""
 
@@ -74,6 +89,7 @@ class Variant(NamedTuple):
     explainer: Callable[..., LayerGradCam] = LayerGradCam
     settings: dict[str, Any] = {}  # noqa: RUF012
     weight: float = WEIGHT
+    masks: type[SoftMasks] = SoftMasks
     batch_norm: bool = False
     freeze_batch_norm: bool = True
 
@@ -88,6 +104,7 @@ VARIANTS = {
     "del_c": Variant("Del-C", settings={"deletion_form": "complement"}),
     "sharp": Variant("three times the temperature", settings={"temperature": 3.0}),
     "blunt": Variant("a third of the temperature", settings={"temperature": 1 / 3}),
+    "one_temperature": Variant("one temperature a batch", masks=OneTemperature),
     "s_0.3": Variant("S = 0.3", settings={"fraction": 0.3}),
     "insertion": Variant("insertion only", settings={"deletion_weight": 0.0}),
     "deletion": Variant("deletion only", settings={"insertion_weight": 0.0}),
@@ -138,7 +155,7 @@ def measure(variant: Variant, networks: dict[bool, nn.Sequential], split: Split,
     )
     batches = DataLoader(split.train, batch_size=64, shuffle=True, generator=Generator().manual_seed(seed))
     start = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), patch.object(masking, "SoftMasks", variant.masks):
         warnings.filterwarnings("ignore", message="The deletion floor")
         trainer.fit(batches, DataLoader(split.val, batch_size=len(split.val)), epochs=EPOCHS)
     seconds = time.perf_counter() - start

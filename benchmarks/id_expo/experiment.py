@@ -49,13 +49,14 @@ class Judge(NamedTuple):
         """Each example's scores for each fraction, the predicted class explained; with n also sensitivity-n.
 
         The regularizer is made anew, so that each judgement draws the same masks. Sensitivity-n is that of the groups
-        of `feature_mask`. Data may come as batches.
+        of `feature_mask`. Data may come as batches. Scores are on the CPU, wherever the model is.
         """
-        regularizer = self.make(model)
+        regularizer, device = self.make(model), next(model.parameters()).device
         batches = DataLoader(data, batch_size=JUDGED_AT_ONCE) if isinstance(data, TensorDataset) else data
+        batches = ((x.to(device), y.to(device)) for x, y in batches)
         parts = [self._part(regularizer, model.eval(), x, y, n, feature_mask(x)) for x, y in batches]
         return {
-            fraction: {name: torch.cat([part[fraction][name] for part in parts]) for name in parts[0][fraction]}
+            fraction: {name: torch.cat([part[fraction][name].cpu() for part in parts]) for name in parts[0][fraction]}
             for fraction in self.fractions
         }
 

@@ -268,7 +268,7 @@ def measure(name: str, task: Task, images: Images, setting: Setting, before: Row
         if (fraction, eta) == KEPT:
             path = out / "models" / f"{model_name(name, setting.method, setting.weight, explainer)}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in chosen.weights.items()}, path)
+            save_file({key: value.cpu().contiguous() for key, value in chosen.weights.items()}, path)
         else:
             del judged[-1]["examples"]
     return {"seconds": round(seconds), "judged": judged}
@@ -278,7 +278,8 @@ def measure(name: str, task: Task, images: Images, setting: Setting, before: Row
 def test(task: Task, images: Images, model: nn.Module, explainer: str) -> list[Row]:
     """For each fraction the means, accuracy on more images than are explained, and each example's scores."""
     batches = DataLoader(images.classified, batch_size=250)
-    right = torch.cat([model.eval()(x).argmax(dim=1) == y for x, y in batches])
+    device = next(model.parameters()).device
+    right = torch.cat([model.eval()(x.to(device)).argmax(dim=1).cpu() == y for x, y in batches])
     scores = task.judges[explainer][1].scores(
         model, images.explained(explainer), SENSITIVITY_N, lambda x: grid(x, task.cell)
     )
