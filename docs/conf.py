@@ -97,4 +97,5 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_memory": False,
+    "remove_config_comments": True,  # which figure is the thumbnail is no reader's business
 }

@@ -8,6 +8,8 @@ piece lies, so that a heat map can be checked against it. We train plainly, look
 of Grad-CAM into the loss, and look again.
 """
 
+# sphinx_gallery_thumbnail_number = -1
+
 import copy
 
 import captum.attr

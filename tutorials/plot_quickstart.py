@@ -6,6 +6,8 @@ A small CNN reads handwritten digits well, but the pixels its Grad-CAM marks har
 the insertion and deletion of that map in the loss, and look again.
 """
 
+# sphinx_gallery_thumbnail_number = -1
+
 import copy
 
 import torch

@@ -8,6 +8,8 @@ arXiv 1703.03717), find it with an attribution, forbid it with ``RightForTheRigh
 the decoy lies that it is gone.
 """
 
+# sphinx_gallery_thumbnail_number = -1
+
 import torch
 from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
