@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.digits import mean_and_error
 from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.metrics import sensitivity_n
 from captum_idexpo.regularizers import InsertionDeletion
@@ -182,11 +182,6 @@ class Results:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def with_error(values: Sequence[float], form: str = ".3f") -> str:

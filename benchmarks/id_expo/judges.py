@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import gaussian_blur
 
 from benchmarks.cifar10 import MEAN, STD
-from benchmarks.id_expo.experiment import Results, Row, markdown, mean_and_error
+from benchmarks.digits import mean_and_error
+from benchmarks.id_expo.experiment import Results, Row, markdown
 from benchmarks.id_expo.images import KEPT, TASKS, Images, Task, chosen, load_chosen, methods
 from captum_idexpo.attr import IntegratedGradients
 from captum_idexpo.feature_masks import grid

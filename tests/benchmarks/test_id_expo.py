@@ -134,6 +134,9 @@ def test_tables_report(tmp_path):
         assert tabular.is_best(found, (name, "LIME", 0.5, 3.0), "insertion") is (name != "collins")
     text = tabular.report(tmp_path)
     assert "20 of 24" in text.splitlines()[-1 + 8]  # five sets, two explainers, two fractions at eta = 3
+    (row,) = (line for line in text.splitlines() if line.startswith("| 0.3 | +") or line.startswith("| 0.3 | -"))
+    gain = float(row.split("|")[3].split("±")[0])
+    assert gain == pytest.approx(0.2 * 5 / 6, abs=0.01)  # five of six sets
     assert (tmp_path / "tabular.png").stat().st_size > 10_000
 
 
@@ -239,6 +242,42 @@ def test_other_judges(task, run_of_images, folder, monkeypatch):
     assert "judge" in (folder / "judges_small.md").read_text()
 
 
+class LeftHalf(nn.Module):
+    """Class 1 where the left half of an image is bright."""
+
+    def forward(self, x):
+        evidence = x[..., : x.shape[-1] // 2].mean(dim=(1, 2, 3))
+        return torch.stack([-10 * evidence, 10 * evidence], dim=1)
+
+
+def test_road_rewards_the_map_that_marks_what_counts():
+    x = torch.full((2, 3, 8, 8), -1.0)
+    x[..., :4] = 1.0
+    target = torch.ones(2, dtype=torch.long)
+    marks = torch.zeros(2, 1, 8, 8)
+    marks[..., :4] = 1.0
+    right, wrong = (judges.road(LeftHalf(), x, attribution, target) for attribution in (marks, -marks))
+    assert (right > 0.1).all()
+    torch.testing.assert_close(right, -wrong, atol=0.05, rtol=0)  # ties go the other way round
+
+
+def test_masked_accuracy_and_infidelity_are_those_of_cells(task):
+    x = torch.full((40, 3, 8, 8), -0.2)
+    x[..., :4] = 1.0
+    kept = judges.masked_accuracy(task, LeftHalf(), TensorDataset(x, torch.ones(40, dtype=torch.long)))
+    # Of the left half's eight cells one is enough: masked ones have the mean colour, 0.
+    assert kept.mean() > 0.95
+    dark = judges.masked_accuracy(task, LeftHalf(), TensorDataset(x, torch.zeros(40, dtype=torch.long)))
+    assert dark.mean() < 0.05
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.normal_(model[1].weight, std=0.01)
+    target = torch.ones(40, dtype=torch.long)
+    gradient = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 3, 8, 8)
+    nearly_linear = judges.infidelity_of_cells(task, model, x, (gradient * x).mean(1, keepdim=True), target)
+    noise = judges.infidelity_of_cells(task, model, x, torch.randn(40, 1, 8, 8), target)
+    assert nearly_linear.mean() < 0.1 * noise.mean()
+
+
 def test_imputation_solves_the_system_of_neighbours():
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 6)
@@ -287,6 +326,14 @@ def test_ablations_train_on_what_they_say():
     assert 0.1 < cosine < 0.99
     noise = ablations.RandomMap(model, model[5]).attribute(x, target=y)
     assert noise.shape == (8, 1, 8, 8)
+
+
+def test_one_temperature_is_that_of_the_batch():
+    values = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 12.0]])
+    masks = ablations.OneTemperature(values)(torch.tensor([[1, 1]]))
+    slope = 4 / 11  # five distinct values between 1 and 12
+    expected = torch.sigmoid(slope * (values - torch.tensor([[3.0], [11.0]])))
+    torch.testing.assert_close(masks[0], expected)
 
 
 def test_ablations_with_batch_norm_frozen_or_not(monkeypatch):
