@@ -13,20 +13,23 @@ from typing import Any
 
 import torch
 from captum._utils.common import _select_targets
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._features import FeatureLayout, as_numbers
+from captum_idexpo._modes import is_compiled, module_of
 from captum_idexpo._recomputation import Chunk, MemoryBudget
 
-# On a CPU a forward pass of about a megabyte of float32 inputs keeps the caches warm and is large enough to occupy the
-# cores; a batch of 400 CIFAR images takes a ResNet-20 half as long again as chunks of 50. A GPU wants more rows.
-_VALUES_PER_FORWARD_ON_CPU = 2**18
-_VALUES_PER_FORWARD_ON_ACCELERATORS = 2**24
-_MAX_ROWS_ON_CPU = 2**10
-_MAX_ROWS_ON_ACCELERATORS = 2**13
-# Large images want a few rows all the same, as long as these stay within eight megabytes.
+# On a CPU a layer's output of about two megabytes stays in the caches and is large enough to occupy the cores: within
+# a few percent of the best size for networks from 64 to 65,000 values, where 400 rows of a ResNet-20 take half as long
+# again. A GPU wants more.
+_VALUES_ON_CPU, _MAX_ROWS_ON_CPU = 2**19, 2**12
+_VALUES_ON_ACCELERATORS, _MAX_ROWS_ON_ACCELERATORS = 2**26, 2**13
+# A network's weights are fetched for a few rows as for many: of wide layers 32, of large images 8, if they fit.
+_ROWS_OF_WIDE_LAYERS = 32
 _ROWS_OF_LARGE_INPUTS = 8
-_VALUES_OF_LARGE_INPUTS = 2**21
+_VALUES_OF_FEW_ROWS = 2**21
+_LARGEST_OVER_INPUTS = 4  # where nothing is known of a forward function
 ROWS_TO_LOOK_AT = 8
 """Where a forward function is only looked at, be it for the shape of its output or the size of its graph."""
 
@@ -34,18 +37,52 @@ Perturbation = Callable[..., tuple[Tensor, ...]]
 """(examples, copies, *through) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
 
 
-def default_rows_per_forward(inputs: tuple[Tensor, ...]) -> int:
+def default_rows_per_forward(inputs: tuple[Tensor, ...], largest_output: int | None = None) -> int:
     """Rows of one forward pass when the user names none, the same in every run.
 
-    2^18 input values and at most 1024 rows on a CPU, 2^24 and 8192 on an accelerator. Of inputs that are larger, up to
-    eight rows if they have 2^21 values at most, else one.
+    As many as give the largest of a network's tensors 2^19 values on a CPU (up to 4096 rows), 2^26 (8192) on an
+    accelerator. Where that is less, 32 rows of it or eight of the inputs, if they have 2^21 values at most; one row at
+    least.
+
+    Args:
+        inputs: tensors ``(B, ...)``.
+        largest_output: values a row of the largest output of a module; None: unknown, taken for four times the inputs.
     """
     on_cpu = inputs[0].device.type == "cpu"
-    budget = _VALUES_PER_FORWARD_ON_CPU if on_cpu else _VALUES_PER_FORWARD_ON_ACCELERATORS
+    budget = _VALUES_ON_CPU if on_cpu else _VALUES_ON_ACCELERATORS
     most = _MAX_ROWS_ON_CPU if on_cpu else _MAX_ROWS_ON_ACCELERATORS
-    values_per_row = max(1, sum(math.prod(tensor.shape[1:]) for tensor in inputs))
-    few = min(_ROWS_OF_LARGE_INPUTS, _VALUES_OF_LARGE_INPUTS // values_per_row)
-    return max(1, few, min(most, budget // values_per_row))
+    of_inputs = max(1, sum(math.prod(tensor.shape[1:]) for tensor in inputs))
+    largest = _LARGEST_OVER_INPUTS * of_inputs if largest_output is None else max(of_inputs, largest_output)
+    few = min(_ROWS_OF_WIDE_LAYERS, _VALUES_OF_FEW_ROWS // largest)
+    fewer = min(_ROWS_OF_LARGE_INPUTS, _VALUES_OF_FEW_ROWS // of_inputs)
+    return max(1, fewer, few, min(most, budget // largest))
+
+
+def look(
+    forward_func: Callable[..., Any], evaluate: Callable[[], Any], inputs: tuple[Tensor, ...], n_rows: int
+) -> tuple[Any, int]:
+    """Evaluates a few rows: what they return, and how many rows a forward pass had best have.
+
+    A forward function that is no module, or a compiled one, is not looked into: under hooks it would be compiled anew.
+
+    Args:
+        forward_func: what `evaluate` calls.
+        evaluate: calls it with ``n_rows`` rows.
+        inputs: tensors ``(B, ...)``.
+    """
+    module = module_of(forward_func)
+    if module is None or any(map(is_compiled, module.modules())):
+        return evaluate(), default_rows_per_forward(inputs)
+    largest = 0
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() // n_rows)
+
+    with register_module_forward_hook(note):
+        output = evaluate()
+    return output, default_rows_per_forward(inputs, largest)
 
 
 class BatchForward:
@@ -174,7 +211,7 @@ def masked_copies(
         inputs: each ``(B, ...)``.
         baselines: each a number or a tensor that broadcasts against its input, aligned by `align_baselines`.
         layout: where the D features lie in the inputs.
-        keep: ``(k, b, D)``: True (or 1.0) keeps the feature, False (or 0.0) puts the baseline.
+        keep: ``(k, b, D)``: True (or 1) keeps the feature, False (or 0) puts the baseline.
         examples: which b examples.
     """
     chosen = [
@@ -186,9 +223,9 @@ def masked_copies(
     dtypes = [_copies_dtype(tensor, baseline, keep) for tensor, baseline in zip(inputs, chosen, strict=True)]
     # A mask of the inputs' type multiplies several times faster than a boolean one chooses; it is smallest before it
     # is laid out over the inputs.
-    laid_out = layout.spread(keep.to(dtypes[0]) if len(set(dtypes)) == 1 else keep, examples)
+    laid_out = layout.spread(as_numbers(keep, dtypes[0]) if len(set(dtypes)) == 1 else keep, examples)
     return tuple(
-        _mix(tensor[examples].to(dtype), baseline, mask.to(dtype))
+        _mix(tensor[examples].to(dtype), baseline, as_numbers(mask, dtype))
         for tensor, baseline, mask, dtype in zip(inputs, chosen, laid_out, dtypes, strict=True)
     )
 

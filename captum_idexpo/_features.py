@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def as_numbers(masks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Masks in another dtype; booleans by way of their bytes, which is several times faster."""
+    return (masks.view(torch.uint8) if masks.dtype == torch.bool else masks).to(dtype)
+
+
 class FeatureLayout:
     """Where each of `n_features` features lies in the tensors of an input.
 

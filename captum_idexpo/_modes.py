@@ -48,6 +48,11 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _NormBase)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made the module, or its own `compile` method has been called."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def module_of(function: Any) -> nn.Module | None:
     """The module behind a forward function: itself, or the one whose bound method it is."""
     if isinstance(function, nn.Module):

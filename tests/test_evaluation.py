@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from captum_idexpo._evaluation import (
     BatchForward,
     align_baselines,
     default_rows_per_forward,
     evaluate_copies,
+    look,
     masked_copies,
 )
 from captum_idexpo._features import FeatureLayout
@@ -107,9 +109,54 @@ def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected):
     assert copy.tolist() == [[[1, last]]]
 
 
-def test_the_default_chunk_holds_a_bounded_number_of_values():
-    assert default_rows_per_forward((torch.zeros(2, 3, 32, 32),)) == 85
-    assert default_rows_per_forward((torch.zeros(2, 3, 224, 224),)) == 8
-    assert default_rows_per_forward((torch.zeros(2, 3, 448, 448),)) == 3
-    assert default_rows_per_forward((torch.zeros(2, 3, 1024, 1024),)) == 1
-    assert default_rows_per_forward((torch.zeros(2, 5), torch.zeros(2, 0))) == 1024
+@pytest.mark.parametrize(
+    ("shape", "largest", "rows"),
+    [
+        ((3, 32, 32), None, 42),  # 2^19 values, if a layer has four times the inputs'
+        ((3, 32, 32), 2**14, 32),
+        ((3, 32, 32), 100, 170),  # the inputs are the largest
+        ((3, 64, 64), 2**16, 32),  # 2^21 values
+        ((3, 64, 64), 2**17, 16),
+        ((3, 224, 224), 2**20, 8),
+        ((3, 448, 448), 2**22, 3),  # 2^21 input values
+        ((3, 1024, 1024), 2**24, 1),
+        ((5,), 64, 4096),
+        ((0,), None, 4096),
+    ],
+)
+def test_the_default_chunk_holds_a_bounded_number_of_values(shape, largest, rows):
+    assert default_rows_per_forward((torch.zeros(2, *shape), torch.zeros(2, 0)), largest) == rows
+
+
+def looked_at(forward_func):
+    x = torch.zeros(4, 3, 8, 8)
+    output, rows = look(forward_func, lambda: forward_func(x), (x,), len(x))
+    assert output.shape == (4, 2)
+    return rows
+
+
+def test_a_look_finds_the_largest_output():
+    widening = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 2))
+    assert looked_at(widening) == 2**19 // (64 * 64)
+    assert looked_at(widening.forward) == 2**19 // (64 * 64)
+    assert looked_at(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))) == 2**19 // 192
+    assert looked_at(lambda x: widening(x)) == 2**19 // (4 * 192)  # not looked into
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_look_compiles_nothing_anew(in_place):
+    compilations = []
+
+    def backend(graph, _inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    compiled = net if in_place else torch.compile(net, backend=backend)
+    if in_place:
+        net.compile(backend=backend)
+    compiled(torch.zeros(4, 3, 8, 8))
+    assert looked_at(compiled) == 2**19 // (4 * 192)
+    assert looked_at(nn.Sequential(compiled)) == 2**19 // (4 * 192)
+    assert len(compilations) == 1

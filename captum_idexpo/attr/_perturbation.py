@@ -20,6 +20,7 @@ from captum_idexpo._evaluation import (
     align_baselines,
     default_rows_per_forward,
     evaluate_copies,
+    look,
     masked_copies,
     slices,
 )
@@ -111,9 +112,12 @@ class Problem:
         if any(odd and tensor.numel() for odd, tensor in zip(self.ragged, self.inputs, strict=True)):
             return self, 1  # copies of token ids, put one after the other, may need offsets that only the user knows
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
+        rows = self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs))
         try:
             with torch.no_grad():
-                output = forward(self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs)), n_copies=n_copies)
+                output, rows_per_forward = look(
+                    forward.forward_func, lambda: forward(rows, n_copies=n_copies), self.inputs, len(rows[0])
+                )
         except Exception:
             if n_copies == 1:
                 raise
@@ -131,7 +135,7 @@ class Problem:
         )
         if perturbations_per_eval is not None:
             return self, perturbations_per_eval * self.batch_size
-        return self, default_rows_per_forward(self.inputs)
+        return self, rows_per_forward
 
     def evaluate(
         self,
@@ -143,7 +147,8 @@ class Problem:
         memory: MemoryBudget | None,
     ) -> Tensor:
         """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
-        keep = (masks != 0).transpose(0, 1)  # copy by copy, as the rows of a forward pass
+        # Copy by copy, as the rows of a forward pass.
+        keep = (masks if masks.dtype == torch.bool else masks != 0).transpose(0, 1)
         everyone = slice(None)
 
         def perturb(examples: slice, copies: slice, *inputs: Tensor) -> tuple[Tensor, ...]:

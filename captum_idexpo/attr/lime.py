@@ -101,7 +101,7 @@ class Lime(CaptumLime):
                 every element is a feature.
             n_samples: M, masked copies an example.
             perturbations_per_eval: masked copies of each example in one forward pass, so that it has this many times
-                B rows. None: as many as fit 2^18 input values on a CPU, 2^24 on an accelerator.
+                B rows. None: as many as suit the model's largest layer and the device.
             return_input_shape: spread the coefficients over the inputs; else return them, ``(B, D)``.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the graph of the forward function; else it is detached.

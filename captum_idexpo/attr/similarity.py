@@ -11,7 +11,8 @@ import torch
 from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import Tensor
 
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._features import FeatureLayout, as_numbers
+from captum_idexpo.attr.surrogates import apply_each
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class MaskSimilarity:
 
     def weights(self, masks: Tensor) -> Tensor:
         """The weights ``(..., M)`` of masks ``(..., M, D)``; float masks keep their dtype."""
-        masks = masks if masks.is_floating_point() else masks.float()
+        masks = masks if masks.is_floating_point() else as_numbers(masks, torch.float32)
         cosine = masks.mean(dim=-1).sqrt()  # of a binary z with the vector of ones
         return torch.exp(-((1 - cosine) ** 2) / (2 * self.kernel_width**2))
 
@@ -82,7 +83,7 @@ class InputKernel:
             (baseline.to(dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
             for baseline, tensor in zip(baselines, x, strict=True)
         ]
-        kept = (masks != 0).to(dtype)
+        kept = as_numbers(masks if masks.dtype == torch.bool else masks != 0, dtype)
 
         def feature_sums(left: list[Tensor], right: list[Tensor]) -> Tensor:
             sums = layout.sums([p * q for p, q in zip(left, right, strict=True)])
@@ -91,12 +92,12 @@ class InputKernel:
         if self.distance_mode == "euclidean":
             difference = [p - q for p, q in zip(x, b, strict=True)]
             squared = feature_sums(difference, difference)
-            squared_distance = ((1 - kept) @ squared[..., None]).squeeze(-1)
+            squared_distance = apply_each(1 - kept, squared)
         else:
             # Products of the copy with the input and with itself: the baseline's, plus what kept features add.
             xx, xb, bb = feature_sums(x, x), feature_sums(x, b), feature_sums(b, b)
-            of_baseline = torch.stack([xb, bb], dim=-1).sum(dim=1, keepdim=True)
-            product, of_copy = (of_baseline + kept @ torch.stack([xx - xb, xx - bb], dim=-1)).unbind(-1)
+            product = xb.sum(dim=1, keepdim=True) + apply_each(kept, xx - xb)
+            of_copy = bb.sum(dim=1, keepdim=True) + apply_each(kept, xx - bb)
             # Clamped before the root, whose gradient at 0 is infinite.
             norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
             squared_distance = (1 - product / norms) ** 2

@@ -19,6 +19,7 @@ import torch
 from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from torch import Tensor
 
+from captum_idexpo._features import as_numbers
 from captum_idexpo.attr._evidence import averaged_ridge
 
 
@@ -48,7 +49,7 @@ def _in_float64(solve: Solve) -> Solve:
     @functools.wraps(solve)
     def wide(self: Any, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
         dtype = _widest_dtype(outputs)
-        return solve(self, masks.to(dtype), outputs.to(dtype), weights.to(dtype)).to(outputs.dtype)
+        return solve(self, as_numbers(masks, dtype), outputs.to(dtype), weights.to(dtype)).to(outputs.dtype)
 
     return wide
 
@@ -93,7 +94,7 @@ class Ridge(Surrogate):
         roots = weights.sqrt()
         rooted = masks * roots[..., None]
         gram = rooted @ rooted.mT
-        return _apply(rooted.mT, _solve_gram(gram + self.alpha * _eye(gram), roots * outputs))
+        return apply_each(rooted.mT, _solve_gram(gram + self.alpha * _eye(gram), roots * outputs))
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class LinearRegression(Surrogate):
             direction = (roots / roots.norm(dim=1, keepdim=True))[..., None]
             for _ in range(2):
                 design = design - direction @ (direction.mT @ design)
-        return _apply(torch.linalg.pinv(design), roots * outputs)
+        return apply_each(torch.linalg.pinv(design), roots * outputs)
 
 
 @dataclass(frozen=True)
@@ -224,14 +225,14 @@ class Lasso(Surrogate):
         """The coefficients ``(B, D)``; see `Surrogate.solve`."""
         value = self._coordinate_descent(masks, outputs.detach(), weights)
         dtype = _widest_dtype(outputs)
-        design, targets, weights = masks.to(dtype), outputs.to(dtype), weights.to(dtype)
+        design, targets, weights = as_numbers(masks, dtype), outputs.to(dtype), weights.to(dtype)
         if self.fit_intercept:
             design, targets = _centred(design, targets, weights)
         # On the active set, its signs fixed, the minimum solves a linear system; inactive coefficients are held at 0.
         design = design * (value != 0)[:, None, :]
         weighted = design.mT * (weights / weights.sum(dim=1, keepdim=True))[:, None, :]
         gram = weighted @ design + torch.diag_embed((value == 0).to(dtype))
-        minimum = _solve_gram(gram, _apply(weighted, targets) - self.alpha * value.sign())
+        minimum = _solve_gram(gram, apply_each(weighted, targets) - self.alpha * value.sign())
         return value + (minimum - minimum.detach()).to(value.dtype)
 
     def _coordinate_descent(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class ShapleyRegression(Surrogate):
         if n_samples - 2 < n_features - 1:
             roots = weights.sqrt()
             free = masks[:, 2:] - share[..., None]
-            correction = _apply(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
+            correction = apply_each(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
         else:
             gram, moments = _normal_equations(masks[:, 2:], residuals, weights, centred=False)
             # Of the masks' part orthogonal to the vector of ones; adding that direction makes the system regular.
@@ -392,7 +393,7 @@ def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor, centred: 
     if centred:
         outputs = outputs - (weights * outputs).sum(dim=1, keepdim=True) / total
     weighted = masks.mT * weights[:, None, :]
-    gram, moments = weighted @ masks, _apply(weighted, outputs)
+    gram, moments = weighted @ masks, apply_each(weighted, outputs)
     if centred:  # of masks of zeros and ones, so that the subtraction costs no digits
         sums = weighted.sum(dim=2)
         gram = gram - sums[:, :, None] * sums[:, None, :] / total[..., None]
@@ -403,7 +404,7 @@ def _eye(gram: Tensor) -> Tensor:
     return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
-def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+def apply_each(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Matrices ``(B, n, m)`` or ``(1, n, m)`` times vectors ``(B, m)``."""
     if len(matrices) == 1:
         return vectors @ matrices[0].mT
@@ -425,5 +426,5 @@ def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
         solution = torch.cholesky_solve(vectors[..., None], factor).squeeze(-1)
     if all_regular:
         return solution
-    least_norm = _apply(torch.linalg.pinv(gram, rtol=tolerance, hermitian=True), vectors)
+    least_norm = apply_each(torch.linalg.pinv(gram, rtol=tolerance, hermitian=True), vectors)
     return torch.where(regular[:, None], solution, least_norm)

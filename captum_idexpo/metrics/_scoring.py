@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, evaluate_copies
+from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, evaluate_copies, look
 from captum_idexpo._recomputation import MemoryBudget
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
@@ -32,6 +32,9 @@ class TargetScorer:
         additional_forward_args: passed to the forward function after the inputs.
         outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
         check_values: look at the values, which costs a synchronisation on an accelerator.
+        max_rows: of a forward pass; None: as many as suit the forward function and the device.
+
+    Attributes:
         max_rows: of a forward pass.
 
     Raises:
@@ -59,9 +62,11 @@ class TargetScorer:
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
         seen = slice(0, min(n_examples, max_rows or n_examples, ROWS_TO_LOOK_AT))
+        rows = tuple(tensor[seen] for tensor in inputs)
         with torch.no_grad():
-            output = self._output(tuple(tensor[seen] for tensor in inputs), seen, 1)
-        self.n_columns = output[0].numel()
+            output, default = look(forward_func, lambda: self._output(rows, seen, 1), inputs, len(rows[0]))
+        self.max_rows = max_rows or default
+        self.n_columns: int = output[0].numel()
         self.one_column = self.n_columns == 1 and outputs != "raw"
         self._check_target(output)
         if check_values:
@@ -74,7 +79,7 @@ class TargetScorer:
         if target is None:
             target = torch.ones(len(output), 1, dtype=torch.long, device=output.device) * int(self.one_column)
         else:
-            target = target[examples].repeat(n_copies, 1)
+            target = torch.cat([target[examples]] * n_copies)
         for column in target.T[:-1]:
             output = output[torch.arange(len(output), device=output.device), column]
         label = target[:, -1]
@@ -84,9 +89,7 @@ class TargetScorer:
             return _BINARY[self.outputs](output.squeeze(1), label, score)
         return _MULTICLASS[self.outputs](output, label, score)
 
-    def unmasked(
-        self, inputs: tuple[Tensor, ...], score: Score, max_rows: int, memory: MemoryBudget | None = None
-    ) -> Tensor:
+    def unmasked(self, inputs: tuple[Tensor, ...], score: Score, memory: MemoryBudget | None = None) -> Tensor:
         """The score of the inputs themselves, ``(B, 1)``."""
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
@@ -95,7 +98,7 @@ class TargetScorer:
         def plain(examples: slice, _: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
             return tuple(tensor[None, examples] for tensor in inputs)
 
-        return evaluate_copies(evaluate, plain, len(inputs[0]), 1, max_rows, through=inputs, memory=memory)
+        return evaluate_copies(evaluate, plain, len(inputs[0]), 1, self.max_rows, through=inputs, memory=memory)
 
     def sign(self) -> Tensor | None:
         """+1 or -1 an example ``(B, 1)``: an attribution explains the single column, class 0 is its complement."""

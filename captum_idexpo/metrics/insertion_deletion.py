@@ -24,7 +24,7 @@ import torch
 from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
-from captum_idexpo._evaluation import default_rows_per_forward, evaluate_copies, masked_copies
+from captum_idexpo._evaluation import evaluate_copies, masked_copies
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
@@ -93,8 +93,8 @@ def insertion_deletion(
         outputs: what the forward function returns: "logits", "log_probabilities", "probabilities" (classes along the
             last axis; one column is class 1, its complement class 0, and the attribution is the column's, its sign
             flipped for class 0), or "raw" (regression: the scores are means of outputs).
-        max_examples_per_batch: rows in one forward pass; changes the result by rounding only. None: as many as fit
-            2^18 input values on a CPU, 2^24 on an accelerator.
+        max_examples_per_batch: rows in one forward pass; changes the result by rounding only. None: as many as suit
+            the model's largest layer and the device.
         check_finite: look for NaN and infinity, which costs a synchronisation on an accelerator.
 
     Returns:
@@ -290,7 +290,6 @@ class Masking:
     scorer: TargetScorer
     schedule: StepSchedule
     masks: HardMasks | SoftMasks
-    max_rows: int
     check_finite: bool
     memory: MemoryBudget | None = None
 
@@ -319,10 +318,10 @@ class Masking:
             require_finite((locations.values,), "attributions")
         check_temperature(temperature)
         schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
-        max_rows = check_max_rows(max_examples_per_batch, tensors)
+        max_rows = check_max_rows(max_examples_per_batch)
         scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
         masks = make_masks(locations, scorer.sign(), temperature)
-        return cls(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_finite)
+        return cls(tensors, aligned, locations, scorer, schedule, masks, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
         """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
@@ -333,7 +332,7 @@ class Masking:
         def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             selected = self.masks(steps[copies, examples], examples, values)
             if direction == "deletion":
-                selected = ~selected if selected.dtype == torch.bool else 1 - selected
+                selected = 1 - selected
             return masked_copies(inputs, self.baselines, self.locations.layout, selected, examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
@@ -341,7 +340,7 @@ class Masking:
 
         through = (self.masks.values, *self.inputs)
         scores = evaluate_copies(
-            evaluate, perturb, n_examples, len(steps), self.max_rows, through=through, memory=self.memory
+            evaluate, perturb, n_examples, len(steps), self.scorer.max_rows, through=through, memory=self.memory
         )
         if self.check_finite:
             require_finite((scores.detach(),), f"the forward function's output during {direction}")
@@ -368,11 +367,9 @@ def check_temperature(temperature: float | str | None) -> None:
         raise ValueError(f"temperature must be None, 'auto' or a positive number, given: {temperature!r}.")
 
 
-def check_max_rows(max_examples_per_batch: int | None, inputs: tuple[Tensor, ...]) -> int:
-    """The rows of one forward pass; ValueError for less than one."""
-    if max_examples_per_batch is None:
-        return default_rows_per_forward(inputs)
-    return check_count("max_examples_per_batch", max_examples_per_batch)
+def check_max_rows(max_examples_per_batch: int | None) -> int | None:
+    """The rows of one forward pass, if they are named; ValueError for less than one."""
+    return None if max_examples_per_batch is None else check_count("max_examples_per_batch", max_examples_per_batch)
 
 
 def check_count(name: str, value: Any) -> int:

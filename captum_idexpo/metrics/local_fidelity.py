@@ -97,7 +97,8 @@ class LocalLinearModels:
         return LinearExplanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def _explain(self, inputs: Tensor) -> LinearExplanation:
-        steps = _normal(inputs, self.n_samples, self.generator)
+        # Drawn one by one, so that an example's do not depend on how many fit a chunk.
+        steps = torch.cat([_normal(example, self.n_samples, self.generator) for example in inputs.split(1)])
         values = _evaluate(self.forward_func, inputs[:, None] + self.sigma * steps)
         width = self.kernel_width or 0.75 * math.sqrt(inputs.shape[1])
         weights = torch.exp(-steps.square().sum(dim=2) / width**2)

@@ -24,8 +24,13 @@ class HardMasks:
         self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand(order.shape))
 
     def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
-        """Masks ``(k, b, D)``, bool, for numbers of locations ``(k, b)`` of the given examples."""
-        return self._rank[examples] < steps[..., None].int()
+        """Masks ``(k, b, D)`` of zeros and ones for numbers of locations ``(k, b)`` of the given examples.
+
+        Of the ranks' type, into which a comparison is several times faster than into booleans.
+        """
+        ranks, counts = self._rank[examples], steps[..., None].int()
+        masks = ranks.new_empty(torch.broadcast_shapes(ranks.shape, counts.shape))
+        return torch.lt(ranks, counts, out=masks)
 
 
 class SoftMasks:

@@ -66,7 +66,7 @@ def sensitivity_n(
     smallest = int(locations.counts.min())
     if n > smallest:
         raise ValueError(f"n must lie between 1 and the number of locations, {smallest}; given: {n}.")
-    max_rows = check_max_rows(max_examples_per_batch, tensors)
+    max_rows = check_max_rows(max_examples_per_batch)
     scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
     sign = scorer.sign()
     values = locations.values if sign is None else locations.values * sign
@@ -80,8 +80,8 @@ def sensitivity_n(
         return scorer(rows, examples, n_copies, "probability")
 
     n_examples = len(tensors[0])
-    unmasked = scorer.unmasked(tensors, "probability", max_rows)
-    masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, max_rows)
+    unmasked = scorer.unmasked(tensors, "probability")
+    masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, scorer.max_rows)
     if check_finite:
         require_finite((masked.detach(),), "the forward function's output on masked inputs")
     sums = values.expand(n_samples, -1, -1).gather(-1, chosen).sum(dim=-1).T

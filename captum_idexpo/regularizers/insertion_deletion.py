@@ -22,7 +22,7 @@ import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._evaluation import BatchForward, slices, with_batch_axis
+from captum_idexpo._evaluation import BatchForward, default_rows_per_forward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of
 from captum_idexpo._recomputation import MemoryBudget
@@ -244,7 +244,7 @@ class InsertionDeletion(nn.Module):
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             target = None  # a regression's target names no column
         target = class_labels(target)
-        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
+        max_rows = check_max_rows(self.max_examples_per_batch)
         additional = self._additional_forward_args
         scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
         one_column = self._explains_one_column(tensors, scorer)
@@ -265,7 +265,7 @@ class InsertionDeletion(nn.Module):
         masks = make_masks(locations, sign, temperature)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
-        return Masking(tensors, aligned, locations, scorer, schedule, masks, max_rows, check_scores, memory), cells
+        return Masking(tensors, aligned, locations, scorer, schedule, masks, check_scores, memory), cells
 
     def _explains_one_column(self, tensors: tuple[Tensor, ...], scorer: TargetScorer) -> bool:
         """Whether the explainer's forward function has a single column, of which class 0 is the complement."""
@@ -279,7 +279,7 @@ class InsertionDeletion(nn.Module):
     def _predicted_class(self, inputs: Any) -> Tensor:
         tensors, _ = check_inputs(inputs, None, check_finite=True)
         forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
-        max_rows = check_max_rows(self.max_examples_per_batch, tensors)
+        max_rows = check_max_rows(self.max_examples_per_batch) or default_rows_per_forward(tensors)
         classes = [
             predicted_class(forward(tuple(tensor[examples] for tensor in tensors), examples), self.outputs)
             for examples in slices(len(tensors[0]), max_rows)
@@ -316,7 +316,7 @@ class InsertionDeletion(nn.Module):
             self._report_floor((log_p.detach() < lowest).float().mean())
             log_p = log_p.clamp_min(lowest)
         return (
-            log_p - masking.scorer.unmasked(masking.inputs, "log_probability", masking.max_rows, masking.memory)
+            log_p - masking.scorer.unmasked(masking.inputs, "log_probability", masking.memory)
             if self.deletion_form == "ratio"
             else log_p
         )

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._modes import eval_mode, training_mode
+from captum_idexpo._modes import eval_mode, is_compiled, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
@@ -682,11 +682,10 @@ def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Modul
     Raises:
         ValueError: a compiled model with regularizers; says what to do.
     """
-    compiled = [module for module in model.modules() if isinstance(module, torch._dynamo.OptimizedModule)]
-    if compiled and any(True for _ in regularizers):
+    if any(map(is_compiled, model.modules())) and any(True for _ in regularizers):
         raise ValueError(
             "torch.compile has no double backward, which explanation regularizers need: train the module itself "
-            "(model._orig_mod) and compile it afterwards."
+            "(that which torch.compile was given, before model.compile()) and compile it afterwards."
         )
 
 

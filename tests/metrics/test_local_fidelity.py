@@ -29,7 +29,7 @@ def seeded(call):
 def test_local_linear_models_are_ridge_regressions(alpha):
     net = smooth_net()
     explanation = seeded(lambda: LocalLinearModels(net, sigma=0.5, n_samples=50, alpha=alpha)(X))
-    steps = seeded(lambda: torch.randn(5, 50, 6, dtype=torch.float64))
+    steps = seeded(lambda: torch.cat([torch.randn(1, 50, 6, dtype=torch.float64) for _ in range(5)]))
     for i in range(5):
         weights = torch.exp(-steps[i].square().sum(1) / (0.75**2 * 6)).numpy()
         ridge = Ridge(alpha=alpha).fit(steps[i].numpy(), net(X[i] + 0.5 * steps[i]).detach().numpy(), weights)
@@ -79,10 +79,11 @@ def test_stability_explains_the_neighbour_anew():
     assert lines.shape == (5,)
 
 
-def test_nothing_depends_on_batch_mates_or_chunks():
+@pytest.mark.parametrize("n_samples", [51, 1300, 5000])  # all five in one chunk, some, one
+def test_nothing_depends_on_batch_mates_or_chunks(n_samples):
     net = smooth_net()
-    whole = LocalLinearModels(net, n_samples=700, generator=torch.Generator().manual_seed(0))(X)
-    first = LocalLinearModels(net, n_samples=700, generator=torch.Generator().manual_seed(0))(X[:1])
+    whole = LocalLinearModels(net, n_samples=n_samples, generator=torch.Generator().manual_seed(0))(X)
+    first = LocalLinearModels(net, n_samples=n_samples, generator=torch.Generator().manual_seed(0))(X[:1])
     torch.testing.assert_close(whole.coefficients[:1], first.coefficients)
 
 
