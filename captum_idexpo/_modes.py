@@ -1,4 +1,4 @@
-"""Training and eval mode of a user's model, changed for a while and always restored."""
+"""Modes in which a user's model runs, changed for a while and always restored."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None
         for module in modules:
             module.training = not (freeze_batch_norm and is_batch_norm(module))
         yield
+
+
+@contextmanager
+def no_graph() -> Iterator[None]:
+    """`torch.no_grad` for forward passes that others with a graph may follow.
+
+    Up to PyTorch 2.10 autocast keeps the weights that it casts in here, and hands them without a graph to what follows.
+    """
+    with torch.no_grad():
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from captum_idexpo._modes import no_graph
+
 Chunk = tuple[slice, slice]
 """(examples, copies)"""
 Evaluate = Callable[[Chunk, Sequence[Tensor]], Tensor]
@@ -119,7 +121,7 @@ class _TwoPasses(torch.autograd.Function):
         ctx.evaluate, ctx.chunks, ctx.conditions, ctx.n_through = evaluate, chunks, conditions, n_through
         values = []
         for chunk, condition in zip(chunks, conditions, strict=True):
-            with condition.noted():
+            with no_graph(), condition.noted():
                 values.append(evaluate(chunk, tensors[:n_through]).flatten())
             on_forward()
         ctx.values = [value.detach() for value in values]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sklearn
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+
+# scikit-learn's, before 1.9: where there are fewer samples than features, its least squares take rounding for one.
+LEAST_SQUARES_OF_FULL_RANK_ONLY = tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 9)
 
 # The extras of the package itself, and what they import, but for matplotlib and tqdm, which come with Captum.
 EXTRAS = ("lime", "train", "image", "plot")

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import cosine_similarity
 
-from captum_idexpo.attr import LayerGradCam, Lime, id_expo_lime
+from captum_idexpo.attr import FeatureAblation, LayerGradCam, Lime, id_expo_lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import insertion_deletion
@@ -70,3 +70,24 @@ def test_bfloat16_is_for_the_model_alone():
             attribution = Lime(model, Ridge()).attribute(x, target=y, feature_mask=grid(x, 2), sampling="independent")
         assert attribution.dtype == torch.float32
         assert cosine_similarity(rough, expected, dim=0) > 0.98
+
+
+def test_a_forward_pass_without_a_graph_takes_none_from_those_that_follow():
+    """Autocast keeps the weights that it has cast; older versions of PyTorch those without a graph, too."""
+    x, y = batch(torch.float32)
+    model = smooth_conv_net().float()
+    regularizer = InsertionDeletion(LayerGradCam(model, model[4]), baselines=0.3)
+    before = [
+        lambda: Lime(model, Ridge()).attribute(x, target=y, n_samples=5),
+        lambda: LayerGradCam(model, model[4]).attribute(x, target=y),
+        lambda: FeatureAblation(model).attribute(x, target=y),
+        lambda: regularizer.scores(x),
+    ]
+    for explainer in ("lime", "gradcam"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = gradient(model, explainer, x, y)
+        assert len(expected) == sum(parameter.numel() for parameter in model.parameters())
+        for call in before:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                call()
+                assert torch.equal(gradient(model, explainer, x, y), expected)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_idexpo._modes import module_of
+from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._recomputation import leaves_of
 
 Computation = Callable[[Any], Any]
@@ -117,7 +117,7 @@ def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: 
         with torch.enable_grad():
             return compute(inputs)
     if not create_graph:
-        with torch.no_grad():
+        with no_graph():
             return compute(inputs)
     return _with_graph(explainer, compute, inputs)
 

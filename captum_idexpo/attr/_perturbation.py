@@ -25,6 +25,7 @@ from captum_idexpo._evaluation import (
     slices,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Surrogate
@@ -114,7 +115,7 @@ class Problem:
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
         rows = self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs))
         try:
-            with torch.no_grad():
+            with no_graph():
                 output, rows_per_forward = look(
                     forward.forward_func, lambda: forward(rows, n_copies=n_copies), self.inputs, len(rows[0])
                 )
@@ -273,7 +274,7 @@ def copies_per_forward(output: Any, doubled: Callable[[], Any], tensors: tuple[T
     if any(len(tensor) != n_examples for tensor in tensors):
         return 1
     try:
-        with torch.no_grad():
+        with no_graph():
             both = doubled()
     except Exception:
         return 1  # it may know batches of one size only

@@ -17,7 +17,7 @@ from captum.attr._core.lime import default_perturb_func
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._evaluation import BatchForward
-from captum_idexpo._modes import module_of
+from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo._sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
@@ -153,7 +153,7 @@ class Lime(CaptumLime):
         problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
         # Autocast is for the model; weights and systems keep their precision.
         precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
-        with torch.set_grad_enabled(create_graph):
+        with torch.enable_grad() if create_graph else no_graph():
             with precisely():
                 samples = self._draw(problem, n_samples, sampling, share_masks, generator)
             n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))

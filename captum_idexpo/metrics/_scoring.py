@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, evaluate_copies, look
+from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
@@ -63,7 +64,7 @@ class TargetScorer:
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
         seen = slice(0, min(n_examples, max_rows or n_examples, ROWS_TO_LOOK_AT))
         rows = tuple(tensor[seen] for tensor in inputs)
-        with torch.no_grad():
+        with no_graph():
             output, default = look(forward_func, lambda: self._output(rows, seen, 1), inputs, len(rows[0]))
         self.max_rows = max_rows or default
         self.n_columns: int = output[0].numel()

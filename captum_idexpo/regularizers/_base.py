@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
-from captum_idexpo._modes import module_of
+from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo.metrics._locations import as_tuple
 from captum_idexpo.metrics._scoring import OUTPUTS, class_labels
 
@@ -118,7 +118,7 @@ class Regularizer(nn.Module):
             )
         return {self.term: 0.0 * penalty}
 
-    @torch.no_grad()
+    @no_graph()
     def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
         """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
 
@@ -159,7 +159,7 @@ class Regularizer(nn.Module):
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             return None
         if self._n_columns is None:
-            with torch.no_grad(), held_in_eval_mode(self.model):
+            with no_graph(), held_in_eval_mode(self.model):
                 self._n_columns = self.forward_func(*(tensor[:1] for tensor in tensors)).numel()
         return None if self._n_columns == 1 else class_labels(target)
 

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._evaluation import BatchForward, default_rows_per_forward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
-from captum_idexpo._modes import module_of
+from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.metrics._locations import Locations, as_tuple, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
@@ -198,7 +198,7 @@ class InsertionDeletion(nn.Module):
                 terms["l2"] = self.l2_weight * cells.square().sum(dim=1).mean()
             return terms
 
-    @torch.no_grad()
+    @no_graph()
     def scores(self, inputs: Any, target: Any = None) -> InsertionDeletionScores:
         """Hard insertion and deletion of this explainer's attributions, with these settings and all steps.
 
@@ -215,7 +215,7 @@ class InsertionDeletion(nn.Module):
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             return masking.result()
 
-    @torch.no_grad()
+    @no_graph()
     def attribution(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
         """The attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
         with self._eval_mode():
@@ -273,7 +273,7 @@ class InsertionDeletion(nn.Module):
             return scorer.n_columns == 1
         forward = BatchForward(self.explainer.forward_func, self._additional_forward_args, len(tensors[0]))
         first = slice(0, 1)
-        with torch.no_grad():
+        with no_graph():
             return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
 
     def _predicted_class(self, inputs: Any) -> Tensor:

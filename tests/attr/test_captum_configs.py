@@ -12,6 +12,7 @@ from captum.testing.attr.helpers.test_config import config
 
 import captum_idexpo.attr
 from tests.attr.test_layer import hooks_of
+from tests.helpers import LEAST_SQUARES_OF_FULL_RANK_ONLY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,6 +36,8 @@ def attribution(module, name, case):
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_equals_captum(name, case):
+    if name == "KernelShap" and LEAST_SQUARES_OF_FULL_RANK_ONLY and "conv" in case["name"]:
+        pytest.skip("this scikit-learn is no reference for more features than samples")
     results = []
     for module in (captum.attr, captum_idexpo.attr):
         explainer, model, arguments = attribution(module, name, case)

@@ -20,6 +20,7 @@ from captum_idexpo.attr.surrogates import (
     ShapleyRegression,
     as_surrogate,
 )
+from tests.helpers import LEAST_SQUARES_OF_FULL_RANK_ONLY
 
 PAIRS = {
     "ridge": (Ridge(0.3), linear_model.Ridge(0.3), 1e-10),
@@ -45,6 +46,7 @@ def sklearn_coefficients(model, masks, outputs, weights):
     return torch.stack([torch.as_tensor(coefficients) for coefficients in fitted])
 
 
+@pytest.mark.filterwarnings("ignore:Objective did not converge")  # older versions, of a gap of 0
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize(("n_samples", "n_features"), [(40, 6), (6, 6), (4, 9), (1, 3)])
 def test_equals_scikit_learn(name, n_samples, n_features):
@@ -54,6 +56,7 @@ def test_equals_scikit_learn(name, n_samples, n_features):
     torch.testing.assert_close(ours.solve(*arguments), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.skipif(LEAST_SQUARES_OF_FULL_RANK_ONLY, reason="this scikit-learn is no reference")
 @pytest.mark.parametrize(("n_samples", "n_features"), [(25, 64), (12, 16), (5, 6), (70, 64)])
 @pytest.mark.parametrize("kind", ["one dominates", "two dominate", "eight decades"])
 def test_regression_survives_weights_of_many_sizes(n_samples, n_features, kind):
