@@ -221,7 +221,11 @@ class InsertionDeletion(nn.Module):
         with self._eval_mode():
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             spread = masking.locations.layout.spread(masking.locations.values[None])
-            return tuple(values[0] for values in spread)
+            maps = tuple(values[0] for values in spread)
+            return tuple(
+                map if map.dim() > 2 and map.shape[2:] == tensor.shape[2:] else map.expand_as(tensor)
+                for map, tensor in zip(maps, masking.inputs, strict=True)
+            )
 
     def _masking(
         self,

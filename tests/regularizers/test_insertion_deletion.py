@@ -578,6 +578,19 @@ def test_every_attribution_can_be_the_explainer(case):
     assert regularizer.scores(case.inputs, target).insertion.shape == (4,)
 
 
+def test_the_attribution_of_grouped_positions_goes_back_into_the_metrics():
+    torch.manual_seed(0)
+    reader = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
+    vectors, tokens = torch.randn(4, 5, 4, dtype=torch.float64), torch.arange(5).view(1, 5, 1)
+    explainer = captum_idexpo.attr.InputXGradient(reader)
+    regularizer = InsertionDeletion(explainer, baselines=0.0, feature_mask=tokens, temperature=None, fraction=1.0)
+    maps = regularizer.attribution(vectors, 1)
+    expected = explainer.attribute(vectors, target=1).mean(-1, keepdim=True).expand_as(vectors)
+    torch.testing.assert_close(maps[0], expected)
+    scores = insertion_deletion(reader, vectors, maps, 0.0, tokens, target=1)
+    torch.testing.assert_close(scores.insertion, regularizer.scores(vectors, 1).insertion)
+
+
 def test_an_embedding_s_attribution_is_averaged_over_its_last_axis():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
