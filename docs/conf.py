@@ -97,5 +97,6 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,  # pages that need a script from elsewhere
     "remove_config_comments": True,  # which figure is the thumbnail is no reader's business
 }

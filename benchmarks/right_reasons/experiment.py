@@ -20,12 +20,17 @@ Row = dict[str, Any]
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
-def mlp(n_features: int, n_classes: int, hidden: Sequence[int] = (50, 30)) -> nn.Sequential:
-    """The authors' network: two hidden layers of 50 and 30 rectified units."""
+def mlp(
+    n_features: int,
+    n_classes: int,
+    hidden: Sequence[int] = (50, 30),
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """The authors' network: two hidden layers of 50 and 30 units, rectified ones in the paper."""
     sizes = (n_features, *hidden)
     layers: list[nn.Module] = [nn.Flatten()]
     for n_in, n_out in pairwise(sizes):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        layers += [nn.Linear(n_in, n_out), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], n_classes))
 
 

@@ -181,11 +181,6 @@ def test_bad_settings(settings, message):
         trainer_of(smooth_net(), **settings)
 
 
-def test_a_warm_up_needs_updates():
-    with pytest.raises(ValueError, match="n_updates"):
-        linear_warmup(0)
-
-
 def test_scores_of_each_example_average_to_the_evaluation():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
