@@ -3,7 +3,7 @@
 Images of 5x5 pixels in four colours. In the first class the four corners are of one colour and the three pixels in the
 middle of the top row of three different ones; in the second, neither. A network may use either rule. Annotations on the
 corners, or on the top row's middle, forbid one: accuracy stays, the large input gradients move to the other. The search
-for other explanations needs no annotations: its first model uses one rule, the second the other, and then it fails.
+for other explanations needs no annotations: its first model uses one rule, the second the other; then accuracy falls.
 
 The units are tanh. A rectified network may be forbidden both rules in every image and hardly suffers: among four
 colours it is flat where the images lie, as the penalty asks, and steep in between.
@@ -186,7 +186,7 @@ def table(results: Results) -> str:
 def report(results: Results, out: Path) -> None:
     """The table, and a picture of what the first seed's models use and may not use."""
     write_table(out / "toy_colors.md", PREFACE, table(results))
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(12.5, 5), layout="constrained")
     above, below = figure.subfigures(2, 1)
     draw_settings(above, results)
     draw_search(below, results.rows["search"][str(SEEDS[0])]["models"])
