@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from captum._utils.common import _select_targets
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_leaves
 
 from captum_idexpo._features import FeatureLayout, as_numbers
 from captum_idexpo._modes import is_compiled, module_of
@@ -63,26 +66,38 @@ def look(
 ) -> tuple[Any, int]:
     """Evaluates a few rows: what they return, and how many rows a forward pass had best have.
 
-    A forward function that is no module, or a compiled one, is not looked into: under hooks it would be compiled anew.
+    A module's layers tell. A forward function that is no module is not looked into, nor a compiled one, which under
+    hooks may be compiled anew.
 
     Args:
         forward_func: what `evaluate` calls.
         evaluate: calls it with ``n_rows`` rows.
         inputs: tensors ``(B, ...)``.
     """
-    module = module_of(forward_func)
-    if module is None or any(map(is_compiled, module.modules())):
-        return evaluate(), default_rows_per_forward(inputs)
-    largest = 0
+    layers = _layers(module_of(forward_func))
+    sizes: list[int] = []
 
-    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() // n_rows)
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module in layers:
+            sizes.extend(tensor.numel() // n_rows for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
 
-    with register_module_forward_hook(note):
+    with register_module_forward_hook(note) if layers else nullcontext():
         output = evaluate()
-    return output, default_rows_per_forward(inputs, largest)
+    return output, default_rows_per_forward(inputs, max(sizes, default=None))
+
+
+def _layers(module: nn.Module | None) -> set[nn.Module]:
+    """The modules whose outputs are rows: not those that make a weight; none of a compiled model.
+
+    Of a model's own output only PyTorch's say how large it gets inside; others may call functions.
+    """
+    if module is None or any(map(is_compiled, module.modules())):
+        return set()
+    layers = set(module.modules())
+    for part in module.modules():
+        if isinstance(part, ParametrizationList):
+            layers -= set(part.modules())
+    return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
 
 
 class BatchForward:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def as_numbers(masks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Masks in another dtype; booleans by way of their bytes, which is several times faster."""
+    """Masks in another dtype; booleans by way of their bytes, zeros and ones, which is several times faster."""
     return (masks.view(torch.uint8) if masks.dtype == torch.bool else masks).to(dtype)
 
 

@@ -44,16 +44,23 @@ def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None
 
 
 @contextmanager
-def no_graph() -> Iterator[None]:
-    """`torch.no_grad` for forward passes that others with a graph may follow.
+def no_casts_left() -> Iterator[None]:
+    """Forward passes without a graph that others with one may follow.
 
-    Up to PyTorch 2.10 autocast keeps the weights that it casts in here, and hands them without a graph to what follows.
+    Up to PyTorch 2.10 autocast keeps the weights that it casts under `torch.no_grad`, and hands them without a graph to
+    whatever follows in the same context.
     """
-    with torch.no_grad():
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def no_graph() -> Iterator[None]:
+    """`torch.no_grad`, no casts left."""
+    with torch.no_grad(), no_casts_left():
+        yield
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -120,10 +120,11 @@ class _TwoPasses(torch.autograd.Function):
         ctx.save_for_backward(*tensors)  # so that autograd refuses weights that were changed in between
         ctx.evaluate, ctx.chunks, ctx.conditions, ctx.n_through = evaluate, chunks, conditions, n_through
         values = []
-        for chunk, condition in zip(chunks, conditions, strict=True):
-            with no_graph(), condition.noted():
-                values.append(evaluate(chunk, tensors[:n_through]).flatten())
-            on_forward()
+        with no_graph():
+            for chunk, condition in zip(chunks, conditions, strict=True):
+                with condition.noted():
+                    values.append(evaluate(chunk, tensors[:n_through]).flatten())
+                on_forward()
         ctx.values = [value.detach() for value in values]
         return tuple(values)
 

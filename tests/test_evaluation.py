@@ -17,6 +17,7 @@ from captum_idexpo._evaluation import (
     masked_copies,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo.metrics import insertion
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,6 +129,9 @@ def test_the_default_chunk_holds_a_bounded_number_of_values(shape, largest, rows
     assert default_rows_per_forward((torch.zeros(2, *shape), torch.zeros(2, 0)), largest) == rows
 
 
+UNKNOWN = 2**19 // (4 * 192)
+
+
 def looked_at(forward_func):
     x = torch.zeros(4, 3, 8, 8)
     output, rows = look(forward_func, lambda: forward_func(x), (x,), len(x))
@@ -140,10 +144,61 @@ def test_a_look_finds_the_largest_output():
     assert looked_at(widening) == 2**19 // (64 * 64)
     assert looked_at(widening.forward) == 2**19 // (64 * 64)
     assert looked_at(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))) == 2**19 // 192
-    assert looked_at(lambda x: widening(x)) == 2**19 // (4 * 192)  # not looked into
+    assert looked_at(lambda x: widening(x)) == UNKNOWN  # not looked into
     assert not torch.nn.modules.module._global_forward_hooks
 
 
+class Functional(nn.Module):
+    def forward(self, x):
+        return nn.functional.conv2d(x, torch.ones(64, 3, 1, 1)).mean(dim=(2, 3))[:, :2]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(24, 512, batch_first=True), nn.Linear(512, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.flatten(2).mT.reshape(len(x), 8, 24))[0][:, -1])
+
+
+def test_a_look_knows_what_it_does_not_see():
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(), nn.Linear(64 * 64, 2))
+    assert looked_at(Functional()) == UNKNOWN
+    assert looked_at(torch.jit.trace(net, torch.zeros(4, 3, 8, 8))) == UNKNOWN
+    assert looked_at(nn.Sequential(Functional())) == 2**19 // 192
+    assert looked_at(Recurrent()) == 2**19 // (8 * 512)  # a layer that returns several tensors
+
+
+def test_a_look_leaves_out_what_makes_a_weight():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.utils.parametrizations.orthogonal(net[1])  # by way of a matrix of 192 x 192
+    assert looked_at(net) == 2**19 // 192
+
+
+def test_a_look_hears_its_own_model_only():
+    net, other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Linear(1, 10**6)
+    x = torch.zeros(4, 3, 8, 8)
+
+    def evaluate():
+        other(torch.zeros(4, 1))  # as in another thread
+        return net(x)
+
+    assert look(net, evaluate, (x,), len(x))[1] == 2**19 // 192
+
+
+def test_a_look_at_large_inputs_takes_few_rows():
+    rows = []
+
+    def forward(x):
+        rows.append(len(x))
+        return x.flatten(1)[:, :2]
+
+    insertion(forward, torch.zeros(3, 2**21), torch.rand(3, 2**21), target=0, step_size=2**21)
+    assert rows == [1] * (1 + 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_look_compiles_nothing_anew(in_place):
     compilations = []
@@ -158,6 +213,6 @@ def test_a_look_compiles_nothing_anew(in_place):
         net.compile(backend=backend)
     compiled(torch.zeros(4, 3, 8, 8))
     n_compilations = len(compilations)
-    assert looked_at(compiled) == 2**19 // (4 * 192)
-    assert looked_at(nn.Sequential(compiled)) == 2**19 // (4 * 192)
+    assert looked_at(compiled) == UNKNOWN
+    assert looked_at(nn.Sequential(compiled)) == UNKNOWN
     assert len(compilations) == n_compilations

@@ -8,10 +8,10 @@ import torch
 from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import cosine_similarity
 
-from captum_idexpo.attr import FeatureAblation, LayerGradCam, Lime, id_expo_lime
+from captum_idexpo.attr import FeatureAblation, LayerGradCam, LayerIntegratedGradients, Lime, id_expo_lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
-from captum_idexpo.metrics import insertion_deletion
+from captum_idexpo.metrics import Insertion, LocalLinearModels, insertion_deletion, point_fidelity
 from captum_idexpo.regularizers import InsertionDeletion
 from tests.helpers import smooth_conv_net
 
@@ -77,10 +77,18 @@ def test_a_forward_pass_without_a_graph_takes_none_from_those_that_follow():
     x, y = batch(torch.float32)
     model = smooth_conv_net().float()
     regularizer = InsertionDeletion(LayerGradCam(model, model[4]), baselines=0.3)
+
+    def flat(rows):
+        return model(rows.reshape(-1, *x.shape[1:])).float()
+
     before = [
         lambda: Lime(model, Ridge()).attribute(x, target=y, n_samples=5),
         lambda: LayerGradCam(model, model[4]).attribute(x, target=y),
         lambda: FeatureAblation(model).attribute(x, target=y),
+        lambda: LayerIntegratedGradients(model, model[4]).attribute(x, target=y),
+        lambda: insertion_deletion(model, x, torch.randn_like(x), target=y),
+        lambda: Insertion(model).update(x, torch.randn_like(x), target=y),
+        lambda: point_fidelity(LocalLinearModels(flat), flat, x.flatten(1)),
         lambda: regularizer.scores(x),
     ]
     for explainer in ("lime", "gradcam"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_idexpo._modes import module_of, no_graph
+from captum_idexpo._modes import module_of, no_casts_left, no_graph
 from captum_idexpo._recomputation import leaves_of
 
 Computation = Callable[[Any], Any]
@@ -100,7 +100,8 @@ def by_gradients(
     if keeps_graph():  # a part of another attribution, which sees to the graph of all
         return compute(_aliases(inputs, of_inputs))
     if not create_graph:
-        return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
+        with no_casts_left():  # parts of it may be computed under torch.no_grad
+            return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
     computed = _with_graph(explainer, lambda given: compute(_aliases(given, of_inputs)), inputs)
     if with_delta:
         attribution, delta = computed

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, evaluate_copies, look
+from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, default_rows_per_forward, evaluate_copies, look
 from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
 
@@ -62,7 +62,8 @@ class TargetScorer:
         self._target = target_indices(target, n_examples, inputs[0].device)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
-        seen = slice(0, min(n_examples, max_rows or n_examples, ROWS_TO_LOOK_AT))
+        at_most = max_rows or default_rows_per_forward(inputs)
+        seen = slice(0, min(n_examples, at_most, ROWS_TO_LOOK_AT))
         rows = tuple(tensor[seen] for tensor in inputs)
         with no_graph():
             output, default = look(forward_func, lambda: self._output(rows, seen, 1), inputs, len(rows[0]))

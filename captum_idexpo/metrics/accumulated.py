@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_idexpo._modes import no_graph
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion
 
 try:
@@ -68,7 +69,7 @@ class Insertion(_Accumulated):
 
     higher_is_better = True
 
-    @torch.no_grad()
+    @no_graph()
     def update(self, inputs: Any, attributions: Any, target: Any = None, **arguments: Any) -> None:
         """Adds a batch; arguments as for `captum_idexpo.metrics.insertion`."""
         self._add(insertion(self.forward_func, inputs, attributions, self.baselines, target=target, **arguments))
@@ -91,7 +92,7 @@ class Deletion(_Accumulated):
 
     higher_is_better = False
 
-    @torch.no_grad()
+    @no_graph()
     def update(self, inputs: Any, attributions: Any, target: Any = None, **arguments: Any) -> None:
         """Adds a batch; arguments as for `captum_idexpo.metrics.deletion`."""
         self._add(deletion(self.forward_func, inputs, attributions, self.baselines, target=target, **arguments))

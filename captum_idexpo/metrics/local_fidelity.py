@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import default_rows_per_forward, slices
+from captum_idexpo._modes import no_graph
 from captum_idexpo.attr.surrogates import LinearRegression, Ridge
 
 
@@ -88,7 +89,7 @@ class LocalLinearModels:
         self.alpha = alpha
         self.generator = generator
 
-    @torch.no_grad()
+    @no_graph()
     def __call__(self, inputs: Tensor) -> LinearExplanation:
         """A linear model of each example ``(B, D)``."""
         _check_rows(inputs)
@@ -111,7 +112,7 @@ class LocalLinearModels:
         return LinearExplanation(coefficients, level - (inputs[:, None] @ coefficients)[:, 0])
 
 
-@torch.no_grad()
+@no_graph()
 def point_fidelity(explainer: Explainer, forward_func: Callable[..., Any], inputs: Tensor) -> Tensor:
     """The squared error of linear explanations at the inputs themselves (Plumb et al. 2020, eq. 1).
 
@@ -138,7 +139,7 @@ def point_fidelity(explainer: Explainer, forward_func: Callable[..., Any], input
     return error
 
 
-@torch.no_grad()
+@no_graph()
 def neighborhood_fidelity(
     explainer: Explainer,
     forward_func: Callable[..., Any],
@@ -179,7 +180,7 @@ def neighborhood_fidelity(
     return error
 
 
-@torch.no_grad()
+@no_graph()
 def stability(
     explainer: Callable[[Tensor], Any],
     inputs: Tensor,

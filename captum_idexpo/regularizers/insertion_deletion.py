@@ -221,10 +221,12 @@ class InsertionDeletion(nn.Module):
         with self._eval_mode():
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             spread = masking.locations.layout.spread(masking.locations.values[None])
-            maps = tuple(values[0] for values in spread)
+            pairs = [(values[0], tensor) for values, tensor in zip(spread, masking.inputs, strict=True)]
             return tuple(
-                map if map.dim() > 2 and map.shape[2:] == tensor.shape[2:] else map.expand_as(tensor)
-                for map, tensor in zip(maps, masking.inputs, strict=True)
+                values
+                if values.dim() > 2 and values.shape[2:] == tensor.shape[2:]
+                else values.expand_as(tensor).clone()
+                for values, tensor in pairs
             )
 
     def _masking(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._modes import eval_mode, module_of
+from captum_idexpo._modes import eval_mode, module_of, no_graph
 from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.loss import call_model, unpack_batch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@torch.no_grad()
+@no_graph()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -46,7 +46,7 @@ def evaluate(
     return _with_validation_score(means, accuracy_weight)
 
 
-@torch.no_grad()
+@no_graph()
 def example_scores(
     model: nn.Module,
     loader: Iterable[Any],

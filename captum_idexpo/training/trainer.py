@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._modes import eval_mode, is_compiled, training_mode
+from captum_idexpo._modes import eval_mode, is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
@@ -495,7 +495,7 @@ class ExplanationRegularizedTrainer:
         if last_batch is None or not self._task_loss_is_finite(last_batch):
             weights.restore()
 
-    @torch.no_grad()
+    @no_graph()
     def _task_loss_is_finite(self, batch: Any) -> bool:
         """Whether the current weights are good for a finite task loss on a batch, in every process."""
         from accelerate.utils import send_to_device
@@ -671,8 +671,8 @@ def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Modul
     """
     if any(map(is_compiled, model.modules())) and any(True for _ in regularizers):
         raise ValueError(
-            "torch.compile has no double backward, which explanation regularizers need: train the module itself "
-            "(that which torch.compile was given, before model.compile()) and compile it afterwards."
+            "torch.compile has no double backward, which explanation regularizers need: train the module that was "
+            "given to torch.compile (and leave model.compile() out), and compile it afterwards."
         )
 
 
