@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import cosine_similarity
 
-from captum_idexpo.attr import FeatureAblation, LayerGradCam, LayerIntegratedGradients, Lime, id_expo_lime
+from captum_idexpo.attr import (
+    FeatureAblation,
+    InputXGradient,
+    LayerGradCam,
+    LayerIntegratedGradients,
+    Lime,
+    id_expo_lime,
+)
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import Insertion, LocalLinearModels, insertion_deletion, point_fidelity
-from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, SaliencyGuided, Smoothness
 from tests.helpers import smooth_conv_net
 
 
@@ -99,3 +107,28 @@ def test_a_forward_pass_without_a_graph_takes_none_from_those_that_follow():
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 call()
                 assert torch.equal(gradient(model, explainer, x, y), expected)
+
+
+@pytest.mark.parametrize("name", ["right reasons", "smoothness", "saliency-guided"])
+def test_a_regularizer_s_own_look_takes_no_gradient_from_it(name):
+    x, y = batch(torch.float32)
+    model = smooth_conv_net().float()
+    explainer = InputXGradient(model)
+    annotations = torch.ones_like(x)
+    annotations[..., 0] = 0
+    make = {
+        "right reasons": lambda: RightForTheRightReasons(model, explainer=explainer),
+        "smoothness": lambda: Smoothness(explainer),
+        "saliency-guided": lambda: SaliencyGuided(model, value_range=(-3, 3)),
+    }[name]
+
+    def trained():
+        """Which parameters the regularizer moves."""
+        torch.manual_seed(3)
+        loss = sum(make()(x, y, annotations).values())
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return [gradient is not None for gradient in gradients]
+
+    expected = trained()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trained() == expected
