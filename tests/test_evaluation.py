@@ -171,7 +171,7 @@ def test_a_look_knows_what_it_does_not_see():
 
 
 def test_a_look_leaves_out_what_makes_a_weight():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 2))
     nn.utils.parametrizations.orthogonal(net[1])  # by way of a matrix of 192 x 192
     assert looked_at(net) == 2**19 // 192
 
