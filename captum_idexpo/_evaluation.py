@@ -23,9 +23,9 @@ from captum_idexpo._features import FeatureLayout, as_numbers
 from captum_idexpo._modes import is_compiled, module_of
 from captum_idexpo._recomputation import Chunk, MemoryBudget
 
-# On a CPU a layer's output of about two megabytes stays in the caches and is large enough to occupy the cores: within
-# a few percent of the best size for networks from 64 to 65,000 values, where 400 rows of a ResNet-20 take half as long
-# again. A GPU wants more.
+# On a CPU a layer's output of about two megabytes stays in the caches and is large enough to occupy the cores: mostly
+# within a few percent of the best size, for networks from 64 to 65,000 values, where 400 rows of a ResNet-20 take half
+# as long again. A GPU wants more; its numbers are not measured.
 _VALUES_ON_CPU, _MAX_ROWS_ON_CPU = 2**19, 2**12
 _VALUES_ON_ACCELERATORS, _MAX_ROWS_ON_ACCELERATORS = 2**26, 2**13
 # A network's weights are fetched for a few rows as for many: of wide layers 32, of large images 8, if they fit.

@@ -150,6 +150,14 @@ def test_a_compiled_model_is_refused_before_training_starts():
     trainer_of(compiled)  # plain training is the compiler's business
 
 
+def test_a_model_compiled_in_place_is_refused_too():
+    net = smooth_net()
+    regularizer = Sparsity(InputXGradient(net))
+    net.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"leave model\.compile\(\) out"):
+        trainer_of(net, [regularizer])
+
+
 def test_mean_baselines_are_measured_once():
     net = smooth_conv_net()
     mean = "".join(["me", "an"])  # read from a file, say: an equal string, not the same
