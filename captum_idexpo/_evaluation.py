@@ -121,8 +121,10 @@ class BatchForward:
         if additional_forward_args is not None and not isinstance(additional_forward_args, tuple):
             additional_forward_args = (additional_forward_args,)
         self.forward_func = forward_func
-        # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time.
-        self._takes_nothing = not inspect.signature(forward_func).parameters
+        # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time. A
+        # module's call takes whatever there is.
+        is_module = isinstance(forward_func, nn.Module)
+        self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
         self.target = target

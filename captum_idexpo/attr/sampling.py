@@ -16,10 +16,10 @@ from __future__ import annotations
 import functools
 import math
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.distributions import Categorical
+
+from captum_idexpo._order import ascending
 
 LIME_SAMPLINGS: tuple[str, ...] = ("captum", "independent", "paired", "orthogonal")
 KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")
@@ -46,7 +46,7 @@ def kernel_shap_masks(
 
     None stands for weights of 1.
     """
-    shapley = _coalition_sizes(n_features).probs
+    shapley = _coalition_sizes(n_features)
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
     source = _source(device, generator)
@@ -86,7 +86,7 @@ def captum_lime_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
 
 def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
     """KernelSHAP's masks as Captum draws them from torch's global generator, on the CPU."""
-    probabilities = _coalition_sizes(n_features).probs[None]
+    probabilities = _coalition_sizes(n_features)[None]
     masks = []
     for _ in range(n_sets):
         # Captum draws a size, then its noise, sample by sample; no single call has the same stream.
@@ -181,14 +181,15 @@ def _paley(prime: int) -> Tensor:
     return skew + torch.eye(prime + 1)
 
 
-def _coalition_sizes(n_features: int) -> Categorical:
+@functools.lru_cache(maxsize=8)
+def _coalition_sizes(n_features: int) -> Tensor:
     """Shapley's distribution of a coalition's size k in 1..D-1: proportional to (D - 1) / (k (D - k))."""
     if n_features < 2:
         raise ValueError(f"KernelShap shares the output among features and needs two at least; given: {n_features}.")
     sizes = torch.arange(n_features, dtype=torch.float)
     probabilities = (n_features - 1) / (sizes * (n_features - sizes))
     probabilities[0] = 0.0
-    return Categorical(probabilities)
+    return probabilities / probabilities.sum()
 
 
 def _in_proportion(probabilities: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
@@ -210,14 +211,7 @@ def _at(points: Tensor, probabilities: Tensor) -> Tensor:
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:
     """Keeps as many of the largest entries of noise ``(..., D)`` as sizes ``(...)`` say."""
     n_features = noise.shape[-1]
-    return noise > _sorted(noise).gather(-1, (n_features - 1 - sizes)[..., None])
-
-
-def _sorted(noise: Tensor) -> Tensor:
-    """Sorted along the last axis; on a CPU by NumPy, which is ten times faster at it than torch."""
-    if noise.device.type == "cpu":
-        return torch.from_numpy(np.sort(noise.numpy(), axis=-1))
-    return noise.sort(dim=-1).values
+    return noise > ascending(noise).gather(-1, (n_features - 1 - sizes)[..., None])
 
 
 def _permutations(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from captum_idexpo._order import ascending, descending_ranks
+
 
 class HardMasks:
     """The s locations of highest attribution; ties go to the earlier position.
@@ -18,10 +20,8 @@ class HardMasks:
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None) -> None:
-        self.values = values.detach()
-        order = _descending(self.values, present).indices
-        places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
-        self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand(order.shape))
+        self.values = _in_single_or_double(values).detach()
+        self._rank = descending_ranks(_without_absent(self.values, present))
 
     def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
         """Masks ``(k, b, D)`` of zeros and ones for numbers of locations ``(k, b)`` of the given examples.
@@ -29,7 +29,7 @@ class HardMasks:
         Of the ranks' type, into which a comparison is several times faster than into booleans.
         """
         ranks, counts = self._rank[examples], steps[..., None].int()
-        masks = ranks.new_empty(torch.broadcast_shapes(ranks.shape, counts.shape))
+        masks = ranks.new_empty(len(counts), *ranks.shape)
         return torch.lt(ranks, counts, out=masks)
 
 
@@ -48,8 +48,8 @@ class SoftMasks:
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
-        self.values = values if values.dtype == torch.float64 else values.float()
-        ordered = _descending(self.values.detach(), present).values
+        self.values = _in_single_or_double(values)
+        ordered = ascending(_without_absent(self.values, present)).flip(-1)
         self._ordered = ordered
         self._n_locations = _count(present, ordered)
         self._smallest = ordered.gather(1, self._n_locations - 1)
@@ -77,10 +77,13 @@ class SoftMasks:
         return torch.where((steps < n_locations)[..., None], (last + first_left_out) / 2, below_all)
 
 
-def _descending(values: Tensor, present: Tensor | None) -> torch.return_types.sort:
-    if present is not None:
-        values = values.masked_fill(~present, -torch.inf)
-    return values.sort(dim=-1, descending=True, stable=True)
+def _in_single_or_double(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _without_absent(values: Tensor, present: Tensor | None) -> Tensor:
+    """The values, those of absent locations below all others."""
+    return values if present is None else values.masked_fill(~present, -torch.inf)
 
 
 def _count(present: Tensor | None, ordered: Tensor) -> Tensor:
