@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from captum_idexpo._modes import no_graph
+from captum_idexpo._random import kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
 """(examples, copies)"""
@@ -174,6 +175,7 @@ class _Conditions:
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self._device = device
+        self._devices = [] if device.type == "cpu" else [device]
         self._known = modules
 
     @contextmanager
@@ -181,8 +183,7 @@ class _Conditions:
         """Notes all that there is, and every module that is called inside, as it is before its first call."""
         self._modes: dict[nn.Module, bool] = {}
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
-        self._random_state = torch.get_rng_state()
-        self._random_state_of_device = self._device_module.get_rng_state(self._device) if self._device_module else None
+        self._streams = streams(self._devices)
         one = torch.ones(1, 1, device=self._device, dtype=torch.float32)
         self._precision = (one @ one).dtype  # autocast's, where it is on
         self._cudnn = torch.backends.cudnn.enabled
@@ -202,18 +203,12 @@ class _Conditions:
     @torch.no_grad()
     def restore(self) -> None:
         """Undoes what an evaluation did to random numbers and statistics."""
-        torch.set_rng_state(self._random_state)
-        if self._device_module:
-            self._device_module.set_rng_state(self._random_state_of_device, self._device)
+        set_streams(self._streams, self._devices)
         for module, copies in self._buffers.items():
             for name, copy in copies.items():
                 buffer = module._buffers[name]
                 if copy is not None and buffer is not None and buffer is not copy:
                     buffer.copy_(copy)
-
-    @property
-    def _device_module(self) -> Any:
-        return None if self._device.type == "cpu" else torch.get_device_module(self._device)
 
     def _note(self, module: nn.Module) -> None:
         if module in self._modes:
@@ -224,12 +219,8 @@ class _Conditions:
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.set_rng_state(self._random_state)
-            if self._device_module:
-                of_device = self._device_module.get_rng_state(self._device)
-                stack.callback(self._device_module.set_rng_state, of_device, self._device)
-                self._device_module.set_rng_state(self._random_state_of_device, self._device)
+            stack.enter_context(kept_streams(self._devices))
+            set_streams(self._streams, self._devices)
             autocast = self._precision if self._precision != torch.float32 else None
             stack.enter_context(torch.autocast(self._device.type, dtype=autocast, enabled=autocast is not None))
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._random import accelerators, kept_streams
+
 _STEPS = (1e-5, 1e-6, 1e-7)
 """Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""
 _NEGLIGIBLE = 1e-3
@@ -80,9 +82,10 @@ def assert_trainable(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_parameters(parameters)
+    device = next(iter(parameters.values())).device
 
     def loss() -> Tensor:
-        with _seeded(seed):
+        with _seeded(seed, device):
             return _loss(attribute(), seed)
 
     total = loss()
@@ -210,11 +213,10 @@ def _explained(derivative: _Derivative, scale: float) -> str:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's and NumPy's global generators seeded, and put back afterwards."""
     state = np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with kept_streams(accelerators(device)):
         torch.manual_seed(seed)
         np.random.seed(seed)
         try:

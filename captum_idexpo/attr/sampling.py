@@ -20,6 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._order import ascending
+from captum_idexpo._random import source
 
 LIME_SAMPLINGS: tuple[str, ...] = ("captum", "independent", "paired", "orthogonal")
 KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")
@@ -31,12 +32,12 @@ def lime_masks(
     """LIME's masks, each feature kept with probability 1/2."""
     if sampling == "captum":
         return captum_lime_masks(n_sets, n_samples, n_features).to(device)
-    source = _source(device, generator)
+    at = _source(device, generator)
     if sampling == "independent":
-        return _coins((n_sets, n_samples, n_features), source, generator).to(device)
+        return _coins((n_sets, n_samples, n_features), at, generator).to(device)
     n_pairs = -(-n_samples // 2)
     draw = _orthogonal_coins if sampling == "orthogonal" else _coins
-    return _with_complements(draw((n_sets, n_pairs, n_features), source, generator))[:, :n_samples].to(device)
+    return _with_complements(draw((n_sets, n_pairs, n_features), at, generator))[:, :n_samples].to(device)
 
 
 def kernel_shap_masks(
@@ -49,25 +50,25 @@ def kernel_shap_masks(
     shapley = _coalition_sizes(n_features)
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
-    source = _source(device, generator)
-    shapley = shapley.to(source)
+    at = _source(device, generator)
+    shapley = shapley.to(at)
     drawn = torch.where(shapley > 0, 1 / (n_features - 1), 0.0) if sampling == "leverage" else shapley
     n_random = max(0, n_samples - 2)
     n_drawn = n_random if sampling == "independent" else -(-n_random // 2)
     shape = (n_sets, n_drawn, n_features)
     if sampling in ("independent", "paired"):
-        points = torch.rand(n_sets, n_drawn, device=source, generator=generator)
+        points = torch.rand(n_sets, n_drawn, device=at, generator=generator)
         sizes = _at(points, drawn)
-        masks = _largest(_noise(shape, source, generator), sizes)
+        masks = _largest(_noise(shape, at, generator), sizes)
     else:
         sizes = _in_proportion(drawn, n_sets, n_drawn, generator)
-        masks = _largest(_orthogonal_rows(shape, source, generator), sizes)
+        masks = _largest(_orthogonal_rows(shape, at, generator), sizes)
     if sampling != "independent":
         masks = _with_complements(masks)[:, :n_random]
     masks = _with_end_points(masks)[:, :n_samples]
     if sampling != "leverage":
         return masks.to(device), None
-    ratio = torch.ones(n_features + 1, device=source)
+    ratio = torch.ones(n_features + 1, device=at)
     ratio[1:n_features] = (shapley / drawn)[1:]
     return masks.to(device), ratio[masks.sum(dim=-1)].to(device)
 
@@ -147,12 +148,13 @@ def _orthogonal_rows(shape: Shape, device: torch.device, generator: Generator | 
 
 
 def _source(device: torch.device, generator: Generator | None) -> torch.device:
-    """Where the random numbers are drawn: at the generator; of MPS, whose integers have 32 bits, on the CPU."""
-    if generator is None:
-        return torch.device("cpu") if device.type == "mps" else device
-    if generator.device.type == "mps":
+    """Where masks are drawn: at the generator; for MPS, whose integers have 32 bits, on the CPU."""
+    at = source(device, generator)
+    if at.type != "mps":
+        return at
+    if generator is not None:
         raise ValueError("A generator on MPS cannot draw masks: give one on the CPU, torch.Generator().")
-    return generator.device
+    return torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=8)

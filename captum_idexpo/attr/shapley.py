@@ -133,7 +133,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
             keep = members[:, None].expand(-1, len(tensors[0]), -1)
             rows = tuple(copies.flatten(0, 1) for copies in masked_copies(tensors, aligned, layout, keep))
             output: Tensor = torch.atleast_1d(_parse_forward_out(forward(rows, n_copies=len(keep))))
-            return output
+            return output.to(tensors[0].device)  # a number of Python's is on the CPU
 
         coalitions = self._coalitions(layout.n_features, n_samples, tensors[0].device)
         outputs = self._evaluate(coalitions, evaluate, tensors, masks, perturbations_per_eval, show_progress)

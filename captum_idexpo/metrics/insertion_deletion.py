@@ -25,6 +25,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import evaluate_copies, masked_copies
+from captum_idexpo._random import source
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
@@ -262,8 +263,8 @@ class StepSchedule:
                 f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, or lower step_size."
             )
         device = self.steps.device
-        source = device if generator is None else generator.device
-        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=source, generator=generator), k).to(device)
+        at = source(device, generator)
+        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=at, generator=generator), k).to(device)
         bounds = torch.arange(k + 1, device=device) * self.n_steps // k
         sizes = bounds.diff(dim=1)
         drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import default_rows_per_forward, slices
 from captum_idexpo._modes import no_graph
+from captum_idexpo._random import source
 from captum_idexpo.attr.surrogates import LinearRegression, Ridge
 
 
@@ -233,7 +234,8 @@ def _attribution(explained: Any) -> Tensor:
 
 def _normal(inputs: Tensor, n: int, generator: Generator | None) -> Tensor:
     shape = (len(inputs), n, *inputs.shape[1:])
-    return torch.randn(shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
+    at = source(inputs.device, generator)
+    return torch.randn(shape, generator=generator, device=at, dtype=inputs.dtype).to(inputs.device)
 
 
 def _evaluate(forward_func: Callable[..., Any], points: Tensor) -> Tensor:

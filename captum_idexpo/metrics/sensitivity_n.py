@@ -10,6 +10,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import evaluate_copies, masked_copies
+from captum_idexpo._random import source
 from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
 from captum_idexpo.metrics._scoring import TargetScorer
 from captum_idexpo.metrics.insertion_deletion import check_count, check_max_rows
@@ -92,8 +93,8 @@ def sensitivity_n(
 def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Generator | None) -> Tensor:
     """Subsets of n of each example's locations, all equally likely, as indices ``(n_samples, B, n)``."""
     values = locations.values
-    source = values.device if generator is None else generator.device
-    noise = torch.rand(n_samples, *values.shape, device=source, generator=generator).to(values.device)
+    at = source(values.device, generator)
+    noise = torch.rand(n_samples, *values.shape, device=at, generator=generator).to(values.device)
     if locations.present is not None:
         noise = noise.masked_fill(~locations.present, -1.0)
     return noise.topk(n, dim=-1).indices

@@ -26,6 +26,7 @@ from captum_idexpo._evaluation import (
     slices,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo._random import source
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
@@ -73,20 +74,23 @@ class GaussianNeighbors:
         """So many neighbours of each example."""
         require_real(tensors)
         n_examples, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
+        at = source(device, generator)
         sizes = [tensor[0].numel() for tensor in tensors]
         if not self.one_dimensional:
             coordinates = drawn_for(
                 n_examples,
-                lambda b: torch.randn(b, n, sum(sizes), generator=generator, device=device, dtype=dtype),
+                lambda b: torch.randn(b, n, sum(sizes), generator=generator, device=at, dtype=dtype).to(device),
                 n,
                 sizes,
             )
             return Neighbors(_moved(tensors, self.sigma * coordinates), coordinates)
         along = drawn_for(
-            n_examples, lambda b: torch.randint(sum(sizes), (b, 1, 1), generator=generator, device=device), sizes
+            n_examples,
+            lambda b: torch.randint(sum(sizes), (b, 1, 1), generator=generator, device=at).to(device),
+            sizes,
         )
         coordinates = drawn_for(
-            n_examples, lambda b: torch.randn(b, n, 1, generator=generator, device=device, dtype=dtype), n
+            n_examples, lambda b: torch.randn(b, n, 1, generator=generator, device=at, dtype=dtype).to(device), n
         )
         steps = coordinates.new_zeros(n_examples, n, sum(sizes)).scatter_(2, along.expand(-1, n, -1), coordinates)
         return Neighbors(_moved(tensors, self.sigma * steps), coordinates)
@@ -114,8 +118,11 @@ class UniformNeighbors:
         """So many neighbours of each example."""
         require_real(tensors)
         shape, device, dtype = (n, self.n_unknowns(tensors) - 1), tensors[0].device, tensors[0].dtype
+        at = source(device, generator)
         uniform = drawn_for(
-            len(tensors[0]), lambda b: torch.rand(b, *shape, generator=generator, device=device, dtype=dtype), shape
+            len(tensors[0]),
+            lambda b: torch.rand(b, *shape, generator=generator, device=at, dtype=dtype).to(device),
+            shape,
         )
         coordinates = 2 * uniform - 1
         return Neighbors(_moved(tensors, self.radius * coordinates), coordinates)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from captum_idexpo._random import source
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
@@ -102,11 +103,8 @@ class SaliencyGuided(Regularizer):
             low, high = tensor.detach().amin(axes, keepdim=True), tensor.detach().amax(axes, keepdim=True)
         else:
             low, high = (torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device) for value in self.value_range)
+        shape, at = tensor.shape[1:], source(tensor.device, self.generator)
         uniform = drawn_for(
-            len(tensor),
-            lambda b: torch.rand(
-                b, *tensor.shape[1:], generator=self.generator, dtype=tensor.dtype, device=tensor.device
-            ),
-            tensor.shape[1:],
+            len(tensor), lambda b: torch.rand(b, *shape, generator=self.generator, dtype=tensor.dtype, device=at), shape
         )
-        return low + (high - low) * uniform
+        return low + (high - low) * uniform.to(tensor.device)

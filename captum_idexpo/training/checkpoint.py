@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Generator
 
-_MAGIC = b"captum-idexpo checkpoint 1\n"
+from captum_idexpo._random import set_streams, streams
+
+_MAGIC = b"captum-idexpo checkpoint 2\n"
 _DIGEST_SIZE = 64
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _KEPT = 2
@@ -101,28 +103,27 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
     raise CheckpointError(f"There is no checkpoint in {path}: start with fit(), without resume().")
 
 
-def random_state(generators: Iterable[Generator]) -> dict[str, Any]:
-    """The random streams of this process: Python's, NumPy's, torch's on the CPU and on CUDA, the generators given."""
+def random_state(generators: Iterable[Generator], device: torch.device) -> dict[str, Any]:
+    """The random streams of a process: Python's, NumPy's, torch's on the CPU and its device, the generators given."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "torch": {device.type: streams([] if device.type == "cpu" else [device])},
         "generators": [generator.get_state() for generator in generators],
     }
 
 
-def set_random_state(state: dict[str, Any], generators: Iterable[Generator]) -> None:
-    """Puts all random streams back."""
+def set_random_state(state: dict[str, Any], generators: Iterable[Generator], device: torch.device) -> None:
+    """Puts all random streams back; the device's, if it is of the kind that they were noted on."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    [(kind, states)] = state["torch"].items()
+    devices = [device] if device.type == kind != "cpu" else []
+    set_streams(states[: 1 + len(devices)], devices)
     for generator, own in zip(generators, state["generators"], strict=True):
         generator.set_state(own)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._modes import eval_mode, module_of, no_graph
+from captum_idexpo._random import accelerators, kept_streams
 from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.loss import call_model, unpack_batch
@@ -117,9 +118,7 @@ def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) 
     """Every evaluation draws the same masks, from the seeds the user set, and leaves all streams as they were."""
     generators = [generator for generator in _generators(judge) if isinstance(generator, Generator)]
     states = [generator.get_state() for generator in generators]
-    cuda_devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng(cuda_devices):
+    with kept_streams(accelerators(device)):
         torch.manual_seed(torch.initial_seed())
         for generator in generators:
             generator.manual_seed(generator.initial_seed())
@@ -128,8 +127,6 @@ def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) 
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
 
 
 def _generators(judge: InsertionDeletion | None) -> list[Any]:

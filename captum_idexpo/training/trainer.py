@@ -467,7 +467,7 @@ class ExplanationRegularizedTrainer:
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
         # The measurement leaves no trace: neither in random streams nor in BatchNorm's statistics.
-        state, before = checkpoint.random_state(run.generators), _Weights(self.model)
+        state, before = run.random_state(), _Weights(self.model)
         norms = {}
         with gathered(self.model):
             terms = self._unwrapped.terms(batch)
@@ -477,7 +477,7 @@ class ExplanationRegularizedTrainer:
                     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                     squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
                     norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-        checkpoint.set_random_state(state, run.generators)
+        run.set_random_state(state)
         before.restore_buffers()
         task = norms.get("task", 0.0)
         for name, norm in norms.items():
@@ -551,15 +551,15 @@ class _Run:
         if hasattr(loader, "iteration"):
             loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
         if here is None:
-            self._epoch_start = checkpoint.random_state(self.generators)
+            self._epoch_start = self.random_state()
         else:  # the same order again, then on with the streams of the moment
             assert self._epoch_start is not None
-            checkpoint.set_random_state(self._epoch_start, self.generators)
+            self.set_random_state(self._epoch_start)
         iterator = iter(loader)
         for _ in range(done):
             next(iterator, None)
         if here is not None:
-            checkpoint.set_random_state(here, self.generators)
+            self.set_random_state(here)
             self._here = None
         yield from iterator
 
@@ -579,9 +579,17 @@ class _Run:
         self.epoch, self.step = self.epoch + 1, 0
         self._sums, self._counts, self._epoch_start = {}, {}, None
 
+    def random_state(self) -> dict[str, Any]:
+        """This process's random streams."""
+        return checkpoint.random_state(self.generators, self._accelerator.device)
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Puts them back."""
+        checkpoint.set_random_state(state, self.generators, self._accelerator.device)
+
     def random_states(self) -> list[dict[str, Any]]:
         """The random streams of each process, now and at the epoch's start."""
-        own = {"here": checkpoint.random_state(self.generators), "epoch_start": self._epoch_start}
+        own = {"here": self.random_state(), "epoch_start": self._epoch_start}
         if self._accelerator.num_processes == 1:
             return [own]
         gathered: list[Any] = [None] * self._accelerator.num_processes
@@ -610,7 +618,7 @@ class _Run:
         own = randoms[self._accelerator.process_index]
         self._epoch_start = own["epoch_start"]
         if self._epoch_start is None:  # between two epochs
-            checkpoint.set_random_state(own["here"], self.generators)
+            self.set_random_state(own["here"])
         else:
             self._here = own["here"]
 

@@ -225,7 +225,7 @@ def test_code_is_never_run(folder):
     torch.save({"model": Evil()}, payload)
     digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
     path = folder / "checkpoint-000000099.pt"
-    path.write_bytes(b"captum-idexpo checkpoint 1\n" + digest + b"\n" + payload.getvalue())
+    path.write_bytes(b"captum-idexpo checkpoint 2\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()
@@ -265,7 +265,7 @@ def test_a_checkpoint_holds_the_users_own_names(folder):
 
 def test_random_streams_are_put_back():
     generators = [torch.Generator().manual_seed(3)]
-    state = checkpoint.random_state(generators)
+    state = checkpoint.random_state(generators, torch.device("cpu"))
 
     def draw():
         return (
@@ -276,7 +276,7 @@ def test_random_streams_are_put_back():
         )
 
     first = draw()
-    checkpoint.set_random_state(state, generators)
+    checkpoint.set_random_state(state, generators, torch.device("cpu"))
     assert draw() == first
 
 
