@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs dist clean
+.PHONY: demo test accelerator lint docs dist clean
 
 demo: .venv/demo
 	$(BIN)/python benchmarks/digits.py demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+accelerator: .venv/dev
+	SIMULATED_ACCELERATOR=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_accelerator.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

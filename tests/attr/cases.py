@@ -65,7 +65,7 @@ def _lime_base(package: Any, model: Any) -> Any:
         lambda x: model(x)[:, 1],
         Ridge(1.0) if package.__name__.startswith("captum_idexpo") else _sk_ridge(),
         similarity_func=lambda x, perturbed, mask, **_: torch.exp(-(mask - 1).square().mean()).item(),
-        perturb_func=lambda x, **_: torch.bernoulli(torch.full((1, 6), 0.5)),
+        perturb_func=lambda x, **_: torch.bernoulli(torch.full((1, 6), 0.5)).to(x.device),
         perturb_interpretable_space=True,
         from_interp_rep_transform=lambda mask, x, **_: mask * x[:1],
         to_interp_rep_transform=None,

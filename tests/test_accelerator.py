@@ -1,0 +1,292 @@
+"""On a GPU, where there is one, everything is as on the CPU; its own random numbers apart.
+
+Without a GPU, SIMULATED_ACCELERATOR=1 runs these tests on a simulated one (``make accelerator``).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
+from captum.attr import LayerAttribution
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
+
+import captum_idexpo.attr
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradCam,
+    Lime,
+    MaskSimilarity,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
+from captum_idexpo.attr.sampling import KERNEL_SHAP_SAMPLINGS, LIME_SAMPLINGS
+from captum_idexpo.attr.surrogates import BayesianRidge, BayesianShapleyRegression, Lasso, LinearRegression, Ridge
+from captum_idexpo.metrics import (
+    LocalLinearModels,
+    insertion_deletion,
+    neighborhood_fidelity,
+    point_fidelity,
+    sensitivity_n,
+    stability,
+)
+from captum_idexpo.regularizers import (
+    Fidelity,
+    GaussianNeighbors,
+    InsertionDeletion,
+    MaskedNeighbors,
+    RightForTheRightReasons,
+    SaliencyGuided,
+    Smoothness,
+    Sparsity,
+    Stability,
+)
+from captum_idexpo.testing import assert_trainable
+from tests.attr.cases import CASES
+from tests.helpers import smooth_conv_net, smooth_net
+
+SIMULATED = bool(os.environ.get("SIMULATED_ACCELERATOR"))
+pytestmark = [
+    pytest.mark.skipif(not SIMULATED and not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+G = torch.Generator().manual_seed(0)
+ROWS = torch.randn(4, 6, dtype=torch.float64, generator=G)
+IMAGES = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=G)
+Y = torch.randint(3, (8,), generator=G)
+SUPERPIXELS = torch.arange(36).view(1, 1, 6, 6) // 6
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def device():
+    if not SIMULATED:
+        return torch.device("cuda", 0)
+    from tests.simulated import register
+
+    try:
+        return register()
+    except (OSError, RuntimeError) as error:  # no compiler, or another PyTorch than it was written for
+        pytest.skip(f"The simulated accelerator cannot be built: {error}")
+
+
+def to(device, values):
+    """Tensors, in whatever they are held, on a device."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {name: to(device, value) for name, value in values.items()}
+    return type(values)(to(device, value) for value in values) if isinstance(values, (tuple, list)) else values
+
+
+def assert_same_on(device, compute):
+    """The same numbers from models and inputs on either device, and the same gradient, found on the device."""
+    (here, net), (there, twin) = compute(CPU), compute(device)
+    assert all(tensor.device == device for tensor in tensors_of(there))
+    for ours, reference in zip(tensors_of(there), tensors_of(here), strict=True):
+        torch.testing.assert_close(ours.cpu(), reference)
+    for results in (here, there):
+        sum(tensor.square().sum() for tensor in tensors_of(results)).backward()
+    for ours, reference in zip(twin.parameters(), net.parameters(), strict=True):
+        assert (ours.grad is None) == (reference.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad.cpu(), reference.grad, atol=1e-8, rtol=1e-6)
+
+
+def tensors_of(results):
+    return [results] if isinstance(results, torch.Tensor) else [t for part in results for t in tensors_of(part)]
+
+
+def explained(case, device):
+    model = case.model().to(device)
+    explainer, arguments = case.explainer(captum_idexpo.attr, model), to(device, case.arguments)
+    return model, lambda: explainer.attribute(case.inputs.to(device), **arguments, create_graph=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_gradient_of_an_attribution_is_true(case, device):
+    model, attribute = explained(case, device)
+    assert_trainable(attribute, model, n_directions=1)
+
+
+DRAWN_ON_THE_DEVICE = ("Shap", "NoiseTunnel", "FeaturePermutation")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if not any(name in c.name for name in DRAWN_ON_THE_DEVICE) or c.class_name == "KernelShap"],
+    ids=lambda case: case.name,
+)
+def test_an_attribution_is_that_of_the_cpu(case, device):
+    def compute(device):
+        model, attribute = explained(case, device)
+        torch.manual_seed(0)
+        np.random.seed(0)
+        return attribute(), model
+
+    assert_same_on(device, compute)
+
+
+EXPLAINERS = {
+    **{
+        type(surrogate).__name__: partial(Lime, interpretable_model=surrogate, similarity_func=MaskSimilarity())
+        for surrogate in (Ridge(), BayesianRidge(), LinearRegression(), Lasso(tol=1e-12))
+    },
+    "ShapleyRegression": KernelShap,
+    "BayesianShapleyRegression": partial(KernelShap, interpretable_model=BayesianShapleyRegression()),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"share_masks": True}, {"memory_budget": 100.0}], ids=str)
+@pytest.mark.parametrize(
+    ("surrogate", "sampling"),
+    [(s, d) for s in EXPLAINERS for d in (KERNEL_SHAP_SAMPLINGS if "Shapley" in s else LIME_SAMPLINGS)[1:]],
+)
+def test_masks_of_a_generator_on_the_cpu(surrogate, settings, sampling, device):
+    def compute(device):
+        net, generator = smooth_net().to(device), torch.Generator().manual_seed(0)
+        arguments = {"target": 1, "n_samples": 40, "sampling": sampling, "generator": generator, **settings}
+        return EXPLAINERS[surrogate](net).attribute(ROWS.to(device), **arguments, create_graph=True), net
+
+    assert_same_on(device, compute)
+
+
+@pytest.mark.parametrize("explainer", [ShapleyValues, ShapleyValueSampling, Lime, KernelShap, FeatureAblation])
+def test_a_forward_function_that_returns_a_number(explainer, device):
+    arguments = {"interpretable_model": Ridge()} if explainer is Lime else {}
+    attribution = explainer(lambda x: float(x.square().sum()), **arguments).attribute(ROWS.to(device))
+    assert attribution.device == device
+
+
+@pytest.mark.parametrize("temperature", [None, "auto"])
+@pytest.mark.parametrize("feature_mask", [None, SUPERPIXELS], ids=["pixels", "superpixels"])
+@pytest.mark.parametrize("baselines", [0, "a tensor"])
+def test_insertion_and_deletion(temperature, feature_mask, baselines, device):
+    def compute(device):
+        net, x = smooth_conv_net().to(device), IMAGES.to(device)
+        put = x.mean(0, keepdim=True) if baselines else 0
+        maps = LayerGradCam(net, net[4]).attribute(x, target=Y.to(device), create_graph=True)
+        maps = LayerAttribution.interpolate(maps, (6, 6))
+        mask = None if feature_mask is None else feature_mask.to(device)
+        return insertion_deletion(
+            net, x, maps, put, target=Y.to(device), feature_mask=mask, temperature=temperature
+        ), net
+
+    assert_same_on(device, compute)
+
+
+def test_metrics_that_draw(device):
+    def compute(device):
+        net, x = smooth_net().to(device), ROWS.to(device)
+
+        def generator():
+            return torch.Generator().manual_seed(0)
+
+        with torch.no_grad():
+            models = LocalLinearModels(net, generator=generator())
+            values = [
+                sensitivity_n(net, x, x, n=2, target=0, generator=generator()),
+                point_fidelity(models, net, x),
+                neighborhood_fidelity(models, net, x, generator=generator()),
+                stability(models, x, generator=generator()),
+            ]
+        return [value * next(net.parameters()).sum() for value in values], net
+
+    assert_same_on(device, compute)
+
+
+def regularizers(net):
+    """One of each kind; what they draw comes from generators on the CPU."""
+    g = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    lime, cam = Lime(net, Ridge(0.1), MaskSimilarity()), LayerGradCam(net, net[4])
+    masks = {"sampling": "independent", "n_samples": 20}
+    held = {"baselines": 0.0, "deletion_floor": None}
+    return {
+        "Grad-CAM": InsertionDeletion(cam, steps_per_update=2, generator=g[0], **held),
+        "LIME": InsertionDeletion(lime, feature_mask=SUPERPIXELS, attribute_kwargs=masks, generator=g[1], **held),
+        "a mean": InsertionDeletion(cam, baselines="mean"),
+        "RRR": RightForTheRightReasons(net),
+        "saliency-guided": SaliencyGuided(net, generator=g[2]),
+        "smoothness": Smoothness(captum_idexpo.attr.InputXGradient(net)),
+        "sparsity": Sparsity(cam, weight="auto"),
+        "Fidelity": Fidelity(net, GaussianNeighbors(one_dimensional=True), generator=g[3]),
+        "of masks": Fidelity(net, MaskedNeighbors(0.0, SUPERPIXELS), generator=g[4]),
+        "Stability": Stability(net, generator=g[5]),
+    }
+
+
+NAMES = list(regularizers(smooth_conv_net()))
+
+
+@pytest.fixture
+def accelerator_on(monkeypatch):
+    """accelerate's, on the CPU or the device, one after the other."""
+
+    def make(device, precision="no"):
+        AcceleratorState._reset_state(True)
+        if SIMULATED and device != CPU:
+            monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
+            scaler = partial(torch.amp.GradScaler, device.type)
+            monkeypatch.setattr("accelerate.accelerator.get_grad_scaler", lambda *_, **settings: scaler(**settings))
+        scale = GradScalerKwargs(init_scale=2.0**10)  # small enough for the first step
+        accelerator = Accelerator(cpu=device == CPU, mixed_precision=precision, kwargs_handlers=[scale])
+        assert accelerator.device == device
+        return accelerator
+
+    yield make
+    AcceleratorState._reset_state(True)
+
+
+def batches(x=IMAGES):
+    return DataLoader(TensorDataset(x, Y, (x > 0).to(x)), batch_size=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_ends_with_the_weights_of_the_cpu(name, device, accelerator_on, tmp_path):
+    """A checkpoint and a resumed run included."""
+    weights = []
+    for where in (CPU, device):
+        folder = tmp_path / where.type
+        for epochs in (1, 2):
+            net = smooth_conv_net().to(where)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+            trainer = ExplanationRegularizedTrainer(
+                net,
+                optimizer,
+                [regularizers(net)[name]],
+                accelerator=accelerator_on(where),
+                checkpoint_dir=folder,
+                gradient_norms_every=1,
+                show_progress=False,
+            )
+            if epochs == 2:
+                trainer.resume()
+            history = trainer.fit(batches(), batches(), epochs=epochs)
+        assert len(history) == 2
+        weights.append([value.cpu() for value in net.state_dict().values()])
+    torch.testing.assert_close(*weights, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_in_half_precision_ends_near(name, precision, device, accelerator_on):
+    changes = []
+    for used in ("no", precision):
+        net = smooth_conv_net().float().to(device)
+        before = parameters_to_vector(net.parameters()).detach().clone()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        settings = {"accelerator": accelerator_on(device, used), "show_progress": False}
+        trainer = ExplanationRegularizedTrainer(net, optimizer, [regularizers(net)[name]], **settings)
+        trainer.fit(batches(IMAGES.float()), epochs=1)
+        changes.append(parameters_to_vector(net.parameters()).detach() - before)
+    assert torch.cosine_similarity(*changes, dim=0) > 0.99
