@@ -331,10 +331,8 @@ class Masking:
         steps = steps.expand(n_examples, -1).T
 
         def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            selected = self.masks(steps[copies, examples], examples, values)
-            if direction == "deletion":
-                selected = 1 - selected
-            return masked_copies(inputs, self.baselines, self.locations.layout, selected, examples)
+            kept = self.masks(steps[copies, examples], examples, values, complement=direction == "deletion")
+            return masked_copies(inputs, self.baselines, self.locations.layout, kept, examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self.scorer(rows, examples, n_copies, score)

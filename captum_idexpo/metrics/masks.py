@@ -23,14 +23,23 @@ class HardMasks:
         self.values = _in_single_or_double(values).detach()
         self._rank = descending_ranks(_without_absent(self.values, present))
 
-    def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        steps: Tensor,
+        examples: slice = slice(None),
+        values: Tensor | None = None,
+        *,
+        complement: bool = False,
+    ) -> Tensor:
         """Masks ``(k, b, D)`` of zeros and ones for numbers of locations ``(k, b)`` of the given examples.
 
-        Of the ranks' type, into which a comparison is several times faster than into booleans.
+        ``complement`` selects all other locations. Of the ranks' type, into which a comparison is several times faster
+        than into booleans.
         """
         ranks, counts = self._rank[examples], steps[..., None].int()
         masks = ranks.new_empty(len(counts), *ranks.shape)
-        return torch.lt(ranks, counts, out=masks)
+        compare = torch.ge if complement else torch.lt
+        return compare(ranks, counts, out=masks)
 
 
 class SoftMasks:
@@ -59,13 +68,23 @@ class SoftMasks:
         slope = temperature * self._n_gaps / self._spread
         self._slope = torch.where(slope.isfinite(), slope, 0.0)
 
-    def __call__(self, steps: Tensor, examples: slice = slice(None), values: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        steps: Tensor,
+        examples: slice = slice(None),
+        values: Tensor | None = None,
+        *,
+        complement: bool = False,
+    ) -> Tensor:
         """Masks ``(k, b, D)`` in (0, 1) for numbers of locations ``(k, b)`` of the given examples.
 
         Their graph leads to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given first.
+        ``complement`` gives 1 minus the masks.
         """
         values = self.values if values is None else values
-        return torch.sigmoid(self._slope[examples] * (values[examples] - self._thresholds(steps, examples)))
+        slope = -self._slope[examples] if complement else self._slope[examples]
+        # In place, which spares the memory of two masks and nothing of the graph.
+        return (values[examples] - self._thresholds(steps, examples)).mul_(slope).sigmoid_()
 
     def _thresholds(self, steps: Tensor, examples: slice) -> Tensor:
         ordered, n_locations = self._ordered[examples], self._n_locations[examples].T

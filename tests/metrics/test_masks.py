@@ -31,6 +31,8 @@ def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absen
     present = torch.tensor([[True] * len(numbers) + [False] * n_absent]) if n_absent else None
     steps = torch.arange(1, len(numbers) + 1)[:, None]
     hard, soft = HardMasks(values, present)(steps), SoftMasks(values, present, temperature)(steps)
+    assert torch.equal(HardMasks(values, present)(steps, complement=True), 1 - hard)
+    torch.testing.assert_close(SoftMasks(values, present, temperature)(steps, complement=True), 1 - soft)
     for s in range(1, len(numbers) + 1):
         order = sorted(range(len(numbers)), key=lambda d: (-numbers[d], d))
         assert hard[s - 1, 0, : len(numbers)].tolist() == [d in order[:s] for d in range(len(numbers))]
