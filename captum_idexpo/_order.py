@@ -10,13 +10,14 @@ from torch import Tensor
 def ascending(values: Tensor) -> Tensor:
     """Sorted along the last axis, without a graph."""
     values = values.detach()
-    if values.device.type == "cpu":
+    try:
         return torch.from_numpy(np.sort(values.numpy(), axis=-1))
-    return values.sort(dim=-1).values
+    except (RuntimeError, TypeError):  # on an accelerator, or otherwise not for NumPy to read
+        return values.sort(dim=-1).values
 
 
 def descending_ranks(values: Tensor) -> Tensor:
-    """How many values come before each when the largest comes first, ties in order of their positions.
+    """How many values come before each when the largest comes first, NaN before all, ties in order of positions.
 
     Args:
         values: float32 or float64, ``(..., D)``.
@@ -28,7 +29,8 @@ def descending_ranks(values: Tensor) -> Tensor:
     positions = torch.arange(values.shape[-1], device=values.device)
     if values.device.type == "cpu" and values.dtype == torch.float32:
         # A float's bits are in an integer's order, but for negative ones; the position below them leaves no ties.
-        bits = (values + 0.0).view(torch.int32)  # -0.0 equals 0.0
+        # -0.0 equals 0.0, and one NaN another.
+        bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(torch.int32)
         downwards = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
         order = ascending((downwards.long() << 32) | positions) & 0xFFFFFFFF
     else:

@@ -1,4 +1,4 @@
-"""Random numbers on any device: where they are drawn, and torch's global streams, noted and put back."""
+"""Random numbers on any device: where they are drawn; torch's global streams, noted, seeded and put back."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ def source(device: torch.device, generator: Generator | None) -> torch.device:
 
 
 def accelerators(device: torch.device) -> list[torch.device]:
-    """All devices of a device's kind, which `torch.manual_seed` seeds together; none of the CPU's."""
-    if device.type == "cpu":
+    """All devices of a device's kind; none of the CPU's, nor of a kind whose streams torch does not tell (XLA)."""
+    module = _module(device)
+    if device.type == "cpu" or not hasattr(module, "get_rng_state"):
         return []
-    return [torch.device(device.type, index) for index in range(torch.get_device_module(device).device_count())]
+    if device.type == "mps":
+        return [device]  # there is one
+    return [torch.device(device.type, index) for index in range(module.device_count())]
 
 
 def streams(devices: Sequence[torch.device]) -> list[Tensor]:
     """The states of torch's global streams: the CPU's, then those of accelerators."""
-    return [torch.get_rng_state(), *(module.get_rng_state(*which) for module, which in map(_module, devices))]
+    return [torch.get_rng_state(), *(_module(device).get_rng_state(*_which(device)) for device in devices)]
 
 
 def set_streams(states: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
     """Puts back what `streams` returned for the same devices."""
     torch.set_rng_state(states[0])
-    for state, (module, which) in zip(states[1:], map(_module, devices), strict=True):
-        module.set_rng_state(state, *which)
+    for state, device in zip(states[1:], devices, strict=True):
+        _module(device).set_rng_state(state, *_which(device))
 
 
 @contextmanager
 def kept_streams(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Whatever is drawn or seeded inside, afterwards the streams are where they were."""
+    """Whatever is drawn inside, afterwards the streams are where they were."""
     states = streams(devices)
     try:
         yield
@@ -44,6 +47,23 @@ def kept_streams(devices: Sequence[torch.device]) -> Iterator[None]:
         set_streams(states, devices)
 
 
-def _module(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
-    """A device's module in torch, and what its functions want to be told of the device; MPS knows only one."""
-    return torch.get_device_module(device), () if device.type == "mps" else (device,)
+@contextmanager
+def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Inside, the streams of the CPU and of all `accelerators` of a kind start from a seed; no other is touched."""
+    with kept_streams(devices):
+        torch.default_generator.manual_seed(seed)
+        for kind in {device.type for device in devices}:
+            if kind == "mps":
+                torch.mps.manual_seed(seed)
+            else:
+                getattr(torch, kind).manual_seed_all(seed)
+        yield
+
+
+def _module(device: torch.device) -> Any:
+    return getattr(torch, device.type, None)
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """What a module's functions want to be told of the device."""
+    return () if device.type == "mps" else (device,)

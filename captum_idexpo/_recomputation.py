@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from captum_idexpo._modes import no_graph
-from captum_idexpo._random import kept_streams, set_streams, streams
+from captum_idexpo._random import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
 """(examples, copies)"""
@@ -175,7 +175,7 @@ class _Conditions:
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self._device = device
-        self._devices = [] if device.type == "cpu" else [device]
+        self._devices = [own for own in accelerators(device) if own == device]
         self._known = modules
 
     @contextmanager

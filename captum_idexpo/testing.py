@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._random import accelerators, kept_streams
+from captum_idexpo._random import accelerators, seeded
 
 _STEPS = (1e-5, 1e-6, 1e-7)
 """Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""
@@ -82,10 +82,10 @@ def assert_trainable(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_parameters(parameters)
-    device = next(iter(parameters.values())).device
+    devices = list({device for parameter in parameters.values() for device in accelerators(parameter.device)})
 
     def loss() -> Tensor:
-        with _seeded(seed, device):
+        with _seeded(seed, devices):
             return _loss(attribute(), seed)
 
     total = loss()
@@ -213,11 +213,10 @@ def _explained(derivative: _Derivative, scale: float) -> str:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int, devices: list[torch.device]) -> Iterator[None]:
     """torch's and NumPy's global generators seeded, and put back afterwards."""
     state = np.random.get_state()
-    with kept_streams(accelerators(device)):
-        torch.manual_seed(seed)
+    with seeded(seed, devices):
         np.random.seed(seed)
         try:
             yield

@@ -239,4 +239,4 @@ for _ in range(4):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_the_memory_of_a_forward_pass_is_kept_for_the_next():
     told = subprocess.run([sys.executable, "-c", PAGES_FETCHED], capture_output=True, text=True, check=True).stdout
-    assert sum(map(int, told.split()[1:])) < 2000  # as it comes, 4000 to 30000
+    assert sum(map(int, told.split()[1:])) < 3000  # without: 4000 to 45000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from captum_idexpo._random import accelerators, kept_streams, set_streams, source, streams
+from captum_idexpo._random import accelerators, kept_streams, seeded, set_streams, source, streams
 from captum_idexpo.attr.sampling import kernel_shap_masks, lime_masks
 from captum_idexpo.metrics._locations import Locations
 from captum_idexpo.metrics.insertion_deletion import StepSchedule
@@ -41,6 +41,19 @@ def test_what_a_generator_draws_is_brought_to_the_inputs(draw):
     before = generator.get_state()
     assert draw(generator).device == ELSEWHERE
     assert not torch.equal(before, generator.get_state())
+
+
+def test_of_other_kinds_of_device_there_are_no_streams():
+    assert accelerators(CPU) == accelerators(ELSEWHERE) == []
+
+
+def test_streams_are_seeded_inside():
+    before = streams([])
+    with seeded(7, []):
+        drawn = torch.rand(2)
+    assert torch.equal(streams([])[0], before[0])
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(2), drawn)
 
 
 def test_streams_are_kept():

@@ -165,7 +165,8 @@ def hadamard(n: int) -> Tensor:
         (core << doublings, core) for core in [1, *(p + 1 for p in primes)] for doublings in range(n.bit_length() + 1)
     ]
     order, core = min(candidate for candidate in orders if candidate[0] >= n)
-    matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1)
+    with torch.device("cpu"):  # whatever the default is at the first call
+        matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
@@ -188,7 +189,7 @@ def _coalition_sizes(n_features: int) -> Tensor:
     """Shapley's distribution of a coalition's size k in 1..D-1: proportional to (D - 1) / (k (D - k))."""
     if n_features < 2:
         raise ValueError(f"KernelShap shares the output among features and needs two at least; given: {n_features}.")
-    sizes = torch.arange(n_features, dtype=torch.float)
+    sizes = torch.arange(n_features, dtype=torch.float, device="cpu")  # whatever the default is at the first call
     probabilities = (n_features - 1) / (sizes * (n_features - sizes))
     probabilities[0] = 0.0
     return probabilities / probabilities.sum()

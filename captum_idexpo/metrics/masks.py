@@ -37,7 +37,7 @@ class HardMasks:
         than into booleans.
         """
         ranks, counts = self._rank[examples], steps[..., None].int()
-        masks = ranks.new_empty(len(counts), *ranks.shape)
+        masks = ranks.new_empty(len(counts), max(len(ranks), counts.shape[1]), ranks.shape[1])
         compare = torch.ge if complement else torch.lt
         return compare(ranks, counts, out=masks)
 

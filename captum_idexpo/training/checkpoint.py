@@ -12,6 +12,7 @@ import io
 import os
 import random
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from captum_idexpo._random import set_streams, streams
+from captum_idexpo._random import accelerators, set_streams, streams
 
 _MAGIC = b"captum-idexpo checkpoint 2\n"
 _DIGEST_SIZE = 64
@@ -76,6 +77,8 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
     if not content.startswith(_MAGIC):
+        if content.startswith(_MAGIC[: _MAGIC.rindex(b" ")]):
+            raise CheckpointError(f"{path} is a checkpoint in another format: resume with the version that wrote it.")
         raise CheckpointError(f"{path} is no checkpoint of ExplanationRegularizedTrainer.")
     start = len(_MAGIC) + _DIGEST_SIZE + 1
     digest, payload = content[len(_MAGIC) : start - 1], content[start:]
@@ -104,28 +107,38 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def random_state(generators: Iterable[Generator], device: torch.device) -> dict[str, Any]:
-    """The random streams of a process: Python's, NumPy's, torch's on the CPU and its device, the generators given."""
+    """The random streams of a process: Python's, NumPy's, torch's on the CPU and its devices, the generators given."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "torch": {device.type: streams([] if device.type == "cpu" else [device])},
-        "generators": [generator.get_state() for generator in generators],
+        "torch": [device.type, streams(accelerators(device))],
+        "generators": [[generator.device.type, generator.get_state()] for generator in generators],
     }
 
 
 def set_random_state(state: dict[str, Any], generators: Iterable[Generator], device: torch.device) -> None:
-    """Puts all random streams back; the device's, if it is of the kind that they were noted on."""
+    """Puts all random streams back; with a warning all but those of another kind of device than this run's."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    [(kind, states)] = state["torch"].items()
-    devices = [device] if device.type == kind != "cpu" else []
+    kind, states = state["torch"]
+    devices = accelerators(device)[: len(states) - 1] if device.type == kind else []
     set_streams(states[: 1 + len(devices)], devices)
-    for generator, own in zip(generators, state["generators"], strict=True):
-        generator.set_state(own)
+    kinds = {(kind, device.type)}
+    for generator, (kind, own) in zip(generators, state["generators"], strict=True):
+        kinds.add((kind, generator.device.type))
+        if generator.device.type == kind:
+            generator.set_state(own)
+    for kind, here in kinds:
+        if kind != here:
+            warnings.warn(
+                f"The checkpoint's run drew random numbers on {kind}, this one draws them on {here}: they go on from "
+                "another place, and the run does not end as it would have.",
+                stacklevel=2,
+            )
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._modes import eval_mode, module_of, no_graph
-from captum_idexpo._random import accelerators, kept_streams
+from captum_idexpo._random import accelerators, seeded
 from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.loss import call_model, unpack_batch
@@ -118,8 +118,7 @@ def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) 
     """Every evaluation draws the same masks, from the seeds the user set, and leaves all streams as they were."""
     generators = [generator for generator in _generators(judge) if isinstance(generator, Generator)]
     states = [generator.get_state() for generator in generators]
-    with kept_streams(accelerators(device)):
-        torch.manual_seed(torch.initial_seed())
+    with seeded(torch.initial_seed(), accelerators(device)):
         for generator in generators:
             generator.manual_seed(generator.initial_seed())
         try:

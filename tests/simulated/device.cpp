@@ -60,7 +60,7 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 struct Generator final : c10::GeneratorImpl {
   at::Generator on_cpu = at::detail::createCPUGenerator();
 
-  Generator() : GeneratorImpl(device(), KEYS) {}
+  Generator() : GeneratorImpl(::device(), KEYS) {}
   void set_current_seed(uint64_t seed) override { on_cpu.set_current_seed(seed); }
   uint64_t current_seed() const override { return on_cpu.current_seed(); }
   uint64_t seed() override { return on_cpu.seed(); }
@@ -178,7 +178,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::native::cpu_fallback(op, stack);
 }
 
-// PyTorch has none of these for a device it does not know, or does not say that they change their arguments.
+// PyTorch has none of these for a device it does not know, or does not say that they change their arguments or draw.
 Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                    int64_t groups) {
@@ -211,6 +211,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(
   return {on_device(out), on_device(batch_mean), on_device(batch_scale)};
 }
 
+std::tuple<Tensor, Tensor> dropout(const Tensor& x, double p, std::optional<bool> train) {
+  const double share = train.value_or(true) ? 1 - p : 1;
+  auto kept = at::empty_like(x, x.options().dtype(at::kBool)).bernoulli_(share);
+  return {x * kept * (share > 0 ? 1 / share : 0), kept};
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -230,6 +236,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_convolution", ::_convolution);
   m.impl("convolution_backward", ::convolution_backward);
   m.impl("native_batch_norm", batch_norm);
+  m.impl("native_dropout", ::dropout);
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }

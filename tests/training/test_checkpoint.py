@@ -216,6 +216,28 @@ def test_the_previous_good_one_is_found(folder, damage):
         checkpoint.load_latest(folder)
 
 
+def test_another_format_is_told_from_a_foreign_file(folder):
+    path = paths(folder)[0]
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 1\n", 1))
+    with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
+        checkpoint.load(path)
+
+
+def test_random_streams_of_another_kind_of_device_are_left_out():
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(3)
+    state = checkpoint.random_state([generator], cpu)
+    first = torch.rand(1)
+    state["torch"][0] = "cuda"
+    with pytest.warns(UserWarning, match="drew random numbers on cuda, this one draws them on cpu"):
+        checkpoint.set_random_state(state, [generator], cpu)
+    assert torch.equal(torch.rand(1), first)
+    state["torch"][0], state["generators"] = "cpu", [["cuda", torch.zeros(16, dtype=torch.uint8)]]
+    before = generator.get_state()
+    with pytest.warns(UserWarning, match="drew random numbers on cuda, this one draws them on cpu"):
+        checkpoint.set_random_state(state, [generator], cpu)
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_code_is_never_run(folder):
     class Evil:
         def __reduce__(self):
