@@ -123,7 +123,7 @@ def _loss(attribution: Any, seed: int) -> Tensor:
                 f"Finite differences need double precision, but the attribution is {tensor.dtype}: pass inputs of "
                 "dtype torch.float64."
             )
-        projection = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        projection = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
         term = (projection * tensor).sum() + tensor.square().sum()
         total = term if total is None else total + term
     if total is None:
@@ -161,7 +161,9 @@ def _gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, 
 
 def _direction(parameter: nn.Parameter, generator: Generator) -> Tensor:
     """Random, of the parameter's own size."""
-    direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+    direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        parameter.device
+    )
     size = float(parameter.detach().square().mean().sqrt())
     return direction * (size or 1.0)
 

@@ -150,6 +150,18 @@ EXPLAINERS = {
 }
 
 
+@pytest.mark.parametrize("make", [KernelShap, lambda net: Lime(net, Ridge(), MaskSimilarity())])
+def test_a_default_device_changes_nothing(make, device):
+    net = smooth_net().to(device)
+    attributions = []
+    for default in (CPU, device):
+        torch.manual_seed(0)
+        with torch.device(default):
+            attributions.append(make(net).attribute(ROWS.to(device), target=1, n_samples=40))
+            assert_trainable(lambda: make(net).attribute(ROWS.to(device), target=1, create_graph=True), net)
+    assert torch.equal(*attributions)
+
+
 @pytest.mark.parametrize("settings", [{}, {"share_masks": True}, {"memory_budget": 100.0}], ids=str)
 @pytest.mark.parametrize(
     ("surrogate", "sampling"),

@@ -80,20 +80,24 @@ def captum_lime_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
     """LIME's masks as Captum draws them from torch's global generator, on the CPU."""
     masks = []
     for _ in range(n_sets):
-        masks.append(torch.bernoulli(torch.ones(n_samples, n_features) * 0.5).bool())
+        masks.append(torch.bernoulli(torch.ones(n_samples, n_features, device="cpu") * 0.5).bool())
         replay_captum_fit(n_features)
     return torch.stack(masks)
 
 
 def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
     """KernelSHAP's masks as Captum draws them from torch's global generator, on the CPU."""
-    probabilities = _coalition_sizes(n_features)[None]
+    probabilities, cpu = _coalition_sizes(n_features)[None], torch.device("cpu")
+    no_sizes, no_noise = torch.zeros(0, dtype=torch.long, device=cpu), torch.zeros(0, n_features, device=cpu)
     masks = []
     for _ in range(n_sets):
         # Captum draws a size, then its noise, sample by sample; no single call has the same stream.
-        draws = [(torch.multinomial(probabilities, 1, True), torch.randn(1, n_features)) for _ in range(2, n_samples)]
-        sizes = torch.cat([size[0] for size, _ in draws]) if draws else torch.zeros(0, dtype=torch.long)
-        noise = torch.cat([noise for _, noise in draws]) if draws else torch.zeros(0, n_features)
+        draws = [
+            (torch.multinomial(probabilities, 1, True)[0], torch.randn(1, n_features, device=cpu))
+            for _ in range(2, n_samples)
+        ]
+        sizes = torch.cat([no_sizes, *(size for size, _ in draws)])
+        noise = torch.cat([no_noise, *(noise for _, noise in draws)])
         masks.append(_with_end_points(_largest(noise, sizes)))
         replay_captum_fit(n_features)
     return torch.stack(masks)[:, :n_samples]
@@ -101,8 +105,8 @@ def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Te
 
 def replay_captum_fit(n_features: int) -> None:
     """Draws what Captum's fit of a surrogate draws: a DataLoader's seed and a linear layer's initial weights."""
-    torch.empty((), dtype=torch.int64).random_()
-    torch.nn.Linear(n_features, 1)
+    torch.empty((), dtype=torch.int64, device="cpu").random_()
+    torch.nn.Linear(n_features, 1, device="cpu")
 
 
 # --- coins and subsets -----------------------------------------------------------------------------------------------
