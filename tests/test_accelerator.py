@@ -60,10 +60,9 @@ from tests.attr.cases import CASES
 from tests.helpers import smooth_conv_net, smooth_net
 
 SIMULATED = bool(os.environ.get("SIMULATED_ACCELERATOR"))
-pytestmark = [
-    pytest.mark.skipif(not SIMULATED and not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+if not SIMULATED and not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 G = torch.Generator().manual_seed(0)
 ROWS = torch.randn(4, 6, dtype=torch.float64, generator=G)

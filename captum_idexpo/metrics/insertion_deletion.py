@@ -321,7 +321,7 @@ class Masking:
         schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
         max_rows = check_max_rows(max_examples_per_batch)
         scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
-        masks = make_masks(locations, scorer.sign(), temperature)
+        masks = make_masks(locations, scorer.sign(), temperature, tensors[0].dtype)
         return cls(tensors, aligned, locations, scorer, schedule, masks, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
@@ -378,9 +378,14 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def make_masks(locations: Locations, sign: Tensor | None, temperature: float | str | None) -> HardMasks | SoftMasks:
-    """The locations' masks, in the order of their attributions or, where the sign is -1, against it."""
+def make_masks(
+    locations: Locations, sign: Tensor | None, temperature: float | str | None, dtype: torch.dtype
+) -> HardMasks | SoftMasks:
+    """The locations' masks, in the order of their attributions or, where the sign is -1, against it.
+
+    ``dtype`` is the inputs', which hard masks multiply.
+    """
     values = locations.values if sign is None else locations.values * sign
     if temperature is None:
-        return HardMasks(values, locations.present)
+        return HardMasks(values, locations.present, dtype)
     return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from captum_idexpo._order import ascending, descending_ranks
 
+_EXACT = (torch.float32, torch.float64)
+"""Types that hold the rank of any location: float32 of 2^24, an image of 4096 x 4096."""
+
 
 class HardMasks:
     """The s locations of highest attribution; ties go to the earlier position.
@@ -17,11 +20,13 @@ class HardMasks:
     Args:
         values: attributions ``(B, D)``.
         present: ``(B, D)``, False where an example has no such location; None: all are there.
+        dtype: of the masks, where it is float32 or float64; else they are int32.
     """
 
-    def __init__(self, values: Tensor, present: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor, present: Tensor | None = None, dtype: torch.dtype = torch.int32) -> None:
         self.values = _in_single_or_double(values).detach()
-        self._rank = descending_ranks(_without_absent(self.values, present))
+        ranks = descending_ranks(_without_absent(self.values, present))
+        self._rank = ranks.to(dtype) if dtype in _EXACT else ranks
 
     def __call__(
         self,
@@ -33,10 +38,11 @@ class HardMasks:
     ) -> Tensor:
         """Masks ``(k, b, D)`` of zeros and ones for numbers of locations ``(k, b)`` of the given examples.
 
-        ``complement`` selects all other locations. Of the ranks' type, into which a comparison is several times faster
-        than into booleans.
+        ``complement`` selects all other locations.
         """
-        ranks, counts = self._rank[examples], steps[..., None].int()
+        # Compared in the masks' own type, which is several times faster than into booleans.
+        ranks = self._rank[examples]
+        counts = steps[..., None].to(ranks.dtype)
         masks = ranks.new_empty(len(counts), max(len(ranks), counts.shape[1]), ranks.shape[1])
         compare = torch.ge if complement else torch.lt
         return compare(ranks, counts, out=masks)

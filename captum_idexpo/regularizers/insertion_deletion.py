@@ -268,7 +268,7 @@ class InsertionDeletion(nn.Module):
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
         sign = scorer.sign() if one_column and self._explaining.signed_for_target else None
-        masks = make_masks(locations, sign, temperature)
+        masks = make_masks(locations, sign, temperature, tensors[0].dtype)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
         return Masking(tensors, aligned, locations, scorer, schedule, masks, check_scores, memory), cells

@@ -32,6 +32,8 @@ def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absen
     steps = torch.arange(1, len(numbers) + 1)[:, None]
     hard, soft = HardMasks(values, present)(steps), SoftMasks(values, present, temperature)(steps)
     assert torch.equal(HardMasks(values, present)(steps, complement=True), 1 - hard)
+    assert torch.equal(HardMasks(values, present, torch.float32)(steps), hard.float())
+    assert torch.equal(HardMasks(values, present, torch.float16)(steps), hard)
     torch.testing.assert_close(SoftMasks(values, present, temperature)(steps, complement=True), 1 - soft)
     for s in range(1, len(numbers) + 1):
         order = sorted(range(len(numbers)), key=lambda d: (-numbers[d], d))
