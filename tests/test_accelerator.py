@@ -199,6 +199,8 @@ def test_the_devices_random_stream_is_put_back(device):
         draw()
     with seeded(5, accelerators(device)):
         other = draw()
+    with seeded(5, []):  # of a model on the CPU
+        pass
     generator.set_state(state["generators"][0][1])
     for ours, expected in zip(draw(), first, strict=True):
         assert torch.equal(ours, expected)
