@@ -137,15 +137,29 @@ def cifar_task(n_train: int, n_explained: int, seed: int, root: Path) -> Task:
     return Task(pretrained_resnet20(root), train, test, Subset(test, range(n_explained)))
 
 
-DIGITS: dict[str, Any] = {"optimizer": torch.optim.Adam, "batch_size": 32, "n_seeds": 5}
-CIFAR: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, momentum=0.9), "batch_size": 8, "n_seeds": 3}
+DIGITS: dict[str, Any] = {"optimizer": torch.optim.Adam, "batch_size": 32}
+CIFAR: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, momentum=0.9), "batch_size": 8}
 STUDIES = {
     "digits_gradcam": Study(
-        "digits, Grad-CAM", digits_task, (*GRAD_CAM_SETTINGS, SMALL_BATCHES), 0.001, epochs=6, layer="5", **DIGITS
+        "digits, Grad-CAM",
+        digits_task,
+        (*GRAD_CAM_SETTINGS, SMALL_BATCHES),
+        0.001,
+        epochs=6,
+        n_seeds=12,
+        layer="5",
+        **DIGITS,
     ),
-    "digits_lime": Study("digits, LIME", digits_task, LIME_SETTINGS, 0.01, epochs=2, cell_size=2, **DIGITS),
+    "digits_lime": Study("digits, LIME", digits_task, LIME_SETTINGS, 0.01, epochs=2, n_seeds=5, cell_size=2, **DIGITS),
     "cifar_gradcam": Study(
-        "CIFAR-10, Grad-CAM", partial(cifar_task, 128, 192), GRAD_CAM_SETTINGS, 0.02, epochs=4, layer="layer2", **CIFAR
+        "CIFAR-10, Grad-CAM",
+        partial(cifar_task, 128, 192),
+        GRAD_CAM_SETTINGS,
+        0.02,
+        epochs=4,
+        n_seeds=8,
+        layer="layer2",
+        **CIFAR,
     ),
     "cifar_lime": Study(
         "CIFAR-10, LIME",
@@ -153,6 +167,7 @@ STUDIES = {
         CIFAR_LIME_SETTINGS,
         0.01,
         epochs=2,
+        n_seeds=3,
         learning_rate=5e-4,
         cell_size=4,
         **CIFAR,

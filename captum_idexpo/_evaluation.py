@@ -80,7 +80,8 @@ def look(
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         if module in layers:
-            sizes.extend(tensor.numel() // n_rows for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
+            outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+            sizes.extend(tensor.numel() // n_rows for tensor in outputs if isinstance(tensor, Tensor))
 
     with register_module_forward_hook(note) if layers else nullcontext():
         output = evaluate()
@@ -92,10 +93,11 @@ def _layers(module: nn.Module | None) -> set[nn.Module]:
 
     Of a model's own output only PyTorch's say how large it gets inside; others may call functions.
     """
-    if module is None or any(map(is_compiled, module.modules())):
+    parts = [] if module is None else list(module.modules())
+    if module is None or any(map(is_compiled, parts)):
         return set()
-    layers = set(module.modules())
-    for part in module.modules():
+    layers = set(parts)
+    for part in parts:
         if isinstance(part, ParametrizationList):
             layers -= set(part.modules())
     return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
@@ -119,7 +121,9 @@ class BatchForward:
         n_examples: int,
         target: Any = None,
     ) -> None:
-        if additional_forward_args is not None and not isinstance(additional_forward_args, tuple):
+        if additional_forward_args is None:
+            additional_forward_args = ()
+        elif not isinstance(additional_forward_args, tuple):
             additional_forward_args = (additional_forward_args,)
         self.forward_func = forward_func
         # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time. A
@@ -128,25 +132,46 @@ class BatchForward:
         self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
-        self.target = target
+        if isinstance(target, Tensor) and target.numel() == 1:
+            target = target.reshape(())  # which Captum reads as a number
+        self._target = RepeatedTarget(target, n_examples)
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
         """The output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
-        additional = self.additional_forward_args
-        if additional is not None:
-            additional = tuple(self._repeat(argument, examples, n_copies) for argument in additional)
-        target = self.target
-        if not isinstance(target, Tensor) or target.numel() > 1:  # Captum reads a tensor of one element as a number
-            target = self._repeat(target, examples, n_copies)
-        arguments = () if self._takes_nothing else (*rows, *(additional or ()))
-        return _select_targets(self.forward_func(*arguments), target)
+        additional = [
+            _repeated(argument, self.n_examples, examples, n_copies) for argument in self.additional_forward_args
+        ]
+        arguments = () if self._takes_nothing else (*rows, *additional)
+        return _select_targets(self.forward_func(*arguments), self._target(examples, n_copies))
 
-    def _repeat(self, argument: Any, examples: slice, n_copies: int) -> Any:
-        if isinstance(argument, Tensor) and argument.dim() and len(argument) == self.n_examples:
-            return torch.cat([argument[examples]] * n_copies)
-        if isinstance(argument, list) and len(argument) == self.n_examples:
-            return argument[examples] * n_copies
-        return argument
+
+class RepeatedTarget:
+    """A batch's target for copies of its examples; that of the last chunk is kept, since most have one shape.
+
+    Args:
+        target: a tensor or list as long as the batch goes with the examples; anything else is for all of them.
+        n_examples: the batch's size.
+    """
+
+    def __init__(self, target: Any, n_examples: int) -> None:
+        self._target, self._n_examples = target, n_examples
+        self._chunk: tuple[Any, ...] | None = None
+
+    def __call__(self, examples: slice, n_copies: int) -> Any:
+        """One target a row, copy by copy."""
+        chunk = (examples.start, examples.stop, n_copies)
+        if chunk != self._chunk:
+            self._chunk = chunk
+            self._of_chunk = _repeated(self._target, self._n_examples, examples, n_copies)
+        return self._of_chunk
+
+
+def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) -> Any:
+    if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
+        return argument[examples].repeat(n_copies, *[1] * (argument.dim() - 1))
+    if isinstance(argument, list) and len(argument) == n_examples:
+        return argument[examples] * n_copies
+    return argument
 
 
 def evaluate_copies(
@@ -200,7 +225,7 @@ def evaluate_copies(
         values = memory.evaluate(evaluate_chunk, chunks, through, on_forward)
     in_order = iter(values)
     columns = [
-        torch.cat([next(in_order).reshape(-1, examples.stop - examples.start) for examples, _ in block])
+        torch.cat([next(in_order) for _ in block]).reshape(n_copies, -1)  # a block's chunks are of the same examples
         for block in blocks
     ]
     return torch.cat(columns, dim=1).T

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._errors import NonFiniteError, all_finite
 
 
 def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
@@ -125,7 +125,7 @@ def quickshift(inputs: Tensor, **options: Any) -> Tensor:
 def _superpixels(name: str, inputs: Tensor, **options: Any) -> Tensor:
     segment = _segmentation(name)
     _size(inputs)
-    if not bool(inputs.isfinite().all()):
+    if not all_finite(inputs):
         raise NonFiniteError(f"captum_idexpo.feature_masks.{name}: the images hold NaN or infinity.")
     images = _rescaled(inputs.detach().cpu().double()).movedim(1, -1).numpy()
     masks = [torch.as_tensor(segment(image, channel_axis=-1, **options)).long() for image in images]

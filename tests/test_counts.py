@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
 from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, id_expo_lime
@@ -180,3 +181,47 @@ def test_a_call_costs_what_it_did(name):
     counted = Counted()
     call(counted)
     assert counted.cost == expected
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.n += 1
+        return operation(*args, **(kwargs or {}))
+
+
+# On a CPU each costs some microseconds, next to a small model that has left nothing in the caches.
+OPERATIONS = {
+    "lime": (lambda c, n: c.lime(n_samples=25 * n, perturbations_per_eval=5), 13),
+    "lime, shared masks": (lambda c, n: c.lime(n_samples=25 * n, perturbations_per_eval=5, share_masks=True), 13),
+    "insertion": (
+        lambda c, n: insertion(c.model, c.x, c.maps, target=c.y, fraction=n / 8, max_examples_per_batch=B, step_size=8),
+        14,
+    ),
+    "deletion, soft": (
+        lambda c, n: deletion(
+            c.model, c.x, c.maps, target=c.y, fraction=n / 8, max_examples_per_batch=B, step_size=8, temperature="auto"
+        ),
+        17,
+    ),
+}
+OF_THE_MODEL = 7
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_forward_pass_takes_few_operations_beside_it(name):
+    """Of many passes that which few passes do not need, at most: newer versions of PyTorch need one less."""
+    call, at_most = OPERATIONS[name]
+    counts, passes = [], []
+    for n in (4, 8):
+        counted = Counted()
+        with Operations() as operations, torch.no_grad():
+            call(counted, n)
+        counts.append(operations.n)
+        passes.append(counted.cost.forwards)
+    assert (counts[1] - counts[0]) / (passes[1] - passes[0]) - OF_THE_MODEL <= at_most

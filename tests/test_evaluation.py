@@ -70,6 +70,19 @@ def test_arguments_go_with_their_examples(target):
         assert output.tolist() == [float(row[0]) + 100 * c for row, c in zip(rows[0], columns, strict=True)]
 
 
+def test_targets_follow_the_chunk_and_the_number_of_copies():
+    batch = BatchForward(lambda x: torch.stack([x[:, 0], x[:, 0] + 100], dim=1), None, 3, torch.tensor([0, 1, 0]))
+    for examples, n_copies, chosen in (
+        (slice(0, 2), 2, [0, 1, 0, 1]),
+        (slice(0, 2), 2, [0, 1, 0, 1]),
+        (slice(1, 3), 2, [1, 0, 1, 0]),
+        (slice(1, 3), 1, [1, 0]),
+        (slice(0, 3), 1, [0, 1, 0]),
+    ):
+        output = batch((torch.zeros(len(chosen), 1),), examples, n_copies)
+        assert output.tolist() == [100.0 * c for c in chosen]
+
+
 def literal_copies(x, baseline, keep):
     """(k, b, D) masks over inputs (b, D), entry by entry."""
     baseline = torch.as_tensor(baseline).expand(x.shape)

@@ -18,7 +18,7 @@ from timing import Contender
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from captum_idexpo.attr import KernelShap, LayerGradCam, Lime
+from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import deletion, insertion_deletion
 from captum_idexpo.regularizers import InsertionDeletion
@@ -70,6 +70,13 @@ def attribution(subject: Subject, device: torch.device, name: str) -> Job:
         "bare model": bare(subject, model, device, len(x) * subject.n_samples),
         "independent": lambda: ours.attribute(x, sampling="independent", **arguments),
         "shared masks": lambda: ours.attribute(x, sampling="independent", share_masks=True, **arguments),
+    }
+    if name == "Lime":  # whose default similarity weighs a mask anew for each example's inputs
+        of_masks = Lime(model, Ridge(1.0), MaskSimilarity())
+        contenders["shared masks, MaskSimilarity"] = lambda: of_masks.attribute(
+            x, sampling="independent", share_masks=True, **arguments
+        )
+    contenders |= {
         "Captum's stream": lambda: ours.attribute(x, **arguments),
         "Captum": lambda: theirs.attribute(x, **arguments),
     }

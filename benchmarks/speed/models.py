@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,24 +51,27 @@ class Subject(NamedTuple):
 
 
 def _tiny() -> nn.Module:
+    """Half a million multiplications a row, where the ResNet-20 has 41."""
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.Conv2d(16, 40, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
-        nn.Linear(256, 10),
+        nn.Linear(640, 10),
     )
 
 
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+def _mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(30, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
 
+ROWS_OF_COLUMNS = (256, 512, 1024, 2048, 4096)
 IMAGE_ROWS = (16, 32, 48, 64, 96, 128, 256)
 SUBJECTS = {
-    "mlp": Subject("MLP, 30 columns", _mlp, (30,), 32, 200, 0, None, (512, 1024, 2048, 4096)),
+    "mlp128": Subject("MLP, 30-128-128-2", partial(_mlp, 128), (30,), 32, 200, 0, None, ROWS_OF_COLUMNS),
+    "mlp256": Subject("MLP, 30-256-256-2", partial(_mlp, 256), (30,), 32, 200, 0, None, ROWS_OF_COLUMNS),
     "tiny": Subject("tiny CNN, 32 x 32", _tiny, (3, 32, 32), 32, 200, 4, "2", IMAGE_ROWS),
     "resnet20": Subject("ResNet-20, 32 x 32", ResNet, (3, 32, 32), 8, 200, 4, "layer2", IMAGE_ROWS[:5]),
     "resnet18": Subject("ResNet-18, 224 x 224", resnet18, (3, 224, 224), 2, 25, 32, "layer3", (4, 8, 16)),

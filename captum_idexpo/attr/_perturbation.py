@@ -14,7 +14,7 @@ from captum.attr._core.lime import construct_feature_mask
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._errors import NonFiniteError, all_finite
 from captum_idexpo._evaluation import (
     BatchForward,
     align_baselines,
@@ -180,7 +180,7 @@ class Problem:
         )
         if torch.is_grad_enabled() and not outputs.requires_grad:
             raise no_graph_error(name)
-        if not bool(outputs.isfinite().all()):
+        if not all_finite(outputs):
             raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
         return outputs
 
@@ -242,22 +242,31 @@ class Samples:
     def fit(self, surrogate: Surrogate, outputs: Tensor) -> Tensor:
         """The surrogate's coefficients ``(B, D)`` for outputs ``(B, M)``."""
         weights = self.masks.new_ones(1, self.n, dtype=outputs.dtype) if self.weights is None else self.weights
-        if not bool(weights.isfinite().all()):
-            raise NonFiniteError("The similarity function returned a value that is not finite.")
-        if not bool((weights >= 0).all()):
-            raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")
-        if not bool((weights.sum(dim=1) > 0).all()):
-            raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
+        if self.weights is not None:
+            _check_weights(self.weights)
         if self.lengths is not None and min(self.lengths) < max(self.lengths):
             parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
             return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
         # Systems are copies of the masks in double precision: of large ones a few examples' at a time.
-        at_once = max(1, _VALUES_AT_ONCE // max(1, self.masks[0].numel()))
-        if len(self.masks) <= at_once:
+        n_features = self.masks.shape[2]
+        at_once = max(1, _VALUES_AT_ONCE // max(1, max(self.n, n_features) * n_features))
+        if max(len(self.masks), len(weights)) <= at_once:
             return surrogate.solve(self.masks, outputs, weights)
-        weights = weights.expand(len(outputs), -1)
+
+        def part(tensor: Tensor, at: slice) -> Tensor:
+            return tensor if len(tensor) == 1 else tensor[at]
+
         blocks = slices(len(outputs), at_once)
-        return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in blocks])
+        return torch.cat([surrogate.solve(part(self.masks, at), outputs[at], part(weights, at)) for at in blocks])
+
+
+def _check_weights(weights: Tensor) -> None:
+    if not all_finite(weights):
+        raise NonFiniteError("The similarity function returned a value that is not finite.")
+    if not bool((weights >= 0).all()):
+        raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")
+    if not bool((weights.sum(dim=1) > 0).all()):
+        raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
 
 
 def copies_per_forward(output: Any, doubled: Callable[[], Any], tensors: tuple[Tensor, ...]) -> int:

@@ -272,15 +272,14 @@ class ShapleyRegression(Surrogate):
             return 0 * outputs.expand(-1, n_features)
         weights = weights[:, 2:]
         total, share, residuals = _beside_equal_shares(masks, outputs)
+        free = masks[:, 2:] - share[..., None]  # orthogonal to the vector of ones
         if n_samples - 2 < n_features - 1:
             roots = weights.sqrt()
-            free = masks[:, 2:] - share[..., None]
             correction = apply_each(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
         else:
-            gram, moments = _normal_equations(masks[:, 2:], residuals, weights, centred=False)
-            # Of the masks' part orthogonal to the vector of ones; adding that direction makes the system regular.
-            gram = _without_mean(_without_mean(gram).mT) + 1 / n_features
-            correction = _solve_gram(gram, _without_mean(moments))
+            # Adding the vector of ones makes the system regular.
+            gram = _weighted_gram(free, weights) + 1 / n_features
+            correction = _solve_gram(gram, _weighted_sums(free, weights * residuals))
         return _equal_shares_and(correction, total)
 
 
@@ -392,12 +391,28 @@ def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor, centred: 
     total = weights.sum(dim=1, keepdim=True)
     if centred:
         outputs = outputs - (weights * outputs).sum(dim=1, keepdim=True) / total
-    weighted = masks.mT * weights[:, None, :]
-    gram, moments = weighted @ masks, apply_each(weighted, outputs)
+    gram, moments = _weighted_gram(masks, weights), _weighted_sums(masks, weights * outputs)
     if centred:  # of masks of zeros and ones, so that the subtraction costs no digits
-        sums = weighted.sum(dim=2)
+        sums = _weighted_sums(masks, weights)
         gram = gram - sums[:, :, None] * sums[:, None, :] / total[..., None]
     return gram, moments
+
+
+def _weighted_gram(masks: Tensor, weights: Tensor) -> Tensor:
+    """``Z' K Z``, ``(B or 1, D, D)``."""
+    n_features = masks.shape[2]
+    if len(masks) == 1 and n_features <= 2 * len(weights):
+        # Products of two features are those of all examples: one matrix product instead of one an example.
+        products = masks[0, :, :, None] * masks[0, :, None, :]
+        return (weights @ products.flatten(1)).view(-1, n_features, n_features)
+    return (masks.mT * weights[:, None, :]) @ masks
+
+
+def _weighted_sums(masks: Tensor, weights: Tensor) -> Tensor:
+    """``Z' k`` of each example, ``(B, D)``."""
+    if len(masks) == 1:
+        return weights @ masks[0]
+    return (weights[:, None, :] @ masks).squeeze(1)  # from the left, which is five times faster
 
 
 def _eye(gram: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._errors import NonFiniteError, all_finite
 from captum_idexpo._evaluation import align_baselines, with_batch_axis
 from captum_idexpo._features import FeatureLayout
 
@@ -128,7 +128,7 @@ def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple
 def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
     """Raises NonFiniteError where a tensor holds NaN or infinity."""
     for index, tensor in enumerate(tensors):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
             which = f"{name}[{index}]" if len(tensors) > 1 else name
             raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.")

@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._evaluation import ROWS_TO_LOOK_AT, BatchForward, default_rows_per_forward, evaluate_copies, look
+from captum_idexpo._errors import NonFiniteError, all_finite
+from captum_idexpo._evaluation import (
+    ROWS_TO_LOOK_AT,
+    BatchForward,
+    RepeatedTarget,
+    default_rows_per_forward,
+    evaluate_copies,
+    look,
+)
 from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
 
@@ -60,6 +67,7 @@ class TargetScorer:
         self.outputs = outputs
         n_examples = len(inputs[0])
         self._target = target_indices(target, n_examples, inputs[0].device)
+        self._repeated_target = RepeatedTarget(self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
         at_most = max_rows or default_rows_per_forward(inputs)
@@ -77,14 +85,12 @@ class TargetScorer:
     def __call__(self, rows: tuple[Tensor, ...], examples: slice, n_copies: int, score: Score) -> Tensor:
         """One score a row of ``n_copies`` copies of the given examples."""
         output = self._output(rows, examples, n_copies)
-        target = self._target
+        target = self._repeated_target(examples, n_copies)
         if target is None:
-            target = torch.ones(len(output), 1, dtype=torch.long, device=output.device) * int(self.one_column)
-        else:
-            target = torch.cat([target[examples]] * n_copies)
-        for column in target.T[:-1]:
+            target = torch.full((len(output), 1), int(self.one_column), device=output.device)
+        *columns, label = target.unbind(1)
+        for column in columns:
             output = output[torch.arange(len(output), device=output.device), column]
-        label = target[:, -1]
         if self.outputs == "raw":
             return output.gather(1, label[:, None]).squeeze(1)
         if self.one_column:
@@ -116,7 +122,7 @@ class TargetScorer:
                 f"The forward function must return a tensor with one row for each of its {len(rows[0])} inputs; "
                 f"given: {given}."
             )
-        if output[0].numel() == 1:
+        if math.prod(output.shape[1:]) == 1:
             output = output.reshape(-1, 1)
         return output if output.dtype == torch.float64 else output.float()
 
@@ -268,7 +274,7 @@ def _log(p: Tensor) -> Tensor:
 
 def _check_values(output: Tensor, outputs: str) -> None:
     """Catches outputs that cannot be what is announced, or look like something else."""
-    if not bool(output.isfinite().all()) and not (outputs == "log_probabilities" and bool((output <= 0).all())):
+    if not all_finite(output) and not (outputs == "log_probabilities" and bool((output <= 0).all())):
         raise NonFiniteError("The forward function returned NaN or infinity on the inputs themselves.")
     rows_sum_to_one = output.shape[-1] > 1 and bool(
         ((output >= 0).all(dim=-1) & ((output.sum(dim=-1) - 1).abs() < 1e-4)).all()

@@ -328,10 +328,10 @@ class Masking:
         """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
         steps = self.schedule.steps if steps is None else steps
         n_examples = len(self.inputs[0])
-        steps = steps.expand(n_examples, -1).T
+        thresholds = self.masks.thresholds(steps.expand(n_examples, -1).T)
 
         def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            kept = self.masks(steps[copies, examples], examples, values, complement=direction == "deletion")
+            kept = self.masks(thresholds[copies, examples], examples, values, complement=direction == "deletion")
             return masked_copies(inputs, self.baselines, self.locations.layout, kept, examples)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
@@ -339,7 +339,7 @@ class Masking:
 
         through = (self.masks.values, *self.inputs)
         scores = evaluate_copies(
-            evaluate, perturb, n_examples, len(steps), self.scorer.max_rows, through=through, memory=self.memory
+            evaluate, perturb, n_examples, len(thresholds), self.scorer.max_rows, through=through, memory=self.memory
         )
         if self.check_finite:
             require_finite((scores.detach(),), f"the forward function's output during {direction}")

@@ -28,24 +28,27 @@ class HardMasks:
         ranks = descending_ranks(_without_absent(self.values, present))
         self._rank = ranks.to(dtype) if dtype in _EXACT else ranks
 
+    def thresholds(self, steps: Tensor) -> Tensor:
+        """The rank of the first location left out ``(k, B, 1)``, after numbers of locations ``(k, B)``."""
+        return steps[..., None].to(self._rank.dtype)
+
     def __call__(
         self,
-        steps: Tensor,
+        thresholds: Tensor,
         examples: slice = slice(None),
         values: Tensor | None = None,
         *,
         complement: bool = False,
     ) -> Tensor:
-        """Masks ``(k, b, D)`` of zeros and ones for numbers of locations ``(k, b)`` of the given examples.
+        """Masks ``(k, b, D)`` of zeros and ones for thresholds ``(k, b, 1)`` of the given examples.
 
         ``complement`` selects all other locations.
         """
         # Compared in the masks' own type, which is several times faster than into booleans.
         ranks = self._rank[examples]
-        counts = steps[..., None].to(ranks.dtype)
-        masks = ranks.new_empty(len(counts), max(len(ranks), counts.shape[1]), ranks.shape[1])
+        masks = ranks.new_empty(*thresholds.shape[:2], ranks.shape[1])
         compare = torch.ge if complement else torch.lt
-        return compare(ranks, counts, out=masks)
+        return compare(ranks, thresholds, out=masks)
 
 
 class SoftMasks:
@@ -74,15 +77,23 @@ class SoftMasks:
         slope = temperature * self._n_gaps / self._spread
         self._slope = torch.where(slope.isfinite(), slope, 0.0)
 
+    def thresholds(self, steps: Tensor) -> Tensor:
+        """The thresholds :math:`t_s`, ``(k, B, 1)``, after numbers of locations ``(k, B)``."""
+        rows = self._ordered.expand(len(steps), *self._ordered.shape)
+        last = rows.gather(2, steps[..., None] - 1)
+        first_left_out = rows.gather(2, steps.clamp(max=rows.shape[2] - 1)[..., None])
+        below_all = self._smallest - self._spread / (2 * self._n_gaps.clamp(min=1))
+        return torch.where((steps < self._n_locations.T)[..., None], (last + first_left_out) / 2, below_all)
+
     def __call__(
         self,
-        steps: Tensor,
+        thresholds: Tensor,
         examples: slice = slice(None),
         values: Tensor | None = None,
         *,
         complement: bool = False,
     ) -> Tensor:
-        """Masks ``(k, b, D)`` in (0, 1) for numbers of locations ``(k, b)`` of the given examples.
+        """Masks ``(k, b, D)`` in (0, 1) for thresholds ``(k, b, 1)`` of the given examples.
 
         Their graph leads to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given first.
         ``complement`` gives 1 minus the masks.
@@ -90,16 +101,7 @@ class SoftMasks:
         values = self.values if values is None else values
         slope = -self._slope[examples] if complement else self._slope[examples]
         # In place, which spares the memory of two masks and nothing of the graph.
-        return (values[examples] - self._thresholds(steps, examples)).mul_(slope).sigmoid_()
-
-    def _thresholds(self, steps: Tensor, examples: slice) -> Tensor:
-        ordered, n_locations = self._ordered[examples], self._n_locations[examples].T
-        rows = ordered.expand(len(steps), *ordered.shape)
-        last = rows.gather(2, steps[..., None] - 1)
-        first_left_out = rows.gather(2, steps.clamp(max=ordered.shape[1] - 1)[..., None])
-        half_gap = self._spread[examples] / (2 * self._n_gaps[examples].clamp(min=1))
-        below_all = self._smallest[examples] - half_gap
-        return torch.where((steps < n_locations)[..., None], (last + first_left_out) / 2, below_all)
+        return (values[examples] - thresholds).mul_(slope).sigmoid_()
 
 
 def _in_single_or_double(values: Tensor) -> Tensor:

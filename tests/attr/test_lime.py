@@ -573,13 +573,23 @@ def test_id_expo_lime_explains_both_classes_of_one_column():
     torch.testing.assert_close(attributions[0] + attributions[1], constant.attribute(X.double(), n_samples=50))
 
 
-def test_large_systems_are_solved_a_few_examples_at_a_time(monkeypatch):
-    """The same coefficients, whatever fits at once."""
+@pytest.mark.parametrize("share_masks", [False, True])
+@pytest.mark.parametrize("similarity", [None, MaskSimilarity()])
+def test_large_systems_are_solved_a_few_examples_at_a_time(monkeypatch, share_masks, similarity):
+    """The same coefficients, whatever fits at once: two systems, one; shared masks of shared weights are one anyway."""
     x = torch.randn(5, 6, dtype=torch.float64)
-    expected = []
+    solved = []
+    solve = Ridge.solve
+    monkeypatch.setattr(Ridge, "solve", lambda *given: solved.append(solve(*given)) or solved[-1])
+    coefficients, n_solved = [], []
     for at_once in (2**22, 2 * 40 * 6, 1):
         monkeypatch.setattr("captum_idexpo.attr._perturbation._VALUES_AT_ONCE", at_once)
-        torch.manual_seed(0)
-        expected.append(Lime(smooth_net(), Ridge()).attribute(x, target=0, n_samples=40))
-    torch.testing.assert_close(expected[0], expected[1])
-    torch.testing.assert_close(expected[0], expected[2])
+        solved.clear()
+        lime = Lime(smooth_net(), Ridge(), similarity)
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"sampling": "independent", "share_masks": share_masks, "generator": generator}
+        coefficients.append(lime.attribute(x, target=0, n_samples=40, **arguments))
+        n_solved.append(len(solved))
+    torch.testing.assert_close(coefficients[0], coefficients[1])
+    torch.testing.assert_close(coefficients[0], coefficients[2])
+    assert n_solved == ([1, 1, 1] if share_masks and similarity else [1, 3, 5])

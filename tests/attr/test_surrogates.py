@@ -101,6 +101,21 @@ def test_shared_masks_equal_repeated_ones(surrogate, n_samples):
     torch.testing.assert_close(shared, repeated)
 
 
+@pytest.mark.parametrize("surrogate", [Ridge(0.1), Ridge(0.1, False), ShapleyRegression()])
+@pytest.mark.parametrize("n_features", [3, 6, 7])  # from 7 on more than twice the examples
+def test_shared_masks_of_other_weights_equal_repeated_ones(surrogate, n_features):
+    masks, outputs, weights = problem(30, n_features)
+    masks[:, 0], masks[:, 1] = 1, 0
+    shared = surrogate.solve(masks[:1], outputs, weights)
+    repeated = surrogate.solve(masks[:1].expand(3, -1, -1), outputs, weights)
+    torch.testing.assert_close(shared, repeated, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda v, w: surrogate.solve(masks[:1], v, w), on_a_graph(outputs, weights))
+
+
+def on_a_graph(*tensors):
+    return tuple(tensor.clone().requires_grad_() for tensor in tensors)
+
+
 def test_a_singular_example_leaves_its_batch_mates_alone():
     masks, outputs, weights = problem(20, 5)
     masks[1, 2:, 4] = masks[1, 2:, 3]  # two features that always go together

@@ -330,10 +330,10 @@ def test_ablations_train_on_what_they_say():
 
 def test_one_temperature_is_that_of_the_batch():
     values = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 12.0]])
-    masks = ablations.OneTemperature(values)(torch.tensor([[1, 1]]))
+    soft = ablations.OneTemperature(values)
     slope = 4 / 11  # five distinct values between 1 and 12
     expected = torch.sigmoid(slope * (values - torch.tensor([[3.0], [11.0]])))
-    torch.testing.assert_close(masks[0], expected)
+    torch.testing.assert_close(soft(soft.thresholds(torch.tensor([[1, 1]])))[0], expected)
 
 
 def test_ablations_with_batch_norm_frozen_or_not(monkeypatch):

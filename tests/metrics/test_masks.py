@@ -14,6 +14,10 @@ from captum_idexpo.metrics.masks import HardMasks, SoftMasks
 NUMBERS = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 
 
+def after(masks, steps, **options):
+    return masks(masks.thresholds(steps), **options)
+
+
 def literal_soft(values, s, temperature):
     ranked = sorted(values, reverse=True)
     gaps = len(set(values)) - 1
@@ -30,10 +34,10 @@ def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absen
     values = torch.tensor([[*map(float, numbers), *[9.0] * n_absent]], dtype=torch.float64)
     present = torch.tensor([[True] * len(numbers) + [False] * n_absent]) if n_absent else None
     steps = torch.arange(1, len(numbers) + 1)[:, None]
-    hard, soft = HardMasks(values, present)(steps), SoftMasks(values, present, temperature)(steps)
-    assert torch.equal(HardMasks(values, present)(steps, complement=True), 1 - hard)
-    assert torch.equal(HardMasks(values, present, torch.float32)(steps), hard.float())
-    torch.testing.assert_close(SoftMasks(values, present, temperature)(steps, complement=True), 1 - soft)
+    hard, soft = after(HardMasks(values, present), steps), after(SoftMasks(values, present, temperature), steps)
+    assert torch.equal(after(HardMasks(values, present), steps, complement=True), 1 - hard)
+    assert torch.equal(after(HardMasks(values, present, torch.float32), steps), hard.float())
+    torch.testing.assert_close(after(SoftMasks(values, present, temperature), steps, complement=True), 1 - soft)
     for s in range(1, len(numbers) + 1):
         order = sorted(range(len(numbers)), key=lambda d: (-numbers[d], d))
         assert hard[s - 1, 0, : len(numbers)].tolist() == [d in order[:s] for d in range(len(numbers))]
@@ -42,18 +46,18 @@ def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absen
 
 
 def test_after_all_locations_no_mask_falls_below_the_paper_s_bound():
-    soft = SoftMasks(torch.randn(5, 7, dtype=torch.float64))(torch.full((1, 5), 7))
+    soft = after(SoftMasks(torch.randn(5, 7, dtype=torch.float64)), torch.full((1, 5), 7))
     assert float(soft.min()) == pytest.approx(1 / (1 + math.exp(-0.5)))
 
 
 def test_hard_masks_take_only_types_that_hold_every_rank():
     values, steps = torch.randn(1, 5000), torch.tensor([[4001]])
     for dtype in (torch.float16, torch.bfloat16, torch.int64):
-        masks = HardMasks(values, dtype=dtype)(steps)
+        masks = after(HardMasks(values, dtype=dtype), steps)
         assert masks.dtype == torch.int32
         assert int(masks.sum()) == 4001
-    assert HardMasks(values, dtype=torch.float64)(steps).dtype == torch.float64
+    assert after(HardMasks(values, dtype=torch.float64), steps).dtype == torch.float64
 
 
 def test_half_precision_is_ranked_in_single():
-    assert SoftMasks(torch.randn(1, 4).half())(torch.tensor([[2]])).dtype == torch.float32
+    assert after(SoftMasks(torch.randn(1, 4).half()), torch.tensor([[2]])).dtype == torch.float32
