@@ -278,14 +278,19 @@ def masked_copies(
     dtypes = [_copies_dtype(tensor, baseline, keep) for tensor, baseline in zip(inputs, chosen, strict=True)]
     # A mask of the inputs' type multiplies several times faster than a boolean one chooses; it is smallest before it
     # is laid out over the inputs.
-    laid_out = layout.spread(as_numbers(keep, dtypes[0]) if len(set(dtypes)) == 1 else keep, examples)
+    if len(set(dtypes)) == 1:
+        masks = layout.spread(as_numbers(keep, dtypes[0]), examples)
+    else:
+        masks = tuple(map(as_numbers, layout.spread(keep, examples), dtypes))
     return tuple(
-        _mix(tensor[examples].to(dtype), baseline, as_numbers(mask, dtype))
-        for tensor, baseline, mask, dtype in zip(inputs, chosen, laid_out, dtypes, strict=True)
+        _mix(tensor[examples].to(dtype), baseline, mask)
+        for tensor, baseline, mask, dtype in zip(inputs, chosen, masks, dtypes, strict=True)
     )
 
 
 def _copies_dtype(tensor: Tensor, baseline: Any, keep: Tensor) -> torch.dtype:
+    if tensor.is_floating_point() and not isinstance(baseline, Tensor):
+        return tensor.dtype
     dtype = torch.result_type(tensor, baseline)
     return dtype if dtype.is_floating_point or not keep.is_floating_point() else keep.dtype
 
