@@ -132,7 +132,7 @@ class BatchForward:
         self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
-        if isinstance(target, Tensor) and target.numel() == 1:
+        if isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
             target = target.reshape(())  # which Captum reads as a number
         self._target = RepeatedTarget(target, n_examples)
 
@@ -161,14 +161,17 @@ class RepeatedTarget:
         """One target a row, copy by copy."""
         chunk = (examples.start, examples.stop, n_copies)
         if chunk != self._chunk:
-            self._chunk = chunk
             self._of_chunk = _repeated(self._target, self._n_examples, examples, n_copies)
+            self._chunk = chunk
         return self._of_chunk
 
 
 def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) -> Any:
     if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
-        return argument[examples].repeat(n_copies, *[1] * (argument.dim() - 1))
+        some = argument[examples]
+        if argument.dim() > 3:
+            return torch.cat([some] * n_copies)  # which keeps channels-last
+        return some.repeat(n_copies, *[1] * (argument.dim() - 1))
     if isinstance(argument, list) and len(argument) == n_examples:
         return argument[examples] * n_copies
     return argument

@@ -83,6 +83,16 @@ def test_targets_follow_the_chunk_and_the_number_of_copies():
         assert output.tolist() == [100.0 * c for c in chosen]
 
 
+def test_arguments_keep_channels_last():
+    seen = []
+    image = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
+    batch = BatchForward(lambda x, image: seen.append(image), image, 3)
+    for n_copies in (1, 2, 200):
+        batch((torch.zeros(2 * n_copies, 1),), slice(1, 3), n_copies)
+        assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(seen[-1], torch.cat([image[1:]] * n_copies))
+
+
 def literal_copies(x, baseline, keep):
     """(k, b, D) masks over inputs (b, D), entry by entry."""
     baseline = torch.as_tensor(baseline).expand(x.shape)

@@ -1,4 +1,4 @@
-"""The models that are measured, with what explains them: from half a million to two billion operations a row."""
+"""The models that are measured, with what explains them: from twenty thousand to two billion multiplications a row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Subject(NamedTuple):
 
 
 def _tiny() -> nn.Module:
-    """Half a million multiplications a row, where the ResNet-20 has 41."""
+    """Half a million multiplications a row, where the ResNet-20 has 41 million."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=2, padding=1),
         nn.ReLU(),

@@ -28,9 +28,9 @@ from captum_idexpo._features import FeatureLayout
 from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
-from captum_idexpo.attr.surrogates import Surrogate
+from captum_idexpo.attr.surrogates import Lasso, Surrogate
 
-_VALUES_AT_ONCE = 2**22  # of masks that a surrogate is fitted to
+_VALUES_AT_ONCE = 2**22  # of masks that a surrogate is fitted to, or of Gram matrices
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,12 @@ class Samples:
         if self.lengths is not None and min(self.lengths) < max(self.lengths):
             parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
             return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
-        # Systems are copies of the masks in double precision: of large ones a few examples' at a time.
+        # Systems are copies of the masks in double precision, and their Gram matrices: of large ones a few at a time.
         n_features = self.masks.shape[2]
         at_once = max(1, _VALUES_AT_ONCE // max(1, max(self.n, n_features) * n_features))
-        if max(len(self.masks), len(weights)) <= at_once:
+        # A Lasso's active set makes a system of each example's, whatever they share.
+        one_system = len(self.masks) == len(weights) == 1 and not isinstance(surrogate, Lasso)
+        if one_system or len(outputs) <= at_once:
             return surrogate.solve(self.masks, outputs, weights)
 
         def part(tensor: Tensor, at: slice) -> Tensor:

@@ -404,7 +404,7 @@ def _weighted_gram(masks: Tensor, weights: Tensor) -> Tensor:
     if len(masks) == 1 and n_features <= 2 * len(weights):
         # Products of two features are those of all examples: one matrix product instead of one an example.
         products = masks[0, :, :, None] * masks[0, :, None, :]
-        return (weights @ products.flatten(1)).view(-1, n_features, n_features)
+        return (weights @ products.flatten(1)).view(len(weights), n_features, n_features)
     return (masks.mT * weights[:, None, :]) @ masks
 
 

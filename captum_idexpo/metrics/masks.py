@@ -15,7 +15,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 class HardMasks:
-    """The s locations of highest attribution; ties go to the earlier position.
+    """The s locations of highest attribution; ties go to the earlier position: ``masks(masks.thresholds(steps))``.
 
     Args:
         values: attributions ``(B, D)``.
@@ -44,6 +44,7 @@ class HardMasks:
 
         ``complement`` selects all other locations.
         """
+        _check_thresholds(thresholds)
         # Compared in the masks' own type, which is several times faster than into booleans.
         ranks = self._rank[examples]
         masks = ranks.new_empty(*thresholds.shape[:2], ranks.shape[1])
@@ -57,7 +58,7 @@ class SoftMasks:
     The threshold :math:`t_s` lies midway between the s-th and the (s+1)-th largest attribution, T is the inverse of
     the mean gap between distinct ones; both only locate the step and carry no gradient. Where s = D the threshold
     lies half a mean gap below the smallest attribution. A constant attribution has no order: its masks are 1/2, their
-    gradient 0.
+    gradient 0. To be called as `HardMasks`, with ``thresholds(steps)``.
 
     Args:
         values: attributions ``(B, D)``.
@@ -98,10 +99,19 @@ class SoftMasks:
         Their graph leads to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given first.
         ``complement`` gives 1 minus the masks.
         """
+        _check_thresholds(thresholds)
         values = self.values if values is None else values
         slope = -self._slope[examples] if complement else self._slope[examples]
         # In place, which spares the memory of two masks and nothing of the graph.
         return (values[examples] - thresholds).mul_(slope).sigmoid_()
+
+
+def _check_thresholds(thresholds: Tensor) -> None:
+    if thresholds.dim() != 3:
+        raise ValueError(
+            f"Masks are made of thresholds (k, b, 1), given: {tuple(thresholds.shape)}; of numbers of locations make "
+            "these first: masks(masks.thresholds(steps))."
+        )
 
 
 def _in_single_or_double(values: Tensor) -> Tensor:

@@ -59,5 +59,11 @@ def test_hard_masks_take_only_types_that_hold_every_rank():
     assert after(HardMasks(values, dtype=torch.float64), steps).dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind", [HardMasks, SoftMasks])
+def test_numbers_of_locations_are_no_thresholds(kind):
+    with pytest.raises(ValueError, match=r"masks\.thresholds\(steps\)"):
+        kind(torch.randn(2, 4))(torch.tensor([[2, 2]]))
+
+
 def test_half_precision_is_ranked_in_single():
     assert after(SoftMasks(torch.randn(1, 4).half()), torch.tensor([[2]])).dtype == torch.float32
