@@ -2,7 +2,8 @@
 
     python benchmarks/speed                       all that is installed; prints a table, writes JSON, a table, a chart
     python benchmarks/speed --quantus             only what needs Quantus, from an environment that has it:
-                                                  python -m venv quantus && quantus/bin/pip install quantus '.[lime,train,image,plot]'
+                                                  python -m venv quantus
+                                                  quantus/bin/pip install quantus '.[lime,train,image,plot]'
                                                   quantus/bin/python benchmarks/speed --quantus
 
 All figures are ratios of one interleaved run, medians with their range over rounds. On a GPU, times are those of CUDA
