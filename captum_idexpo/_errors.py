@@ -11,5 +11,4 @@ class NonFiniteError(FloatingPointError, ValueError):
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; its sum tells, many times faster, unless that overflows."""
-    tensor = tensor.detach()
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

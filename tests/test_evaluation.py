@@ -83,6 +83,13 @@ def test_targets_follow_the_chunk_and_the_number_of_copies():
         assert output.tolist() == [100.0 * c for c in chosen]
 
 
+def test_a_target_of_one_element_is_a_number():
+    """As in Captum, so that it chooses from outputs of any number of axes, whatever the number of rows."""
+    output = torch.arange(24.0).view(4, 2, 3)
+    batch = BatchForward(lambda x: output, None, 1, torch.tensor([1]))
+    assert torch.equal(batch((torch.zeros(4, 1),), slice(0, 1), 4), output[:, 1])
+
+
 def test_arguments_keep_channels_last():
     seen = []
     image = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
@@ -135,6 +142,13 @@ def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected):
     assert copy.dtype == expected
     last = baseline[0, 1] if isinstance(baseline, torch.Tensor) else baseline
     assert copy.tolist() == [[[1, last]]]
+
+
+@pytest.mark.parametrize("baseline", [0, 3, torch.zeros(1, 2, dtype=torch.int64)])
+def test_soft_masks_mix_integers_as_numbers(baseline):
+    layout = FeatureLayout.of_positions([torch.Size([2])])
+    (copy,) = masked_copies((torch.ones(1, 2, dtype=torch.int64),), (baseline,), layout, torch.full((1, 1, 2), 0.25))
+    assert copy.tolist() == [[[0.25 + 0.75 * int(torch.as_tensor(baseline).max())] * 2]]
 
 
 @pytest.mark.parametrize(
