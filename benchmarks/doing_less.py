@@ -157,7 +157,7 @@ STUDIES = {
         GRAD_CAM_SETTINGS,
         0.02,
         epochs=4,
-        n_seeds=8,
+        n_seeds=7,
         layer="layer2",
         **CIFAR,
     ),
