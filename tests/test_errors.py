@@ -20,5 +20,5 @@ def test_one_number_that_is_not_finite_is_found(dtype):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_tensor_on_a_graph_is_asked_without_it():
+def test_asking_a_tensor_on_a_graph_warns_of_nothing():
     assert all_finite(torch.ones(3, requires_grad=True) * 2)
