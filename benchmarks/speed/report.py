@@ -50,6 +50,7 @@ def write(path: Path) -> None:
     results = json.loads(path.read_text())
     text = []
     for device, subjects in results.items():
+        subjects = {name: subjects[name] for name in SUBJECTS if name in subjects}  # an older file may have others
         timed = {name: {job: r for job, r in jobs.items() if "seconds" in r} for name, jobs in subjects.items()}
         text += [f"### {_heading(device, subjects)}", "", *_table(timed), "", *_others(subjects), ""]
         _chart(timed, path.with_name("speed.png" if device == "cpu" else f"speed_{device}.png"))
