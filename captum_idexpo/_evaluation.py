@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from captum._utils.common import _select_targets
@@ -103,6 +104,38 @@ def _layers(module: nn.Module | None) -> set[nn.Module]:
     return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
 
 
+class KnownRows:
+    """How many rows a forward pass had best have, as looked at once for a model, a shape of its inputs and a device.
+
+    Of modules in eval mode: a look at others moves BatchNorm's statistics, which must not depend on what was called
+    before. A model that is changed afterwards keeps the number, which costs time or memory at most.
+    """
+
+    def __init__(self) -> None:
+        self._rows: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
+
+    def get(self, forward_func: Any, inputs: tuple[Tensor, ...]) -> int | None:
+        """The rows that are known; None: look."""
+        known = self._rows.get(forward_func) if isinstance(forward_func, nn.Module) else None
+        if known is None or any(module.training for module in forward_func.modules()):
+            return None
+        return known.get(_kind(inputs))
+
+    def note(self, forward_func: Any, inputs: tuple[Tensor, ...], rows: int) -> None:
+        """Keeps them for the next time."""
+        if isinstance(forward_func, nn.Module):
+            self._rows.setdefault(forward_func, {})[_kind(inputs)] = rows
+
+    def forget(self, forward_func: Any) -> None:
+        """Of a model that turns out to be another than it was."""
+        if isinstance(forward_func, nn.Module):
+            self._rows.pop(forward_func, None)
+
+
+def _kind(inputs: tuple[Tensor, ...]) -> Any:
+    return inputs[0].device, *(tensor.shape[1:] for tensor in inputs)
+
+
 class BatchForward:
     """A forward function bound to the extra arguments of one batch, callable on copies of a part of that batch.
 
@@ -134,7 +167,11 @@ class BatchForward:
         self.n_examples = n_examples
         if isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
             target = target.reshape(())  # which Captum reads as a number
-        self._target = RepeatedTarget(target, n_examples)
+        self._target = repeated(target, n_examples)
+        self._classes: OfChunk | None = None
+        if isinstance(target, Tensor) and target.shape == (n_examples,) and target.dtype == torch.int64:
+            classes = target[:, None]
+            self._classes = OfChunk(lambda examples, n_copies: classes[examples].expand(n_copies, -1, -1))
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
         """The output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
@@ -142,28 +179,42 @@ class BatchForward:
             _repeated(argument, self.n_examples, examples, n_copies) for argument in self.additional_forward_args
         ]
         arguments = () if self._takes_nothing else (*rows, *additional)
-        return _select_targets(self.forward_func(*arguments), self._target(examples, n_copies))
+        return self._select(self.forward_func(*arguments), examples, n_copies)
+
+    def _select(self, output: Any, examples: slice, n_copies: int) -> Any:
+        if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:
+            # Captum's choice, but without a target for each copy.
+            classes = self._classes(examples, n_copies)
+            if len(output) == len(classes) * classes.shape[1]:
+                return output.reshape(*classes.shape[:2], -1).gather(2, classes).flatten()
+        return _select_targets(output, self._target(examples, n_copies))
 
 
-class RepeatedTarget:
-    """A batch's target for copies of its examples; that of the last chunk is kept, since most have one shape.
+class OfChunk:
+    """What is made for so many copies of some examples; that of the last chunk is kept, since most have one shape.
 
     Args:
-        target: a tensor or list as long as the batch goes with the examples; anything else is for all of them.
-        n_examples: the batch's size.
+        make: (examples, copies) -> what is needed for them.
     """
 
-    def __init__(self, target: Any, n_examples: int) -> None:
-        self._target, self._n_examples = target, n_examples
+    def __init__(self, make: Callable[[slice, int], Any]) -> None:
+        self._make = make
         self._chunk: tuple[Any, ...] | None = None
 
     def __call__(self, examples: slice, n_copies: int) -> Any:
-        """One target a row, copy by copy."""
+        """As `make` makes it."""
         chunk = (examples.start, examples.stop, n_copies)
         if chunk != self._chunk:
-            self._of_chunk = _repeated(self._target, self._n_examples, examples, n_copies)
-            self._chunk = chunk
-        return self._of_chunk
+            self._made, self._chunk = self._make(examples, n_copies), chunk
+        return self._made
+
+
+def repeated(argument: Any, n_examples: int) -> OfChunk:
+    """A batch's argument for copies of its examples, copy by copy.
+
+    A tensor or list as long as the batch goes with the examples; anything else is for all of them.
+    """
+    return OfChunk(functools.partial(_repeated, argument, n_examples))
 
 
 def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) -> Any:

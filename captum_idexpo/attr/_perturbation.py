@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from captum_idexpo._errors import NonFiniteError, all_finite
 from captum_idexpo._evaluation import (
     BatchForward,
+    KnownRows,
     align_baselines,
     default_rows_per_forward,
     evaluate_copies,
@@ -24,13 +26,15 @@ from captum_idexpo._evaluation import (
     masked_copies,
     slices,
 )
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._features import FeatureLayout, as_numbers
 from captum_idexpo._modes import no_graph
+from captum_idexpo._random import accelerators, kept_streams
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
 
 _VALUES_AT_ONCE = 2**22  # of masks that a surrogate is fitted to, or of Gram matrices
+_known_rows = KnownRows()  # of models that return one value an example
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Problem:
 
     inputs: tuple[Tensor, ...]
     baselines: tuple[Any, ...]
-    feature_mask: tuple[Tensor, ...]
+    feature_mask: tuple[Tensor, ...] | None
     layout: FeatureLayout
     is_tuple: bool
     ragged: tuple[bool, ...]
@@ -62,29 +66,30 @@ class Problem:
         batch_size = len(tensors[0])
         if not batch_size:
             raise IndexError("The batch is empty: there is nothing to explain.")
+        if feature_mask is None and not all(map(len, tensors)):
+            raise IndexError("An input tensor has no rows, and so no features of its own: leave it out.")
         ragged = tuple(len(tensor) != batch_size for tensor in tensors)
         if batch_size > 1 and any(tensor.numel() for tensor, odd in zip(tensors, ragged, strict=True) if odd):
             raise AssertionError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
         if len(formatted_baselines) != len(tensors):
             raise IndexError(f"There are {len(formatted_baselines)} baselines for {len(tensors)} input tensors.")
         try:
-            masks, n_features = construct_feature_mask(feature_mask, tensors)
+            masks = None if feature_mask is None else construct_feature_mask(feature_mask, tensors)[0]
+            # A batch's rows have the same positions; so have those of a ragged tensor, which is a single example.
+            shapes = [
+                torch.Size((1, *t.shape[1:])) if odd else t.shape[1:] for t, odd in zip(tensors, ragged, strict=True)
+            ]
             tensors = tuple(t[None] if odd else t for t, odd in zip(tensors, ragged, strict=True))
-            layout = (
-                FeatureLayout.of_positions(
-                    [mask.shape if odd else mask.shape[1:] for mask, odd in zip(masks, ragged, strict=True)]
-                )
-                if feature_mask is None
-                else FeatureLayout.of_mask(masks, tensors)
-            )
+            layout = FeatureLayout.of_positions(shapes) if masks is None else FeatureLayout.of_mask(masks, tensors)
             aligned = align_baselines(formatted_baselines, tensors)
         except TypeError as error:  # Captum's exception types, this package's texts
             raise IndexError(str(error)) from None
         except ValueError as error:
             raise RuntimeError(str(error)) from None
-        if n_features > 10_000:
+        if layout.n_features > 10_000:
             warnings.warn(
-                f"{n_features} features make a large surrogate that is slow to fit: group them with a feature_mask.",
+                f"{layout.n_features} features make a large surrogate that is slow to fit: group them with a "
+                "feature_mask.",
                 stacklevel=4,
             )
         return cls(tensors, aligned, masks, layout, is_tuple, ragged)
@@ -112,10 +117,16 @@ class Problem:
             return self, perturbations_per_eval
         if any(odd and tensor.numel() for odd, tensor in zip(self.ragged, self.inputs, strict=True)):
             return self, 1  # copies of token ids, put one after the other, may need offsets that only the user knows
+        asked_for = None if perturbations_per_eval is None else perturbations_per_eval * self.batch_size
+        model = None if forward.additional_forward_args else forward.forward_func  # which arguments may change
+        known = _known_rows.get(model, self.inputs)
+        if known is not None:
+            return self, asked_for or known
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
         rows = self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs))
         try:
-            with no_graph():
+            # The streams are kept, since what is known needs no look the next time.
+            with no_graph(), kept_streams(accelerators(self.device)):
                 output, rows_per_forward = look(
                     forward.forward_func, lambda: forward(rows, n_copies=n_copies), self.inputs, len(rows[0])
                 )
@@ -134,9 +145,8 @@ class Problem:
             f"The forward function returned {n_values} values for {self.batch_size * n_copies} examples (after "
             "choosing the target): it must return one for each example or one for the batch. Is the target missing?"
         )
-        if perturbations_per_eval is not None:
-            return self, perturbations_per_eval * self.batch_size
-        return self, rows_per_forward
+        _known_rows.note(model, self.inputs, rows_per_forward)
+        return self, asked_for or rows_per_forward
 
     def evaluate(
         self,
@@ -150,6 +160,9 @@ class Problem:
         """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
         # Copy by copy, as the rows of a forward pass.
         keep = (masks if masks.dtype == torch.bool else masks != 0).transpose(0, 1)
+        dtypes = {tensor.dtype for tensor in self.inputs}
+        if keep.shape[1] == 1 and len(dtypes) == 1 and self.inputs[0].is_floating_point():
+            keep = as_numbers(keep, *dtypes)  # few enough to be numbers all at once
         everyone = slice(None)
 
         def perturb(examples: slice, copies: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -161,11 +174,13 @@ class Problem:
             output = forward(self._rows(rows), everyone if self.joint else examples, n_copies)
             values = output.flatten() if isinstance(output, Tensor) else self._number(output)
             n_expected = n_copies * (examples.stop - examples.start)
-            assert values.numel() == n_expected, (
-                f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
-                "choosing the target): it must return one for each. Is the target missing, or does it return one value "
-                "for the whole batch (then perturbations_per_eval must be 1)?"
-            )
+            if values.numel() != n_expected:
+                _known_rows.forget(forward.forward_func)
+                raise AssertionError(
+                    f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
+                    "choosing the target): it must return one for each. Is the target missing, or does it return one "
+                    "value for the whole batch (then perturbations_per_eval must be 1)?"
+                )
             return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
         outputs = evaluate_copies(
@@ -215,9 +230,11 @@ class Problem:
             )
             return chosen if self.is_tuple else chosen[0]
 
-        return select(self._rows(self.inputs)), {
+        inputs = self._rows(self.inputs)
+        masks = self.feature_mask or construct_feature_mask(None, inputs)[0]
+        return select(inputs), {
             "baselines": select(self.baselines),
-            "feature_mask": select(self.feature_mask),
+            "feature_mask": select(masks),
             "num_interp_features": self.layout.n_features,
         }
 
@@ -263,11 +280,12 @@ class Samples:
 
 
 def _check_weights(weights: Tensor) -> None:
-    if not all_finite(weights):
+    totals = weights.sum(dim=1).tolist()
+    if not (all(map(math.isfinite, totals)) or all_finite(weights)):  # a sum may overflow
         raise NonFiniteError("The similarity function returned a value that is not finite.")
-    if not bool((weights >= 0).all()):
+    if weights.amin().item() < 0:
         raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")
-    if not bool((weights.sum(dim=1) > 0).all()):
+    if not min(totals) > 0:
         raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
 
 

@@ -51,17 +51,16 @@ def kernel_shap_masks(
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
     at = _source(device, generator)
-    shapley = shapley.to(at)
-    drawn = torch.where(shapley > 0, 1 / (n_features - 1), 0.0) if sampling == "leverage" else shapley
+    quantiles = _quantiles_of_sizes(n_features, sampling == "leverage").to(at)
     n_random = max(0, n_samples - 2)
     n_drawn = n_random if sampling == "independent" else -(-n_random // 2)
     shape = (n_sets, n_drawn, n_features)
     if sampling in ("independent", "paired"):
         points = torch.rand(n_sets, n_drawn, device=at, generator=generator)
-        sizes = _at(points, drawn)
+        sizes = torch.searchsorted(quantiles, points, right=True)
         masks = _largest(_noise(shape, at, generator), sizes)
     else:
-        sizes = _in_proportion(drawn, n_sets, n_drawn, generator)
+        sizes = _in_proportion(quantiles, n_sets, n_drawn, generator)
         masks = _largest(_orthogonal_rows(shape, at, generator), sizes)
     if sampling != "independent":
         masks = _with_complements(masks)[:, :n_random]
@@ -69,7 +68,7 @@ def kernel_shap_masks(
     if sampling != "leverage":
         return masks.to(device), None
     ratio = torch.ones(n_features + 1, device=at)
-    ratio[1:n_features] = (shapley / drawn)[1:]
+    ratio[1:n_features] = (n_features - 1) * shapley[1:].to(at)
     return masks.to(device), ratio[masks.sum(dim=-1)].to(device)
 
 
@@ -199,20 +198,25 @@ def _coalition_sizes(n_features: int) -> Tensor:
     return probabilities / probabilities.sum()
 
 
-def _in_proportion(probabilities: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
+@functools.lru_cache(maxsize=8)
+def _quantiles_of_sizes(n_features: int, all_equal: bool) -> Tensor:
+    """Up to which quantile a coalition has at most 0, 1, ... features; by Shapley's distribution, or all equally."""
+    shapley = _coalition_sizes(n_features)
+    quantiles = ((shapley > 0).float() if all_equal else shapley).cumsum(0)
+    quantiles /= quantiles[-1].clone()
+    quantiles[-1] = torch.inf  # a quantile may be rounded to 1
+    return quantiles
+
+
+def _in_proportion(quantiles: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
     """n values a set ``(n_sets, n)`` of a distribution over 0, 1, ...: systematic sampling, in random order.
 
     Each draw by itself has the distribution; each value comes as often as is expected, rounded down or up.
     """
-    device = probabilities.device
+    device = quantiles.device
     points = (torch.arange(n, device=device) + torch.rand(n_sets, 1, device=device, generator=generator)) / max(n, 1)
-    return _at(points, probabilities).gather(1, _permutations((n_sets, n), device, generator))
-
-
-def _at(points: Tensor, probabilities: Tensor) -> Tensor:
-    """The value 0, 1, ... of a distribution at each quantile in [0, 1)."""
-    edges = probabilities.cumsum(0) / probabilities.sum()
-    return torch.searchsorted(edges, points, right=True).clamp_max(len(probabilities) - 1)
+    values = torch.searchsorted(quantiles, points, right=True)
+    return values.gather(1, _permutations((n_sets, n), device, generator))
 
 
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:

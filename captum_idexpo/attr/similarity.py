@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +55,12 @@ class InputKernel:
     kernel_width: float
 
     @classmethod
-    def of(cls, similarity_func: Callable[..., Any]) -> InputKernel | None:
+    def of(cls, similarity_func: Any) -> InputKernel | None:
         """The kernel that Captum's `get_exp_kernel_similarity_function` made; None for any other function."""
         if getattr(similarity_func, "__qualname__", "") != _CAPTUM_KERNEL:
             return None
-        settings = inspect.getclosurevars(similarity_func).nonlocals
+        cells = zip(similarity_func.__code__.co_freevars, similarity_func.__closure__ or (), strict=True)
+        settings = {name: cell.cell_contents for name, cell in cells}
         mode, width = settings.get("distance_mode"), settings.get("kernel_width")
         return cls(mode, width) if mode in ("cosine", "euclidean") and width is not None else None
 
@@ -79,10 +78,15 @@ class InputKernel:
         """
         dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
         x = [tensor.to(dtype) for tensor in inputs]
-        b = [
-            (baseline.to(dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
-            for baseline, tensor in zip(baselines, x, strict=True)
-        ]
+        zero = all(not isinstance(baseline, Tensor) and baseline == 0 for baseline in baselines)
+        b = (
+            []
+            if zero
+            else [
+                (baseline.to(dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
+                for baseline, tensor in zip(baselines, x, strict=True)
+            ]
+        )
         kept = as_numbers(masks if masks.dtype == torch.bool else masks != 0, dtype)
 
         def feature_sums(left: list[Tensor], right: list[Tensor]) -> Tensor:
@@ -90,14 +94,18 @@ class InputKernel:
             return sums.sum(dim=0, keepdim=True) if joint else sums
 
         if self.distance_mode == "euclidean":
-            difference = [p - q for p, q in zip(x, b, strict=True)]
+            difference = x if zero else [p - q for p, q in zip(x, b, strict=True)]
             squared = feature_sums(difference, difference)
             squared_distance = apply_each(1 - kept, squared)
         else:
             # Products of the copy with the input and with itself: the baseline's, plus what kept features add.
-            xx, xb, bb = feature_sums(x, x), feature_sums(x, b), feature_sums(b, b)
-            product = xb.sum(dim=1, keepdim=True) + apply_each(kept, xx - xb)
-            of_copy = bb.sum(dim=1, keepdim=True) + apply_each(kept, xx - bb)
+            xx = feature_sums(x, x)
+            if zero:
+                product = of_copy = apply_each(kept, xx)
+            else:
+                xb, bb = feature_sums(x, b), feature_sums(b, b)
+                product = xb.sum(dim=1, keepdim=True) + apply_each(kept, xx - xb)
+                of_copy = bb.sum(dim=1, keepdim=True) + apply_each(kept, xx - bb)
             # Clamped before the root, whose gradient at 0 is infinite.
             norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
             squared_distance = (1 - product / norms) ** 2

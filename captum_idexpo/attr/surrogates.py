@@ -86,7 +86,8 @@ class Ridge(Surrogate):
         """The coefficients ``(B, D)``; see `Surrogate.solve`."""
         n_samples, n_features = masks.shape[1:]
         if n_features <= n_samples:
-            gram, moments = _normal_equations(masks, outputs, weights, self.fit_intercept)
+            equations = _centred_normal_equations if self.fit_intercept else _normal_equations
+            gram, moments = equations(masks, outputs, weights)
             return _solve_gram(gram + self.alpha * _eye(gram), moments)
         masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
         # With fewer samples than features the same minimiser comes from the samples' side:
@@ -271,8 +272,7 @@ class ShapleyRegression(Surrogate):
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
         weights = weights[:, 2:]
-        total, share, residuals = _beside_equal_shares(masks, outputs)
-        free = masks[:, 2:] - share[..., None]  # orthogonal to the vector of ones
+        total, free, residuals = _beside_equal_shares(masks, outputs)
         if n_samples - 2 < n_features - 1:
             roots = weights.sqrt()
             correction = apply_each(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
@@ -308,8 +308,7 @@ class BayesianShapleyRegression(Surrogate):
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
         weights = weights[:, 2:]
-        total, share, residuals = _beside_equal_shares(masks, outputs)
-        free = masks[:, 2:] - share[..., None]
+        total, free, residuals = _beside_equal_shares(masks, outputs)
         if n_samples > 2 and _in_pairs(masks[:, 2:]):
             free, residuals = _half_differences(free), _half_differences(residuals)
             weights = weights[:, ::2]
@@ -319,10 +318,13 @@ class BayesianShapleyRegression(Surrogate):
 
 
 def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs' total change; of each coalition its share of the features, and what equal shares leave of it."""
-    total = outputs[:, :1] - outputs[:, 1:2]
-    share = masks[:, 2:].mean(dim=-1)
-    return total, share, outputs[:, 2:] - outputs[:, 1:2] - share * total
+    """The outputs' total change; what equal shares leave of each coalition, orthogonal to the vector of ones, and of
+    its output.
+    """
+    total, coalitions = outputs[:, :1] - outputs[:, 1:2], masks[:, 2:]
+    share = coalitions.mean(dim=-1, keepdim=True)
+    of_others = outputs[:, 2:] - outputs[:, 1:2]
+    return total, coalitions - share, of_others - share[..., 0] * total
 
 
 def _without_mean(vectors: Tensor) -> Tensor:
@@ -383,19 +385,24 @@ def _widest_dtype(tensor: Tensor) -> torch.dtype:
 def _centred(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Subtracts the weighted means, which stands for fitting an intercept."""
     share = weights / weights.sum(dim=1, keepdim=True)
-    return masks - share[:, None, :] @ masks, outputs - (share * outputs).sum(dim=1, keepdim=True)
+    return masks - _weighted_sums(masks, share)[:, None], outputs - (share * outputs).sum(dim=1, keepdim=True)
 
 
-def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """Gram matrices ``(B or 1, D, D)`` and moments ``(B, D)`` of weighted least squares, with or without intercept."""
+def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices ``(B or 1, D, D)`` and moments ``(B, D)`` of weighted least squares."""
+    return _weighted_gram(masks, weights), _weighted_sums(masks, weights * outputs)
+
+
+def _centred_normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with an intercept, of masks of zeros and ones."""
+    if len(masks) == len(weights) == 1:
+        return _normal_equations(*_centred(masks, outputs, weights), weights)
+    # Of many systems only the Gram matrices are centred, the smaller part; that costs no digits of zeros and ones.
     total = weights.sum(dim=1, keepdim=True)
-    if centred:
-        outputs = outputs - (weights * outputs).sum(dim=1, keepdim=True) / total
-    gram, moments = _weighted_gram(masks, weights), _weighted_sums(masks, weights * outputs)
-    if centred:  # of masks of zeros and ones, so that the subtraction costs no digits
-        sums = _weighted_sums(masks, weights)
-        gram = gram - sums[:, :, None] * sums[:, None, :] / total[..., None]
-    return gram, moments
+    mean = (weights * outputs).sum(dim=1, keepdim=True) / total
+    gram, moments = _normal_equations(masks, outputs - mean, weights)
+    sums = _weighted_sums(masks, weights)
+    return gram - sums[:, :, None] * sums[:, None, :] / total[..., None], moments
 
 
 def _weighted_gram(masks: Tensor, weights: Tensor) -> Tensor:
@@ -429,10 +436,10 @@ def apply_each(matrices: Tensor, vectors: Tensor) -> Tensor:
 def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
     """Solves symmetric systems ``(B or 1, D, D)`` for ``(B, D)``; the least-norm solution where one is singular."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    squared_pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    pivots = factor.diagonal(dim1=-2, dim2=-1)  # roots of those of the elimination
     tolerance = torch.finfo(gram.dtype).eps ** 0.6  # 4e-10 in float64
-    regular = (failed == 0) & (squared_pivots.amin(-1) > tolerance * gram.diagonal(dim1=-2, dim2=-1).amax(-1))
-    all_regular = bool(regular.all())
+    regular = (failed == 0) & (pivots.amin(-1) > tolerance**0.5 * pivots.amax(-1))
+    all_regular = all(regular.tolist())
     if not all_regular:
         factor = torch.where(regular[:, None, None], factor, _eye(gram))
     if len(gram) == 1:

@@ -338,6 +338,73 @@ def test_the_default_chunk_takes_a_small_batch_at_once():
     assert net.rows == [4, 400]
 
 
+def test_a_model_is_looked_at_once_for_each_shape():
+    net = Counting(nn.AdaptiveAvgPool1d(2)).eval()
+    lime = Lime(net, Ridge())
+
+    def rows(x, **arguments):
+        net.rows.clear()
+        lime.attribute(x, target=0, n_samples=10, **arguments)
+        return net.rows
+
+    assert rows(X) == [4, 40]
+    assert rows(X[:3]) == [30]
+    assert rows(X, perturbations_per_eval=5) == [20, 20]
+    assert rows(X[:, :4]) == [4, 40]
+    assert rows(X[:, :4]) == [40]
+    net.model.train()  # whose statistics a look moves
+    assert rows(X) == rows(X) == [4, 40]
+    net.eval()
+    assert rows(X.double()) == [40]
+
+
+def test_a_model_is_looked_at_again_where_arguments_may_change_it():
+    rows = []
+
+    class Net(nn.Module):
+        def forward(self, x, scale=1.0):
+            rows.append(len(x))
+            return scale * x.sum(1)
+
+    lime = Lime(Net().eval(), Ridge())
+    for arguments in (2.0, 2.0, None, None):
+        lime.attribute(X, additional_forward_args=arguments, n_samples=10)
+    assert rows == [4, 40, 4, 40, 4, 40, 40]
+
+
+def test_a_model_that_becomes_another_is_looked_at_again():
+    class Net(nn.Module):
+        as_one = False
+
+        def forward(self, x):
+            return x.sum() if self.as_one else x.sum(1)
+
+    net = Net().eval()
+    lime = Lime(net, Ridge())
+    assert lime.attribute(X, n_samples=10).shape == X.shape
+    net.as_one = True
+    with pytest.raises(AssertionError, match="1 values for 40"):
+        lime.attribute(X, n_samples=10)
+    assert lime.attribute(X, n_samples=10).shape == (1, *X.shape[1:])
+    net.as_one = False
+    assert lime.attribute(X, n_samples=10).shape == X.shape
+
+
+def test_a_look_draws_no_random_numbers():
+    """What a model is known for must not change its numbers, and the masks are Captum's."""
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x.sum(1) + torch.rand(len(x))
+
+    lime = Lime(Noisy().eval(), Ridge())
+    attributions = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        attributions.append(lime.attribute(X, n_samples=10, sampling="independent"))
+    assert torch.equal(*attributions)
+
+
 def test_the_default_chunk_is_bounded():
     net = Counting(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 32 * 32, 2)))
     mask = torch.arange(32 * 32).view(1, 1, 32, 32) // 256
@@ -514,6 +581,26 @@ def test_outputs_that_are_not_finite_are_an_error():
         Lime(lambda x: net(x) / 0, Ridge()).attribute(X, target=1)
     with pytest.raises(NonFiniteError, match="similarity"):
         Lime(net, Ridge(), lambda *_, **__: float("nan")).attribute(X, target=1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (-1.0, "negative")]
+)
+def test_a_similarity_that_is_no_weight_is_an_error(weight, message):
+    weights = iter([1.0, weight, *[1.0] * 38])
+    lime = Lime(smooth_net().float(), Ridge(), lambda *_, **__: next(weights))
+    with pytest.raises(ValueError, match=message):
+        lime.attribute(X, target=0, n_samples=10)
+
+
+def test_large_weights_may_add_up_to_infinity():
+    net = smooth_net().float()
+    attributions = []
+    for weight in (1e3, 3e38):
+        torch.manual_seed(0)
+        lime = Lime(net, LinearRegression(), lambda *_, weight=weight, **__: weight)
+        attributions.append(lime.attribute(X, target=0, n_samples=10))
+    torch.testing.assert_close(*attributions)
 
 
 def test_a_kernel_that_sees_nothing_is_an_error():

@@ -13,9 +13,10 @@ from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 
 @pytest.mark.parametrize("mode", ["cosine", "euclidean"])
 @pytest.mark.parametrize("joint", [False, True])
-def test_equals_captums_kernel_on_the_copies(mode, joint):
+@pytest.mark.parametrize("baselines", [(0.3, torch.tensor([[1.0, -2.0, 0.0, 0.5, 3.0]])), (0, 0.0)])
+def test_equals_captums_kernel_on_the_copies(mode, joint, baselines):
     torch.manual_seed(0)
-    inputs, baselines = (torch.randn(3, 2, 4, 4), torch.randn(3, 5)), (0.3, torch.randn(1, 5))
+    inputs = (torch.randn(3, 2, 4, 4), torch.randn(3, 5))
     mask = (torch.randint(6, (3, 1, 4, 4)), torch.randint(6, (1, 5)))
     layout = FeatureLayout.of_mask(mask, inputs)
     captums = get_exp_kernel_similarity_function(mode, 0.8)
