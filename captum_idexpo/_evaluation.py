@@ -282,7 +282,7 @@ def evaluate_copies(
         torch.cat([next(in_order) for _ in block]).reshape(n_copies, -1)  # a block's chunks are of the same examples
         for block in blocks
     ]
-    return torch.cat(columns, dim=1).T
+    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).T
 
 
 @functools.cache

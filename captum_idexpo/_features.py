@@ -72,7 +72,8 @@ class FeatureLayout:
         for shape, index in zip(self.shapes, self.indices, strict=True):
             if index is None:
                 stop = start + math.prod(shape)
-                positions, start = values[..., start:stop], stop
+                whole = stop - start == self.n_features
+                positions, start = values if whole else values[..., start:stop], stop
             else:
                 # gather, since index_select is up to 17 times slower here.
                 index = index if len(index) == 1 else index[examples]

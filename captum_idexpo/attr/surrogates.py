@@ -438,15 +438,18 @@ def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=-2, dim2=-1)  # roots of those of the elimination
     tolerance = torch.finfo(gram.dtype).eps ** 0.6  # 4e-10 in float64
-    regular = (failed == 0) & (pivots.amin(-1) > tolerance**0.5 * pivots.amax(-1))
-    all_regular = all(regular.tolist())
-    if not all_regular:
-        factor = torch.where(regular[:, None, None], factor, _eye(gram))
-    if len(gram) == 1:
-        solution = torch.cholesky_solve(vectors.mT[None], factor)[0].mT
-    else:
-        solution = torch.cholesky_solve(vectors[..., None], factor).squeeze(-1)
-    if all_regular:
-        return solution
+    of_systems = zip(failed.tolist(), pivots.amin(-1).tolist(), pivots.amax(-1).tolist(), strict=True)
+    regular = [not fails and least > tolerance**0.5 * largest for fails, least, largest in of_systems]
+    if all(regular):
+        return _substitute(factor, vectors)
     least_norm = apply_each(torch.linalg.pinv(gram, rtol=tolerance, hermitian=True), vectors)
-    return torch.where(regular[:, None], solution, least_norm)
+    solvable = torch.tensor(regular, device=gram.device)[:, None]
+    solution = _substitute(torch.where(solvable[..., None], factor, _eye(gram)), vectors)
+    return torch.where(solvable, solution, least_norm)
+
+
+def _substitute(factor: Tensor, vectors: Tensor) -> Tensor:
+    """Solves the systems ``(B or 1, D, D)`` of Cholesky factors for ``(B, D)``."""
+    if len(factor) == 1:
+        return torch.cholesky_solve(vectors.mT[None], factor)[0].mT
+    return torch.cholesky_solve(vectors[..., None], factor).squeeze(-1)
