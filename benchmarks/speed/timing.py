@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 Contender = Callable[[], object]
+_SECONDS = 0.1  # of a contender in a round, at least
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,34 @@ class Ratio:
 
 
 def interleaved(contenders: dict[str, Contender], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round that is not counted."""
+    """Seconds that a call of each contender takes in each round, after one round that is not counted.
+
+    A short call is repeated: by itself it would be measured in caches that the collection of garbage, or the contender
+    before, has filled with other things.
+    """
+    n_calls = {name: math.ceil(_SECONDS / _seconds(contender, 1, device)) for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(rounds + 1):
+    for _ in range(rounds):
         for name, contender in contenders.items():
-            seconds = _seconds(contender, device)
-            if round_number:
-                times[name].append(seconds)
+            times[name].append(_seconds(contender, n_calls[name], device))
     return times
 
 
-def _seconds(contender: Contender, device: torch.device) -> float:
+def _seconds(contender: Contender, n_calls: int, device: torch.device) -> float:
     gc.collect()
     if device.type != "cuda":
         start = time.perf_counter()
-        contender()
-        return time.perf_counter() - start
+        for _ in range(n_calls):
+            contender()
+        return (time.perf_counter() - start) / n_calls
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start_event.record()
-    contender()
+    for _ in range(n_calls):
+        contender()
     end_event.record()
     torch.cuda.synchronize(device)
-    return float(start_event.elapsed_time(end_event)) / 1000
+    return float(start_event.elapsed_time(end_event)) / 1000 / n_calls
 
 
 def peak_megabytes(contender: Contender, device: torch.device) -> float | None:
