@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from captum._utils.common import _select_targets
@@ -104,38 +103,6 @@ def _layers(module: nn.Module | None) -> set[nn.Module]:
     return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
 
 
-class KnownRows:
-    """How many rows a forward pass had best have, as looked at once for a model, a shape of its inputs and a device.
-
-    Of modules in eval mode: a look at others moves BatchNorm's statistics, which must not depend on what was called
-    before. A model that is changed afterwards keeps the number, which costs time or memory at most.
-    """
-
-    def __init__(self) -> None:
-        self._rows: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
-
-    def get(self, forward_func: Any, inputs: tuple[Tensor, ...]) -> int | None:
-        """The rows that are known; None: look."""
-        known = self._rows.get(forward_func) if isinstance(forward_func, nn.Module) else None
-        if known is None or any(module.training for module in forward_func.modules()):
-            return None
-        return known.get(_kind(inputs))
-
-    def note(self, forward_func: Any, inputs: tuple[Tensor, ...], rows: int) -> None:
-        """Keeps them for the next time."""
-        if isinstance(forward_func, nn.Module):
-            self._rows.setdefault(forward_func, {})[_kind(inputs)] = rows
-
-    def forget(self, forward_func: Any) -> None:
-        """Of a model that turns out to be another than it was."""
-        if isinstance(forward_func, nn.Module):
-            self._rows.pop(forward_func, None)
-
-
-def _kind(inputs: tuple[Tensor, ...]) -> Any:
-    return inputs[0].device, *(tensor.shape[1:] for tensor in inputs)
-
-
 class BatchForward:
     """A forward function bound to the extra arguments of one batch, callable on copies of a part of that batch.
 
@@ -145,6 +112,9 @@ class BatchForward:
             on as it is.
         n_examples: the batch's size.
         target: Captum's target; None returns the forward function's whole output.
+
+    Raises:
+        AssertionError: as Captum, where there is not one target for each example or one for all.
     """
 
     def __init__(
@@ -165,13 +135,18 @@ class BatchForward:
         self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
-        if isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
+        n_targets = target.numel() if isinstance(target, Tensor) else len(target) if isinstance(target, list) else 1
+        # As many as a chunk has rows would pass for one a row.
+        assert n_targets in (1, n_examples), (
+            f"target holds {n_targets} numbers for a batch of {n_examples}: give one for each example, or one for all."
+        )
+        if isinstance(target, Tensor) and n_targets == 1 and not target.is_floating_point():
             target = target.reshape(())  # which Captum reads as a number
-        self._target = repeated(target, n_examples)
-        self._classes: OfChunk | None = None
+        self._target = repeated_for_chunks(target, n_examples)
+        self._classes: KeptForChunk | None = None
         if isinstance(target, Tensor) and target.shape == (n_examples,) and target.dtype == torch.int64:
             classes = target[:, None]
-            self._classes = OfChunk(lambda examples, n_copies: classes[examples].expand(n_copies, -1, -1))
+            self._classes = KeptForChunk(lambda examples, n_copies: classes[examples].expand(n_copies, -1, -1))
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
         """The output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
@@ -190,11 +165,11 @@ class BatchForward:
         return _select_targets(output, self._target(examples, n_copies))
 
 
-class OfChunk:
-    """What is made for so many copies of some examples; that of the last chunk is kept, since most have one shape.
+class KeptForChunk:
+    """Makes what a chunk needs, and keeps that of the last one, since most chunks have one shape.
 
     Args:
-        make: (examples, copies) -> what is needed for them.
+        make: (examples, number of copies) -> what is needed for them.
     """
 
     def __init__(self, make: Callable[[slice, int], Any]) -> None:
@@ -202,19 +177,19 @@ class OfChunk:
         self._chunk: tuple[Any, ...] | None = None
 
     def __call__(self, examples: slice, n_copies: int) -> Any:
-        """As `make` makes it."""
+        """What these copies need."""
         chunk = (examples.start, examples.stop, n_copies)
         if chunk != self._chunk:
             self._made, self._chunk = self._make(examples, n_copies), chunk
         return self._made
 
 
-def repeated(argument: Any, n_examples: int) -> OfChunk:
+def repeated_for_chunks(argument: Any, n_examples: int) -> KeptForChunk:
     """A batch's argument for copies of its examples, copy by copy.
 
     A tensor or list as long as the batch goes with the examples; anything else is for all of them.
     """
-    return OfChunk(functools.partial(_repeated, argument, n_examples))
+    return KeptForChunk(functools.partial(_repeated, argument, n_examples))
 
 
 def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) -> Any:

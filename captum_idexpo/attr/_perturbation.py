@@ -18,7 +18,6 @@ from torch import Tensor
 from captum_idexpo._errors import NonFiniteError, all_finite
 from captum_idexpo._evaluation import (
     BatchForward,
-    KnownRows,
     align_baselines,
     default_rows_per_forward,
     evaluate_copies,
@@ -28,13 +27,11 @@ from captum_idexpo._evaluation import (
 )
 from captum_idexpo._features import FeatureLayout, as_numbers
 from captum_idexpo._modes import no_graph
-from captum_idexpo._random import accelerators, kept_streams
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
 
-_VALUES_AT_ONCE = 2**22  # of masks that a surrogate is fitted to, or of Gram matrices
-_known_rows = KnownRows()  # of models that return one value an example
+_VALUES_AT_ONCE = 2**22  # of masks as numbers, or of Gram matrices
 
 
 @dataclass(frozen=True)
@@ -117,16 +114,10 @@ class Problem:
             return self, perturbations_per_eval
         if any(odd and tensor.numel() for odd, tensor in zip(self.ragged, self.inputs, strict=True)):
             return self, 1  # copies of token ids, put one after the other, may need offsets that only the user knows
-        asked_for = None if perturbations_per_eval is None else perturbations_per_eval * self.batch_size
-        model = None if forward.additional_forward_args else forward.forward_func  # which arguments may change
-        known = _known_rows.get(model, self.inputs)
-        if known is not None:
-            return self, asked_for or known
         n_copies = 2 if self.batch_size == 1 else 1  # only two rows tell one value a row from one value a batch
-        rows = self._rows(tuple(torch.cat([t] * n_copies) for t in self.inputs))
+        rows = self._rows(self.inputs if n_copies == 1 else tuple(torch.cat([t] * n_copies) for t in self.inputs))
         try:
-            # The streams are kept, since what is known needs no look the next time.
-            with no_graph(), kept_streams(accelerators(self.device)):
+            with no_graph():
                 output, rows_per_forward = look(
                     forward.forward_func, lambda: forward(rows, n_copies=n_copies), self.inputs, len(rows[0])
                 )
@@ -145,8 +136,9 @@ class Problem:
             f"The forward function returned {n_values} values for {self.batch_size * n_copies} examples (after "
             "choosing the target): it must return one for each example or one for the batch. Is the target missing?"
         )
-        _known_rows.note(model, self.inputs, rows_per_forward)
-        return self, asked_for or rows_per_forward
+        if perturbations_per_eval is not None:
+            return self, perturbations_per_eval * self.batch_size
+        return self, rows_per_forward
 
     def evaluate(
         self,
@@ -160,9 +152,9 @@ class Problem:
         """The outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``; under enabled gradients they need a graph."""
         # Copy by copy, as the rows of a forward pass.
         keep = (masks if masks.dtype == torch.bool else masks != 0).transpose(0, 1)
-        dtypes = {tensor.dtype for tensor in self.inputs}
-        if keep.shape[1] == 1 and len(dtypes) == 1 and self.inputs[0].is_floating_point():
-            keep = as_numbers(keep, *dtypes)  # few enough to be numbers all at once
+        dtypes, few = {tensor.dtype for tensor in self.inputs}, keep.numel() <= _VALUES_AT_ONCE
+        if keep.shape[1] == 1 and few and len(dtypes) == 1 and self.inputs[0].is_floating_point():
+            keep = as_numbers(keep, *dtypes)  # masks for all examples once, not once a chunk
         everyone = slice(None)
 
         def perturb(examples: slice, copies: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -174,13 +166,11 @@ class Problem:
             output = forward(self._rows(rows), everyone if self.joint else examples, n_copies)
             values = output.flatten() if isinstance(output, Tensor) else self._number(output)
             n_expected = n_copies * (examples.stop - examples.start)
-            if values.numel() != n_expected:
-                _known_rows.forget(forward.forward_func)
-                raise AssertionError(
-                    f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
-                    "choosing the target): it must return one for each. Is the target missing, or does it return one "
-                    "value for the whole batch (then perturbations_per_eval must be 1)?"
-                )
+            assert values.numel() == n_expected, (
+                f"The forward function returned {values.numel()} values for {n_expected} perturbed inputs (after "
+                "choosing the target): it must return one for each. Is the target missing, or does it return one value "
+                "for the whole batch (then perturbations_per_eval must be 1)?"
+            )
             return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
         outputs = evaluate_copies(

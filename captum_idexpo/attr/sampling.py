@@ -47,7 +47,6 @@ def kernel_shap_masks(
 
     None stands for weights of 1.
     """
-    shapley = _coalition_sizes(n_features)
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
     at = _source(device, generator)
@@ -68,7 +67,7 @@ def kernel_shap_masks(
     if sampling != "leverage":
         return masks.to(device), None
     ratio = torch.ones(n_features + 1, device=at)
-    ratio[1:n_features] = (n_features - 1) * shapley[1:].to(at)
+    ratio[1:n_features] = (n_features - 1) * _coalition_sizes(n_features)[1:].to(at)
     return masks.to(device), ratio[masks.sum(dim=-1)].to(device)
 
 

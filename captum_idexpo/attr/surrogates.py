@@ -318,13 +318,14 @@ class BayesianShapleyRegression(Surrogate):
 
 
 def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs' total change; what equal shares leave of each coalition, orthogonal to the vector of ones, and of
-    its output.
+    """The outputs' total change, and what is left of coalitions and outputs when all features have equal shares of it.
+
+    What is left of the coalitions is orthogonal to the vector of ones.
     """
-    total, coalitions = outputs[:, :1] - outputs[:, 1:2], masks[:, 2:]
+    empty, coalitions = outputs[:, 1:2], masks[:, 2:]
+    total = outputs[:, :1] - empty
     share = coalitions.mean(dim=-1, keepdim=True)
-    of_others = outputs[:, 2:] - outputs[:, 1:2]
-    return total, coalitions - share, of_others - share[..., 0] * total
+    return total, coalitions - share, outputs[:, 2:] - empty - share[..., 0] * total
 
 
 def _without_mean(vectors: Tensor) -> Tensor:
@@ -397,8 +398,9 @@ def _centred_normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -
     """The same with an intercept, of masks of zeros and ones."""
     if len(masks) == len(weights) == 1:
         return _normal_equations(*_centred(masks, outputs, weights), weights)
-    # Of many systems only the Gram matrices are centred, the smaller part; that costs no digits of zeros and ones.
-    total = weights.sum(dim=1, keepdim=True)
+    # Of many systems only the Gram matrices are centred, the smaller part; with masks of zeros and ones that costs no
+    # digits, and with outputs near zero.
+    outputs, total = outputs - outputs[:, :1], weights.sum(dim=1, keepdim=True)
     mean = (weights * outputs).sum(dim=1, keepdim=True) / total
     gram, moments = _normal_equations(masks, outputs - mean, weights)
     sums = _weighted_sums(masks, weights)
@@ -436,10 +438,10 @@ def apply_each(matrices: Tensor, vectors: Tensor) -> Tensor:
 def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
     """Solves symmetric systems ``(B or 1, D, D)`` for ``(B, D)``; the least-norm solution where one is singular."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)  # roots of those of the elimination
+    least, largest = factor.diagonal(dim1=-2, dim2=-1).amin(-1), gram.diagonal(dim1=-2, dim2=-1).amax(-1)
+    of_systems = torch.stack([failed.to(gram.dtype), least**2, largest]).T.tolist()  # read from an accelerator once
     tolerance = torch.finfo(gram.dtype).eps ** 0.6  # 4e-10 in float64
-    of_systems = zip(failed.tolist(), pivots.amin(-1).tolist(), pivots.amax(-1).tolist(), strict=True)
-    regular = [not fails and least > tolerance**0.5 * largest for fails, least, largest in of_systems]
+    regular = [not fails and pivot > tolerance * scale for fails, pivot, scale in of_systems]
     if all(regular):
         return _substitute(factor, vectors)
     least_norm = apply_each(torch.linalg.pinv(gram, rtol=tolerance, hermitian=True), vectors)

@@ -19,7 +19,7 @@ from captum_idexpo._evaluation import (
     default_rows_per_forward,
     evaluate_copies,
     look,
-    repeated,
+    repeated_for_chunks,
 )
 from captum_idexpo._modes import no_graph
 from captum_idexpo._recomputation import MemoryBudget
@@ -67,7 +67,7 @@ class TargetScorer:
         self.outputs = outputs
         n_examples = len(inputs[0])
         self._target = target_indices(target, n_examples, inputs[0].device)
-        self._repeated_target = repeated(self._target, n_examples)
+        self._repeated_target = repeated_for_chunks(self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
         at_most = max_rows or default_rows_per_forward(inputs)

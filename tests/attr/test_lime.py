@@ -338,73 +338,6 @@ def test_the_default_chunk_takes_a_small_batch_at_once():
     assert net.rows == [4, 400]
 
 
-def test_a_model_is_looked_at_once_for_each_shape():
-    net = Counting(nn.AdaptiveAvgPool1d(2)).eval()
-    lime = Lime(net, Ridge())
-
-    def rows(x, **arguments):
-        net.rows.clear()
-        lime.attribute(x, target=0, n_samples=10, **arguments)
-        return net.rows
-
-    assert rows(X) == [4, 40]
-    assert rows(X[:3]) == [30]
-    assert rows(X, perturbations_per_eval=5) == [20, 20]
-    assert rows(X[:, :4]) == [4, 40]
-    assert rows(X[:, :4]) == [40]
-    net.model.train()  # whose statistics a look moves
-    assert rows(X) == rows(X) == [4, 40]
-    net.eval()
-    assert rows(X.double()) == [40]
-
-
-def test_a_model_is_looked_at_again_where_arguments_may_change_it():
-    rows = []
-
-    class Net(nn.Module):
-        def forward(self, x, scale=1.0):
-            rows.append(len(x))
-            return scale * x.sum(1)
-
-    lime = Lime(Net().eval(), Ridge())
-    for arguments in (2.0, 2.0, None, None):
-        lime.attribute(X, additional_forward_args=arguments, n_samples=10)
-    assert rows == [4, 40, 4, 40, 4, 40, 40]
-
-
-def test_a_model_that_becomes_another_is_looked_at_again():
-    class Net(nn.Module):
-        as_one = False
-
-        def forward(self, x):
-            return x.sum() if self.as_one else x.sum(1)
-
-    net = Net().eval()
-    lime = Lime(net, Ridge())
-    assert lime.attribute(X, n_samples=10).shape == X.shape
-    net.as_one = True
-    with pytest.raises(AssertionError, match="1 values for 40"):
-        lime.attribute(X, n_samples=10)
-    assert lime.attribute(X, n_samples=10).shape == (1, *X.shape[1:])
-    net.as_one = False
-    assert lime.attribute(X, n_samples=10).shape == X.shape
-
-
-def test_a_look_draws_no_random_numbers():
-    """What a model is known for must not change its numbers, and the masks are Captum's."""
-
-    class Noisy(nn.Module):
-        def forward(self, x):
-            return x.sum(1) + torch.rand(len(x))
-
-    lime = Lime(Noisy().eval(), Ridge())
-    attributions = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        attributions.append(lime.attribute(X, n_samples=10, sampling="independent"))
-    assert torch.equal(*attributions)
-
-
 def test_the_default_chunk_is_bounded():
     net = Counting(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 32 * 32, 2)))
     mask = torch.arange(32 * 32).view(1, 1, 32, 32) // 256
@@ -573,6 +506,17 @@ def test_bad_arguments_are_named():
 def test_custom_functions_go_with_captums_stream_only():
     with pytest.raises(ValueError, match="sample by sample"):
         Lime(smooth_net(), Ridge(), lambda *_, **__: 1.0).attribute(X.double(), target=1, sampling="independent")
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("target", [torch.zeros(20, dtype=torch.int64), [0] * 20, [(0,)] * 20])
+@pytest.mark.parametrize("perturbations_per_eval", [None, 20, 5])
+def test_a_target_for_another_batch_is_an_error(batch, target, perturbations_per_eval):
+    """Also where it is as long as a forward pass has rows."""
+    rows = {} if perturbations_per_eval is None else {"perturbations_per_eval": perturbations_per_eval}
+    for lime in (Lime(smooth_net().float(), Ridge()), captum.attr.Lime(smooth_net().float())):
+        with pytest.raises(AssertionError):
+            lime.attribute(X[:batch], target=target, n_samples=20, **rows)
 
 
 def test_outputs_that_are_not_finite_are_an_error():

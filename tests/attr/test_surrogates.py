@@ -188,3 +188,15 @@ def test_weights_count_in_kernel_shap_but_those_of_the_end_points():
     few = ShapleyRegression().solve(masks[:, :5], outputs[:, :5], weighted[:, :5])  # fewer samples than features
     assert few.isfinite().all()
     torch.testing.assert_close(few.sum(1), outputs[:, 0] - outputs[:, 1])
+
+
+@pytest.mark.parametrize("n_sets", [1, 3])
+@pytest.mark.parametrize("n_weights", [1, 3])
+@pytest.mark.parametrize("n_samples", [6, 40])
+def test_ridge_loses_no_digits_to_a_large_mean(n_sets, n_weights, n_samples):
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(n_sets, n_samples, 8, generator=generator) < 0.5
+    weights = torch.rand(n_weights, n_samples, generator=generator, dtype=torch.float64)
+    outputs = torch.randint(-1000, 1000, (3, n_samples), generator=generator).double() / 1024
+    expected = Ridge(1.0).solve(masks, outputs, weights)
+    torch.testing.assert_close(Ridge(1.0).solve(masks, outputs + 2**30, weights), expected, rtol=1e-11, atol=1e-12)
