@@ -79,14 +79,7 @@ class InputKernel:
         dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
         x = [tensor.to(dtype) for tensor in inputs]
         zero = all(not isinstance(baseline, Tensor) and baseline == 0 for baseline in baselines)
-        b = (
-            []
-            if zero
-            else [
-                (baseline.to(dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
-                for baseline, tensor in zip(baselines, x, strict=True)
-            ]
-        )
+        b = [] if zero else _expanded(baselines, x)
         kept = as_numbers(masks if masks.dtype == torch.bool else masks != 0, dtype)
 
         def feature_sums(left: list[Tensor], right: list[Tensor]) -> Tensor:
@@ -110,6 +103,14 @@ class InputKernel:
             norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
             squared_distance = (1 - product / norms) ** 2
         return torch.exp(-squared_distance / (2 * self.kernel_width**2))
+
+
+def _expanded(baselines: tuple[Any, ...], tensors: list[Tensor]) -> list[Tensor]:
+    """Baselines of the tensors' shapes and types."""
+    return [
+        (baseline.to(tensor.dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
+        for baseline, tensor in zip(baselines, tensors, strict=True)
+    ]
 
 
 _CAPTUM_KERNEL = get_exp_kernel_similarity_function().__qualname__

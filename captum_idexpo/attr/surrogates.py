@@ -398,8 +398,8 @@ def _centred_normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -
     """The same with an intercept, of masks of zeros and ones."""
     if len(masks) == len(weights) == 1:
         return _normal_equations(*_centred(masks, outputs, weights), weights)
-    # Of many systems only the Gram matrices are centred, the smaller part; with masks of zeros and ones that costs no
-    # digits, and with outputs near zero.
+    # Of many systems only the Gram matrices are centred, the smaller part. That costs no digits, since the masks are
+    # zeros and ones and the outputs are brought near zero first.
     outputs, total = outputs - outputs[:, :1], weights.sum(dim=1, keepdim=True)
     mean = (weights * outputs).sum(dim=1, keepdim=True) / total
     gram, moments = _normal_equations(masks, outputs - mean, weights)
