@@ -9,6 +9,7 @@ from captum_idexpo.attr.sampling import (
     KERNEL_SHAP_SAMPLINGS,
     LIME_SAMPLINGS,
     _orthogonal_rows,
+    _quantiles_of_sizes,
     captum_kernel_shap_masks,
     captum_lime_masks,
     hadamard,
@@ -150,3 +151,12 @@ def test_a_generator_on_mps_is_refused():
 
     with pytest.raises(ValueError, match="give one on the CPU"):
         lime_masks("independent", 1, 2, 3, CPU, OnMps())
+
+
+@pytest.mark.parametrize("all_equal", [False, True])
+@pytest.mark.parametrize("n_features", [2, 3, 64, 1000])
+def test_every_quantile_is_a_size(n_features, all_equal):
+    """Also 1, to which a quantile may be rounded."""
+    points = torch.tensor([0.0, 1.0])
+    sizes = torch.searchsorted(_quantiles_of_sizes(n_features, all_equal), points, right=True)
+    assert sizes.tolist() == [1, n_features - 1]
