@@ -153,7 +153,7 @@ class Problem:
         # Copy by copy, as the rows of a forward pass.
         keep = (masks if masks.dtype == torch.bool else masks != 0).transpose(0, 1)
         dtypes, few = {tensor.dtype for tensor in self.inputs}, keep.numel() <= _VALUES_AT_ONCE
-        if keep.shape[1] == 1 and few and len(dtypes) == 1 and self.inputs[0].is_floating_point():
+        if keep.shape[1] == 1 and few and len(dtypes) == 1:
             keep = as_numbers(keep, *dtypes)  # masks for all examples once, not once a chunk
         everyone = slice(None)
 

@@ -499,6 +499,8 @@ def test_bad_arguments_are_named():
             attribute(X, **{"target": 1, **arguments})
     with pytest.raises(IndexError, match="empty"):
         attribute(X[:0], target=1)
+    with pytest.raises(IndexError, match="no rows"):
+        Lime(lambda a, b: a.sum(1), Ridge()).attribute((X, torch.zeros(0, 3)))
     with pytest.raises(AssertionError):
         attribute({"x": X}, target=1)
 

@@ -116,14 +116,20 @@ def on_a_graph(*tensors):
     return tuple(tensor.clone().requires_grad_() for tensor in tensors)
 
 
-def test_a_singular_example_leaves_its_batch_mates_alone():
+@pytest.mark.parametrize("telling_weight", [0.0, 1e-14])
+def test_a_singular_example_has_the_least_norm_and_leaves_its_batch_mates_alone(telling_weight):
     masks, outputs, weights = problem(20, 5)
     masks[1, 2:, 4] = masks[1, 2:, 3]  # two features that always go together
     masks[:, 0], masks[:, 1] = 1, 0
+    masks[1, 2, 3:] = torch.tensor([1.0, 0.0], dtype=torch.float64)  # but once, which does not count
+    weights[1, 2] = telling_weight
     together = ShapleyRegression().solve(masks, outputs, weights)
-    each = [slice(b, b + 1) for b in range(3)]
-    alone = torch.cat([ShapleyRegression().solve(masks[b], outputs[b], weights[b]) for b in each])
-    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+    alone = [ShapleyRegression().solve(*(t[b : b + 1] for t in (masks, outputs, weights))) for b in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-12, rtol=0)
+    weights[:, :2] = 1e9
+    weights[1, 2] = 0
+    expected = sklearn_coefficients(linear_model.LinearRegression(), masks, outputs, weights)
+    torch.testing.assert_close(together, expected, atol=1e-6, rtol=0)
     assert together[1, 3] == pytest.approx(float(together[1, 4]))  # least norm shares equally
 
 
