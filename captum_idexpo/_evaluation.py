@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -161,7 +161,8 @@ class BatchForward:
             # Captum's choice, but without a target for each copy.
             classes = self._classes(examples, n_copies)
             if len(output) == len(classes) * classes.shape[1]:
-                return output.reshape(*classes.shape[:2], -1).gather(2, classes).flatten()
+                with suppress(RuntimeError):  # a class out of range: below, by Captum, in terms of the user's tensors
+                    return output.reshape(*classes.shape[:2], -1).gather(2, classes).flatten()
         return _select_targets(output, self._target(examples, n_copies))
 
 

@@ -492,6 +492,7 @@ def test_bad_arguments_are_named():
         (ValueError, "sampling", {"sampling": "latin"}),
         (ValueError, "sampling='independent'", {"generator": torch.Generator()}),
         (IndexError, "out of bounds", {"target": 9}),
+        (RuntimeError, "9 is out of bounds for dimension 1", {"target": torch.tensor([0, 1, 9, 0])}),
         (AssertionError, "target missing", {"target": None}),
     ]
     for error, text, arguments in cases:
