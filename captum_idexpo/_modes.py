@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 
 @contextmanager
@@ -44,22 +45,23 @@ def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None
 
 
 @contextmanager
-def no_casts_left() -> Iterator[None]:
+def no_weights_left() -> Iterator[None]:
     """Forward passes without a graph that others with one may follow.
 
-    Up to PyTorch 2.10 autocast keeps the weights that it casts under `torch.no_grad`, and hands them without a graph to
-    whatever follows in the same context.
+    Weights computed under `torch.no_grad` may be kept, and handed without a graph to whatever follows in the same
+    context: parametrized ones in `parametrize.cached`, up to PyTorch 2.10 also those that autocast casts.
     """
     try:
         yield
     finally:
         torch.clear_autocast_cache()
+        parametrize._cache.clear()
 
 
 @contextmanager
 def no_graph() -> Iterator[None]:
-    """`torch.no_grad`, no casts left."""
-    with torch.no_grad(), no_casts_left():
+    """`torch.no_grad`, no weights left."""
+    with torch.no_grad(), no_weights_left():
         yield
 
 

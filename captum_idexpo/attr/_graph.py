@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_idexpo._modes import module_of, no_casts_left, no_graph
+from captum_idexpo._modes import module_of, no_graph, no_weights_left
 from captum_idexpo._recomputation import leaves_of
 
 Computation = Callable[[Any], Any]
@@ -70,6 +70,13 @@ def keeps_graph() -> bool:
     return _outer.get() is not None
 
 
+def note_output(output: Tensor) -> None:
+    """Tells what is being computed of an output, which may turn out to have no part in the attribution."""
+    outer = _outer.get()
+    if outer is not None:
+        outer.outputs.append(output)
+
+
 def by_gradients(
     explainer: Any,
     compute: Computation,
@@ -100,7 +107,7 @@ def by_gradients(
     if keeps_graph():  # a part of another attribution, which sees to the graph of all
         return compute(_aliases(inputs, of_inputs))
     if not create_graph:
-        with no_casts_left():  # parts of it may be computed under torch.no_grad
+        with no_weights_left():  # parts of it may be computed under torch.no_grad
             return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
     computed = _with_graph(explainer, lambda given: compute(_aliases(given, of_inputs)), inputs)
     if with_delta:
@@ -245,12 +252,15 @@ def _keeping() -> Iterator[InnerGradients]:
 def _aliases(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
     """The same values as tensors of our own, since Captum switches ``requires_grad`` of what it is given."""
 
+    aliases: dict[int, Tensor] = {}  # a tensor given twice is one tensor, whose gradient is the sum
+
     def alias(tensor: Tensor) -> Tensor:
         if tensor.requires_grad and not detached:
             return tensor
-        alias = tensor.detach()
+        alias = tensor.clone() if tensor.is_inference() else tensor.detach()
         can_require = alias.is_floating_point() or alias.is_complex()
-        return alias.requires_grad_() if require_gradient and can_require else alias
+        alias = alias.requires_grad_() if require_gradient and can_require else alias
+        return aliases.setdefault(id(tensor), alias)
 
     return _map(inputs, alias)
 

@@ -279,28 +279,29 @@ def _check_weights(weights: Tensor) -> None:
         raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
 
 
-def copies_per_forward(output: Any, doubled: Callable[[], Any], tensors: tuple[Tensor, ...]) -> int:
+def copies_per_forward(alone: Tensor, together: Callable[[], Any], tensors: tuple[Tensor, ...]) -> int:
     """How many copies of a batch one forward pass is given: as many as suit the device, or 1 where they do not mix.
 
     Args:
-        output: that of the batch alone.
-        doubled: evaluates two copies of it in one pass.
+        alone: the outputs of one or more differently masked copies, each in a pass of its own, ``(n, B, ...)``.
+        together: evaluates the same in one pass, and at least two of them; it may return more, after these.
         tensors: the batch.
     """
     n_examples = len(tensors[0])
-    if not isinstance(output, Tensor) or not output.dim() or len(output) != n_examples or not n_examples:
+    if alone.dim() < 2 or alone.shape[1] != n_examples or not n_examples:
         return 1
     if any(len(tensor) != n_examples for tensor in tensors):
         return 1
+    alone = alone.detach().flatten(0, 1)
     try:
         with no_graph():
-            both = doubled()
+            mixed = together()
     except Exception:
         return 1  # it may know batches of one size only
-    if not isinstance(both, Tensor) or both.shape != (2 * n_examples, *output.shape[1:]):
+    if not isinstance(mixed, Tensor) or mixed.shape != (2 * n_examples, *alone.shape[1:]):
         return 1
-    alone = torch.cat([output.detach()] * 2)
-    tolerance = 1e-3 if both.dtype in (torch.float32, torch.float64) else 0.05
-    if not torch.allclose(both.double(), alone.double(), rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+    tolerance = 1e-3 if mixed.dtype in (torch.float32, torch.float64) else 0.05
+    mixed, alone = mixed[: len(alone)].double(), alone.double()
+    if not bool(((mixed - alone).abs() <= tolerance * alone.abs().amax()).all()):
         return 1  # copies move each other, or an argument was taken for one of each example
     return max(1, default_rows_per_forward(tensors) // n_examples)

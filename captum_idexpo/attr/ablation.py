@@ -22,8 +22,8 @@ from captum.attr._core.feature_ablation import _parse_forward_out, process_initi
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._evaluation import with_batch_axis
-from captum_idexpo.attr._graph import by_outputs
+from captum_idexpo._evaluation import align_baselines, with_batch_axis
+from captum_idexpo.attr._graph import by_outputs, note_output
 from captum_idexpo.attr._perturbation import copies_per_forward
 from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 
@@ -118,9 +118,10 @@ class FeatureAblation(captum.FeatureAblation):
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
         output = _parse_forward_out(_run_forward(self.forward_func, tensors, target, additional_forward_args))
+        note_output(output)
         if perturbations_per_eval is None:
-            doubled = partial(self._doubled, tensors, target, additional_forward_args)
-            perturbations_per_eval = copies_per_forward(output, doubled, tensors)
+            beside = partial(self._beside_perturbed, tensors, baselines, target, additional_forward_args)
+            perturbations_per_eval = copies_per_forward(output[None], beside, tensors)
         sums, weights, _, flat_output, n_outputs, dtype = process_initial_eval(output, tensors, self.use_weights)
         progress: Any = NullProgress()
         if show_progress:
@@ -150,11 +151,18 @@ class FeatureAblation(captum.FeatureAblation):
             sums = [total.to(dtype) / weight for total, weight in zip(sums, weights, strict=True)]
         return _format_output(is_tuple, tuple(sums))
 
-    def _doubled(self, tensors: tuple[Tensor, ...], target: TargetType, additional_forward_args: Any) -> Any:
-        """The output on two copies of the batch."""
+    def _beside_perturbed(
+        self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...], target: TargetType, additional_forward_args: Any
+    ) -> Any:
+        """The output on the batch and, in the same pass, on a copy of which every feature is perturbed."""
         arguments = _expand_additional_forward_args(additional_forward_args, 2) if additional_forward_args else None
-        copies = tuple(torch.cat([tensor] * 2) for tensor in tensors)
+        perturbed = self._perturbed(tensors, baselines)
+        copies = tuple(torch.cat(pair) for pair in zip(tensors, perturbed, strict=True))
         return _run_forward(self.forward_func, copies, _expand_target(target, 2), arguments)
+
+    def _perturbed(self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        aligned = align_baselines(baselines, tensors)
+        return tuple(torch.as_tensor(b).to(t).expand_as(t) for b, t in zip(aligned, tensors, strict=True))
 
 
 class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
@@ -204,6 +212,16 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
             **kwargs,
         )
         return attribution
+
+    def _perturbed(self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Every element's values moved on by another number of examples."""
+        return tuple(map(_sheared, tensors))
+
+
+def _sheared(tensor: Tensor) -> Tensor:
+    rows = torch.arange(len(tensor), device=tensor.device)[:, None]
+    columns = torch.arange(tensor[0].numel(), device=tensor.device)
+    return tensor.flatten(1)[(rows + columns) % len(tensor), columns].view_as(tensor)
 
 
 class Occlusion(captum.Occlusion, FeatureAblation):

@@ -21,7 +21,7 @@ from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._recomputation import MemoryBudget
 from captum_idexpo._sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
-from captum_idexpo.attr._graph import require_gradients_enabled
+from captum_idexpo.attr._graph import keeps_graph, require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr._usage import TensorOrTensors, logged
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
@@ -123,7 +123,7 @@ class Lime(CaptumLime):
             ValueError: an unknown sampling; a generator with Captum's stream; outputs that are not finite.
             AssertionError, IndexError: as Captum, on a target or feature mask that does not fit.
         """
-        name = type(self).__name__
+        name, create_graph = type(self).__name__, create_graph or keeps_graph()
         _check_arguments(name, n_samples, perturbations_per_eval, create_graph, sampling, self._samplings, generator)
         surrogate = self._surrogate()
         if surrogate is None:

@@ -159,8 +159,10 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         empty, full = (evaluate(coalitions.members(slice(k, k + 1))) for k in (0, 1))
         n_examples = len(tensors[0])
         _find_output_mode_and_verify(full, n_examples, perturbations_per_eval or 1, masks, allow_multi_outputs=True)
-        twice_full = coalitions.members(slice(1, 2)).repeat(2, 1)
-        size = perturbations_per_eval or copies_per_forward(full, lambda: evaluate(twice_full), tensors)
+        first = coalitions.members(slice(2))
+        size = perturbations_per_eval or copies_per_forward(
+            torch.stack([empty, full]), lambda: evaluate(first), tensors
+        )
         chunks = [slice(2 + chunk.start, 2 + chunk.stop) for chunk in slices(coalitions.n - 2, size)]
         outputs = [empty[None], full[None]]
         bar_class = progress if show_progress else NullProgress

@@ -177,5 +177,44 @@ def test_dropout_keeps_copies_apart():
     assert FeatureAblation(net).attribute(X, target=1).isfinite().all()
 
 
+@pytest.mark.parametrize("whole", ["batch norm", "centred"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("FeatureAblation", {}),
+        ("FeaturePermutation", {}),
+        ("Occlusion", {"sliding_window_shapes": (2,)}),
+        ("ShapleyValueSampling", {}),
+        ("LayerFeatureAblation", {"layer": 0}),
+    ],
+)
+def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
+    torch.manual_seed(0)
+    first, last = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)
+    middle = [torch.nn.BatchNorm1d(4)] if whole == "batch norm" else []
+    net = torch.nn.Sequential(first, *middle, torch.nn.Tanh(), last).double().train()
+    forward = net if middle else lambda x: net[1:](net[0](x) - net[0](x).mean(dim=0))
+    arguments = {"target": 1, **more}
+    layers = [first] if "layer" in arguments else []
+    arguments.pop("layer", None)
+    attributions = []
+    for package in (captum.attr, captum_idexpo.attr):
+        torch.manual_seed(1)
+        attributions.append(getattr(package, name)(forward, *layers).attribute(X, **arguments))
+    torch.testing.assert_close(attributions[1], attributions[0].double(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_batch():
     assert FeatureAblation(smooth_net()).attribute(X[:0], target=1).shape == (0, 6)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping feature group")
+@pytest.mark.parametrize(
+    ("explainer", "rows"), [(FeaturePermutation, 1), (FeatureAblation, 0)], ids=["one row", "no rows"]
+)
+def test_what_leaves_no_trace_in_the_output_is_attached_with_a_zero_gradient(explainer, rows):
+    net = smooth_net()
+    attribution = explainer(net).attribute(X[:rows], target=1, create_graph=True)
+    assert attribution.shape == (rows, 6)
+    attribution.sum().backward()
+    assert not any(parameter.grad.any() for parameter in net.parameters() if parameter.grad is not None)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import GradientShap, IntegratedGradients, LayerConductance, NoiseTunnel, Saliency
+from captum_idexpo.attr import (
+    FeatureAblation,
+    GradientShap,
+    IntegratedGradients,
+    KernelShap,
+    LayerConductance,
+    Lime,
+    NoiseTunnel,
+    Saliency,
+)
+from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.testing import assert_trainable
 from tests.helpers import smooth_net
 
@@ -39,6 +49,18 @@ def test_drawn_baselines_and_deltas_are_captums():
     torch.testing.assert_close(ours, theirs)
     assert ours[0].requires_grad
     assert not ours[1].requires_grad
+
+
+@pytest.mark.parametrize("explain", [Lime, KernelShap, FeatureAblation, Saliency])
+def test_noise_over_any_attribution_has_its_gradient(explain):
+    net = smooth_net()
+    explainer = explain(net, Ridge(0.1)) if explain is Lime else explain(net)
+
+    def attribution(**more):
+        return NoiseTunnel(explainer).attribute(X, target=1, nt_samples=2, nt_samples_batch_size=1, **more)
+
+    torch.testing.assert_close(seeded(lambda: attribution(create_graph=True)).detach(), seeded(lambda: attribution()))
+    assert_trainable(lambda: attribution(create_graph=True), net)
 
 
 def test_a_method_without_a_graph_is_named():

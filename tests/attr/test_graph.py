@@ -6,11 +6,24 @@ import collections
 import threading
 import weakref
 
+import captum.attr
 import pytest
 import torch
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
-from captum_idexpo.attr import FeatureAblation, LayerConductance, Saliency
+import captum_idexpo.attr
+from captum_idexpo.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerConductance,
+    LayerIntegratedGradients,
+    Lime,
+    Saliency,
+    ShapleyValueSampling,
+)
 from captum_idexpo.attr._graph import depends_on_leaf
+from captum_idexpo.attr.surrogates import Ridge
 from tests.helpers import smooth_net
 
 
@@ -112,3 +125,53 @@ def test_chunks_of_a_path_are_let_go_of_without_a_graph():
     explainer = LayerConductance(lambda x: Tracked.apply(model(x)), model[1])
     explainer.attribute(X, target=1, n_steps=20, internal_batch_size=8)
     assert max(graphs_alive) <= 2
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_tensor_given_twice_has_captums_gradient(create_graph, requires_grad):
+    net = smooth_net()
+    x = X.clone().requires_grad_(requires_grad)
+    pair = (x, x)
+
+    def forward(a, b):
+        return net(a * b.tanh())
+
+    theirs = captum.attr.Saliency(forward).attribute(pair, target=1)
+    ours = Saliency(forward).attribute(pair, target=1, create_graph=create_graph)
+    torch.testing.assert_close([part.detach() for part in ours], list(theirs))
+
+
+@pytest.mark.parametrize("name", ["Saliency", "InputXGradient", "DeepLift", "IntegratedGradients", "FeatureAblation"])
+def test_inference_tensors_are_explained(name):
+    net = smooth_net()
+    with torch.inference_mode():
+        x = X.clone()
+    attribution = getattr(captum_idexpo.attr, name)(net).attribute(x, target=1)
+    torch.testing.assert_close(attribution, getattr(captum_idexpo.attr, name)(net).attribute(X, target=1))
+
+
+@pytest.mark.parametrize(
+    "explainer", [Lime, KernelShap, FeatureAblation, ShapleyValueSampling, Saliency, LayerIntegratedGradients]
+)
+@pytest.mark.parametrize("memory_budget", [None, 1])
+def test_cached_parametrized_weights_keep_their_gradient(explainer, memory_budget):
+    """`parametrize.cached` keeps what it computed first, also under no_grad."""
+    torch.manual_seed(0)
+    first = weight_norm(torch.nn.Linear(6, 4))
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), weight_norm(torch.nn.Linear(4, 3))).double()
+    surrogate = [Ridge(0.1)] if explainer is Lime else [first] if explainer is LayerIntegratedGradients else []
+    of_copies = explainer in (Lime, KernelShap)
+    if memory_budget and not of_copies:
+        pytest.skip("takes no memory_budget")
+    more = {"memory_budget": memory_budget} if of_copies else {}
+
+    def gradients():
+        torch.manual_seed(0)
+        attribution = explainer(net, *surrogate).attribute(X, target=1, create_graph=True, **more)
+        return torch.autograd.grad(attribution.square().sum(), list(net.parameters()), allow_unused=True)
+
+    expected = gradients()
+    with parametrize.cached():
+        torch.testing.assert_close(gradients(), expected)
