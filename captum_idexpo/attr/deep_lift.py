@@ -36,13 +36,19 @@ class RescaleRule(HookedOnce):
         self.forward_handles: list[Any] = []
         self.backward_handles: list[Any] = []
         self._seen: dict[nn.Module, list[Tensor]] = {}
+        self._pass = torch._C._current_graph_task_id()
 
     def _forward_pre_hook(self, module: nn.Module, inputs: Any) -> None:
-        # A copy, since the module may work in place.
-        self._seen.setdefault(module, []).append((inputs[0] if isinstance(inputs, tuple) else inputs).clone())
+        self._see(module, inputs)
 
     def _forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        self._seen[module].append((outputs[0] if isinstance(outputs, tuple) else outputs).clone())
+        self._see(module, outputs)
+
+    def _see(self, module: nn.Module, tensors: Any) -> None:
+        if torch._C._current_graph_task_id() != self._pass:
+            return  # the backward pass computes a checkpointed part again
+        # A copy, since the module may work in place.
+        self._seen.setdefault(module, []).append((tensors[0] if isinstance(tensors, tuple) else tensors).clone())
 
     def _backward_hook(self, module: nn.Module, grad_input: Tensor, grad_output: Tensor) -> Tensor | None:
         if not self._active:

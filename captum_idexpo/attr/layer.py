@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import dropwhile
 from typing import Any
 
 import captum.attr as captum
@@ -358,25 +361,27 @@ class LayerIntegratedGradients(captum.LayerIntegratedGradients):
     ) -> Any:
         """The integral of the gradient from the baselines' activations to the inputs'.
 
-        Arguments and errors as for `IntegratedGradients` and `LayerGradCam`. Returns one value an activation, a list
-        for a list of layers, and the convergence delta if asked for.
+        Arguments and errors as for `IntegratedGradients` and `LayerGradCam`; a layer inside a part that is run by
+        `torch.utils.checkpoint` is an error. Returns one value an activation, a list for a list of layers, and the
+        convergence delta if asked for.
         """
         integrate: Callable[..., Any] = super().attribute.__wrapped__
 
         def compute(inputs: Any) -> Any:
-            return integrate(
-                _evaluated_with_gradients(self),
-                inputs,
-                baselines=baselines,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                n_steps=n_steps,
-                method=method,
-                internal_batch_size=internal_batch_size,
-                return_convergence_delta=return_convergence_delta,
-                attribute_to_layer_input=attribute_to_layer_input,
-                grad_kwargs=grad_kwargs,
-            )
+            with _outside_checkpoints(self.layer, attribute_to_layer_input):
+                return integrate(
+                    _evaluated_with_gradients(self),
+                    inputs,
+                    baselines=baselines,
+                    target=target,
+                    additional_forward_args=additional_forward_args,
+                    n_steps=n_steps,
+                    method=method,
+                    internal_batch_size=internal_batch_size,
+                    return_convergence_delta=return_convergence_delta,
+                    attribute_to_layer_input=attribute_to_layer_input,
+                    grad_kwargs=grad_kwargs,
+                )
 
         create_graph = asks_for_graph(create_graph, grad_kwargs)
         return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
@@ -472,8 +477,8 @@ class LayerFeatureAblation(captum.LayerFeatureAblation):
     ) -> Any:
         """The output minus that with each part of the activations replaced by its baseline.
 
-        Arguments and errors as for `FeatureAblation`, baselines and mask being the layer's. Returns one value an
-        activation.
+        Arguments and errors as for `FeatureAblation`, baselines and mask being the layer's; create_graph with a layer
+        inside a part that is run by `torch.utils.checkpoint` is an error. Returns one value an activation.
         """
 
         def compute(inputs: Any) -> Any:
@@ -490,7 +495,11 @@ class LayerFeatureAblation(captum.LayerFeatureAblation):
 
             def forward(*arguments: Any) -> Any:
                 replacements, rest = arguments[: len(activations)], arguments[len(activations) :]
-                with _replaced(self.layer, replacements, attribute_to_layer_input):
+                outside = _outside_checkpoints(self.layer, attribute_to_layer_input)
+                with (
+                    outside if keeps_graph() else nullcontext(),
+                    _replaced(self.layer, replacements, attribute_to_layer_input),
+                ):
                     return self.forward_func(*rest)
 
             return part(FeatureAblation)(
@@ -528,3 +537,35 @@ def _replaced(layer: nn.Module, tensors: tuple[Tensor, ...], its_input: bool) ->
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _outside_checkpoints(layers: Layers, its_input: bool) -> Iterator[None]:
+    """Refuses layers whose tensors are replaced inside a checkpointed part of a model.
+
+    The backward pass computes the part again, when nothing is replaced any more: the gradient would be another's.
+    """
+
+    def refuse(layer: nn.Module, _args: Any) -> None:
+        if _in_checkpoint(its_input):
+            raise RuntimeError(
+                f"{type(layer).__name__} is run by torch.utils.checkpoint, which computes it again in the backward "
+                "pass, without what this attribution puts in place of its tensors: turn checkpointing off while "
+                "explaining (`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."
+            )
+
+    handles = [layer.register_forward_pre_hook(refuse) for layer in (layers if isinstance(layers, list) else [layers])]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_checkpoint(with_input: bool) -> bool:
+    """Whether a module whose hook is running is part of a checkpointed function; with its input, or its output only."""
+    callers = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(sys._getframe(2))]
+    if not with_input:  # what the checkpointed function itself returns is not computed again
+        callers = list(dropwhile(lambda name: name == "torch.nn.modules.module", callers))
+        callers = list(dropwhile(lambda name: name == "torch.utils.checkpoint", callers))
+    return "torch.utils.checkpoint" in callers
