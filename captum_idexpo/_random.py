@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -49,7 +51,8 @@ def kept_streams(devices: Sequence[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Inside, the streams of the CPU and of all `accelerators` of a kind start from a seed; no other is touched."""
+    """Inside, the streams of the CPU and of all `accelerators` of a kind, NumPy's and Python's start from a seed."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
     with kept_streams(devices):
         torch.default_generator.manual_seed(seed)
         for kind in {device.type for device in devices}:
@@ -57,7 +60,13 @@ def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
                 torch.mps.manual_seed(seed)
             else:
                 getattr(torch, kind).manual_seed_all(seed)
-        yield
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
 
 
 def _module(device: torch.device) -> Any:

@@ -7,10 +7,8 @@ ways in which the weights move it and take the others for constants. Finite diff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -64,6 +62,7 @@ def assert_trainable(
         AssertionError: there is no graph, or the gradient is wrong; says by how much and in which parameter. Also
             where no parameter moves the attribution, so that nothing could be checked.
         TypeError: something is not in double precision.
+        ValueError: n_directions below 1.
 
     Example:
         >>> import torch, captum.attr
@@ -80,12 +79,14 @@ def assert_trainable(
             ...
         AssertionError: The attribution has no graph into the parameters...
     """
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be at least 1, given: {n_directions}: nothing would be checked.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_parameters(parameters)
     devices = list({device for parameter in parameters.values() for device in accelerators(parameter.device)})
 
     def loss() -> Tensor:
-        with _seeded(seed, devices):
+        with seeded(seed, devices):
             return _loss(attribute(), seed)
 
     total = loss()
@@ -212,15 +213,3 @@ def _explained(derivative: _Derivative, scale: float) -> str:
         f"  {derivative.parameter}: {derivative.claimed:.6g} along a random direction, where finite differences give "
         f"{measured:.6g} (off by {derivative.error(scale):.2g})"
     )
-
-
-@contextmanager
-def _seeded(seed: int, devices: list[torch.device]) -> Iterator[None]:
-    """torch's and NumPy's global generators seeded, and put back afterwards."""
-    state = np.random.get_state()
-    with seeded(seed, devices):
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
+
+import numpy as np
 import pytest
 import torch
 
@@ -47,13 +51,22 @@ def test_of_other_kinds_of_device_there_are_no_streams():
     assert accelerators(CPU) == accelerators(ELSEWHERE) == []
 
 
-def test_streams_are_seeded_inside():
-    before = streams([])
-    with seeded(7, []):
-        drawn = torch.rand(2)
-    assert torch.equal(streams([])[0], before[0])
-    torch.manual_seed(7)
-    assert torch.equal(torch.rand(2), drawn)
+def test_all_streams_are_seeded_inside_and_put_back():
+    def draw():
+        return [*torch.rand(2).tolist(), *np.random.rand(2).tolist(), random.random()]
+
+    with seeded(2**40, []):
+        drawn = draw()
+        before = draw()
+        with seeded(2**40, []):
+            assert draw() == drawn
+        after = draw()
+    with seeded(2**40, []):
+        assert [draw(), draw(), draw()] == [drawn, before, after]
+    state = random.getstate()
+    with suppress(KeyError), seeded(1, []):
+        raise KeyError
+    assert random.getstate() == state
 
 
 def test_streams_are_kept():

@@ -98,6 +98,8 @@ def test_nothing_to_check_is_an_error():
         assert_trainable(lambda: X + 0 * net(X).sum(), net)
     with pytest.raises(AssertionError, match="No parameter of the model requires gradient"):
         assert_trainable(lambda: X, net.requires_grad_(False))
+    with pytest.raises(ValueError, match="n_directions must be at least 1"):
+        assert_trainable(lambda: X, net.requires_grad_(True), n_directions=0)
 
 
 def test_double_precision_is_asked_for():

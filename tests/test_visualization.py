@@ -252,6 +252,13 @@ def test_all_maps_of_a_figure_share_their_colours():
     assert [label.get_text() for label in signed.axes[-1].get_yticklabels()] == ["against", "0", "for"]
 
 
+def test_a_map_against_the_class_alone_has_nothing_to_show_where_only_what_is_for_it_is_drawn():
+    figure = matplotlib.figure.Figure()
+    axis = figure.subplots()
+    draw_heat_map(axis, random(3, 6, 6), -random(1, 6, 6) - 0.1, signed=False)
+    np.testing.assert_allclose(axis.images[1].get_array(), 0)
+
+
 def test_a_map_of_several_channels_is_their_sum():
     figure = matplotlib.figure.Figure()
     many, one = figure.subplots(1, 2)

@@ -23,7 +23,7 @@ from torch import Generator
 
 from captum_idexpo._random import accelerators, set_streams, streams
 
-_MAGIC = b"captum-idexpo checkpoint 2\n"
+_MAGIC = b"captum-idexpo checkpoint 3\n"
 _DIGEST_SIZE = 64
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _KEPT = 2
@@ -35,6 +35,8 @@ class CheckpointError(RuntimeError):
 
 def save(state: dict[str, Any], folder: Path, step: int) -> Path:
     """Writes a checkpoint of the run after so many updates, and removes all but the one before it.
+
+    Also those of more updates, from which a run that was resumed from an earlier one has turned away.
 
     Raises:
         CheckpointError: it could not be written (a full disk); earlier ones are untouched.
@@ -59,7 +61,8 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
             "continue with trainer.resume()."
         ) from error
     _flush_folder(folder)
-    for old in sorted(checkpoints(folder), reverse=True)[_KEPT:]:
+    up_to_here = sorted(old for old in checkpoints(folder) if old.name <= path.name)
+    for old in set(checkpoints(folder)) - set(up_to_here[-_KEPT:]):
         old.unlink(missing_ok=True)
     for leftover in folder.glob("checkpoint-*.tmp"):
         leftover.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator as GeneratorType
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from captum_idexpo._modes import eval_mode, module_of, no_graph
 from captum_idexpo._random import accelerators, seeded
 from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.training.loaders import gathered_examples, left
 from captum_idexpo.training.loss import call_model, unpack_batch
 from captum_idexpo.training.processes import failing_together
 
@@ -38,11 +40,12 @@ def evaluate(
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for output, target, scores in _scored(model, loader, judge, explain, accelerator):
-        scores = {"loss": loss_fn(output, target).expand(1), **scores}
-        for name, values in scores.items():
-            sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
-            counts[name] = counts.get(name, 0) + len(target)
+    with closing(_scored(model, loader, judge, explain, accelerator)) as batches:
+        for output, target, scores in batches:
+            scores = {"loss": loss_fn(output, target).expand(1), **scores}
+            for name, values in scores.items():
+                sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
+                counts[name] = counts.get(name, 0) + len(target)
     means = {name: total / counts[name] for name, total in sums.items()}
     return _with_validation_score(means, accuracy_weight)
 
@@ -67,24 +70,24 @@ def _scored(
     judge: InsertionDeletion | None,
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
-) -> Iterator[tuple[Any, Any, dict[str, Tensor]]]:
+) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
     """Outputs, targets and each example's scores, batch by batch, of all processes."""
     from accelerate.utils import send_to_device
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
-    empty = True
-    with eval_mode(model), _same_random_numbers(judge, accelerator.device):
+    n_examples = 0
+    with left(loader), eval_mode(model), _same_random_numbers(judge, accelerator.device):
         for batch in loader:
-            empty = False
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
             with failing_together(accelerator):
                 output = call_model(model, inputs)
                 scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
             # Gathered without the examples that fill up the last batch, before anything is averaged.
-            output, target, scores = accelerator.gather_for_metrics((output, target, scores))
+            output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
+            n_examples += len(target)
             yield output, target, {**_accuracy(model, output, target, judge), **scores}
-    if empty:
+    if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
 
 
@@ -97,6 +100,8 @@ def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str
 
 def _accuracy(model: nn.Module, output: Any, target: Any, judge: InsertionDeletion | None) -> dict[str, Tensor]:
     """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
+    if not isinstance(output, Tensor):
+        return {}  # a mapping of the model's, which only the loss can read
     # Zeros and ones are labels where a judge of classes says so; else floats are a regression's, whole numbers or not.
     labels = target if judge is None else class_labels(target)
     regression = judge is not None and judge.outputs == "raw"

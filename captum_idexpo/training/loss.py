@@ -13,6 +13,9 @@ from torch.nn.functional import cross_entropy
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._sharing import share_of_batch
 
+_ROW = ("epoch", "loss", "valscore")
+"""What stands beside the terms in a row of the history."""
+
 
 class ExplanationRegularizedLoss(nn.Module):
     """Task loss and regularizers of one batch, in one forward pass: the module that DDP wraps.
@@ -66,7 +69,7 @@ class ExplanationRegularizedLoss(nn.Module):
 
         Returns:
             The scalar loss, and its parts by name, detached: "task", then each regularizer's terms; a name that
-            returns gets a number ("insertion_2").
+            returns, or is the loss's own, gets a number ("insertion_2").
 
         Raises:
             TypeError: a batch of another form.
@@ -90,7 +93,7 @@ class ExplanationRegularizedLoss(nn.Module):
             for regularizer in self.regularizers:
                 started = time.perf_counter()
                 for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
-                    terms[_unused(name, terms)] = (
+                    terms[_unused(name, (*terms, *_ROW))] = (
                         term if self.regularizer_factor == 1 else self.regularizer_factor * term
                     )
                 self._time(regularizer, time.perf_counter() - started)

@@ -12,6 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Settings = dict[str, Any]
 Row = dict[str, Any]
 
@@ -84,6 +86,7 @@ def sweep(
 
     Raises:
         ValueError: an empty grid, or a setting named like a score or "device".
+        TypeError: a value that is neither of these.
 
     Example:
         >>> import tempfile
@@ -103,6 +106,7 @@ def sweep(
         raise ValueError("The grid is empty: give each setting at least one value.")
     if "device" in grid:
         raise ValueError("'device' is what `devices` hands out: name the setting otherwise.")
+    grid = {name: [_plain(name, value) for value in values] for name, values in grid.items()}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     done = _read(path)
     missing = [settings for settings in combinations if _key(settings) not in done]
@@ -153,6 +157,19 @@ def _append(path: Path, row: Row) -> None:
         file.write(start + json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting as JSON knows it, NumPy's numbers as Python's."""
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise TypeError(
+            f"The grid's {name} holds {value!r}, a {type(value).__name__}, which cannot be written down: give "
+            "numbers, strings, booleans or None, and let run() make of them what it needs."
+        ) from None
+    return value
 
 
 def _key(settings: Settings) -> str:

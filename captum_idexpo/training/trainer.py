@@ -6,6 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator as GeneratorType
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,6 +22,7 @@ from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.history import History
+from captum_idexpo.training.loaders import left, with_last
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
 from captum_idexpo.training.processes import failing_together
 from captum_idexpo.training.sharding import (
@@ -45,7 +48,7 @@ class ExplanationRegularizedTrainer:
 
     Args:
         model: a classifier or regressor with at least one parameter that requires gradient.
-        optimizer: any torch optimizer of the model's parameters.
+        optimizer: any torch optimizer of the model's parameters whose step needs no closure (LBFGS's does).
         regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; none trains plainly.
         loss_fn: (model output, target) -> scalar, the task loss.
         scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
@@ -63,7 +66,8 @@ class ExplanationRegularizedTrainer:
         gradient_norms_every: measure each term's gradient norm every so many updates, and warn where one is more than
             ten times the task's; over several processes each on its share of the batch. Costs an additional forward
             and backward pass then.
-        checkpoint_dir: where checkpoints are written, the last two kept; see `resume`.
+        checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. A run that is resumed from an
+            earlier one removes those that it has turned away from.
         checkpoint_every: write one after so many updates, besides those after each epoch.
         callbacks: called after each epoch with the trainer and the row of the history.
         show_progress: show a progress bar an epoch, with the loss's parts.
@@ -73,9 +77,9 @@ class ExplanationRegularizedTrainer:
 
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
-        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the model is
-            compiled, though its regularizers need a second derivative; it is sharded in a way that cannot be trained
-            (FSDP1, layers only, with statistics of its own in each process); an argument out of range.
+        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer, or that is LBFGS;
+            the model is compiled, though its regularizers need a second derivative; it is sharded in a way that cannot
+            be trained (FSDP1, layers only, with statistics of its own in each process); an argument out of range.
 
     Example:
         >>> import torch
@@ -155,6 +159,9 @@ class ExplanationRegularizedTrainer:
         self.callbacks = list(callbacks)
         self.show_progress = show_progress
         self.history = History()
+        judged = [*loss.regularizers, *([] if evaluation is None else [evaluation])]
+        # "mean", as the regularizer has checked
+        self._to_be_measured = [r for r in judged if isinstance(getattr(r, "baselines", None), str)]
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
 
@@ -237,6 +244,8 @@ class ExplanationRegularizedTrainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
                 regularizer.load_state_dict(own)
+            for regularizer, baselines in zip(self._to_be_measured, state["mean_baselines"], strict=True):
+                regularizer.baselines = baselines
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise checkpoint.CheckpointError(
                 f"{found} belongs to another model, optimizer or set of regularizers: {error}"
@@ -291,9 +300,8 @@ class ExplanationRegularizedTrainer:
         return {f"{regularizer.term}_weight": regularizer.weight for regularizer in automatic}
 
     def _measure_mean_baselines(self, loader: Any) -> None:
-        judges = [self.evaluation] if self.evaluation is not None else []
-        for regularizer in {id(r): r for r in [*self._regularizers, *judges]}.values():
-            if isinstance(getattr(regularizer, "baselines", None), str):  # "mean", as the regularizer has checked
+        for regularizer in self._to_be_measured:
+            if isinstance(regularizer.baselines, str):
                 regularizer.baselines = mean_inputs(loader)
 
     def _start(self, train_loader: Any, val_loader: Any) -> _Run:
@@ -343,6 +351,7 @@ class ExplanationRegularizedTrainer:
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
+                "mean_baselines": [regularizer.baselines for regularizer in self._to_be_measured],
                 "run": run.state_dict(),
                 "random": randoms,
             }
@@ -367,14 +376,17 @@ class ExplanationRegularizedTrainer:
 
         weights, last_batch = _Weights(self.model), None
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
-        batches = run.batches(loader)
-        with tqdm(batches, desc=f"epoch {run.epoch}/{epochs}", disable=hidden, initial=run.step) as bar:
-            for batch in bar:
+        description = f"epoch {run.epoch}/{epochs}"
+        with (
+            closing(run.batches(loader)) as batches,
+            tqdm(batches, desc=description, disable=hidden, initial=run.step) as bar,
+        ):
+            for batch, is_last in bar:
                 where = f"epoch {run.epoch}, step {run.step + 1}"
                 with self._training_mode():
                     try:
                         started = time.perf_counter()
-                        parts = self._step(batch, where, weights, run)
+                        parts = self._step(batch, is_last, where, weights, run)
                         parts = {**parts, "seconds_per_step": time.perf_counter() - started}
                     except NonFiniteError as error:
                         self._return_to_good(weights, last_batch)
@@ -409,7 +421,7 @@ class ExplanationRegularizedTrainer:
             )
         return run.means()
 
-    def _step(self, batch: Any, where: str, weights: _Weights, run: _Run) -> dict[str, float]:
+    def _step(self, batch: Any, is_last: bool, where: str, weights: _Weights, run: _Run) -> dict[str, float]:
         """One update; the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
@@ -419,6 +431,8 @@ class ExplanationRegularizedTrainer:
         n_passes = self.accelerator.gradient_accumulation_steps
         module.pass_of_update = (self.accelerator.step % n_passes, n_passes)
         norms = self._gradient_norms(batch, run)
+        if is_last:  # of the epoch: the update is made of fewer passes
+            self.accelerator.step = n_passes - 1
         # Shards add gradients up that are averaged each time: what waits for its average stands in no shard.
         waiting = [] if is_sharded(self.model) else [self._loss]
         with self.accelerator.accumulate(*waiting):
@@ -545,8 +559,8 @@ class _Run:
         """The names that a progress bar shows."""
         return [name for name in self._sums if not name.startswith("seconds") and not name.endswith("_norm")]
 
-    def batches(self, loader: Any) -> Iterator[Any]:
-        """This epoch's batches, those that were done before the run was resumed passed over."""
+    def batches(self, loader: Any) -> GeneratorType[tuple[Any, bool], None, None]:
+        """This epoch's batches and whether one is the last; those done before the run was resumed are passed over."""
         done, here = self.step, self._here
         if hasattr(loader, "iteration"):
             loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
@@ -561,7 +575,8 @@ class _Run:
         if here is not None:
             self.set_random_state(here)
             self._here = None
-        yield from iterator
+        with left(loader):
+            yield from with_last(loader, iterator, look_ahead=self._accelerator.gradient_accumulation_steps > 1)
 
     def add(self, parts: dict[str, float]) -> None:
         """Counts a step and what it measured."""
@@ -652,8 +667,15 @@ class _Weights:
             destination.copy_(source)
 
 
+_DRAWING = (
+    *("sampler", "batch_sampler", "dataloader", "base_dataloader"),
+    *("dataset", "datasets", "transform", "transforms", "target_transform"),
+)
+"""Attributes of loaders and data sets that may hold a generator."""
+
+
 def _generators(*owners: Any) -> Iterator[Generator]:
-    """The generators that loaders, samplers and regularizers draw from, each once."""
+    """The generators that loaders, samplers, data sets and regularizers draw from, each once."""
     seen: set[int] = set()
     queue = list(owners)
     while queue:
@@ -665,8 +687,8 @@ def _generators(*owners: Any) -> Iterator[Generator]:
         elif isinstance(owner, (list, tuple, nn.ModuleList)):
             queue.extend(owner)
         elif owner is not None:
-            names = ("generator", "sampler", "batch_sampler", "synchronized_generator", "dataloader", "base_dataloader")
-            queue.extend(vars(owner)[name] for name in names if name in getattr(owner, "__dict__", {}))
+            held = getattr(owner, "__dict__", {})
+            queue.extend(value for name, value in held.items() if name in _DRAWING or isinstance(value, Generator))
             explaining = getattr(owner, "_explaining", None)
             queue.append(None if explaining is None else explaining.arguments.get("generator"))
 
@@ -685,6 +707,11 @@ def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Modul
 
 
 def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step, for which the trainer has no closure: use another "
+            "optimizer, or ExplanationRegularizedLoss in a loop of your own."
+        )
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError(

@@ -135,6 +135,7 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
             f"size, captum.attr.LayerAttribution.interpolate(attribution, {pixels.shape[:2]})."
         )
     signed = bool(values.min() < 0) if signed is None else signed
+    values = values if signed else values.clip(0)
     largest = abs(values).max()
     if not largest:  # which Captum cannot scale
         draw_image(axis, image, title)

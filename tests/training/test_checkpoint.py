@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo.attr import Lime, MaskSimilarity
+from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, Sparsity
 from captum_idexpo.training import CheckpointError, checkpoint
@@ -99,6 +100,76 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(tmp_path, k
     assert without_times(history) == without_times(expected)
     for (name, ours), theirs in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+class Noisy(Dataset):
+    """Draws from a generator of its own, in a transform."""
+
+    def __init__(self) -> None:
+        self.transform = Noise()
+
+    def __getitem__(self, index):
+        return self.transform(X[index]), Y[index]
+
+    def __len__(self) -> int:
+        return len(X)
+
+
+class Noise:
+    def __init__(self) -> None:
+        self.source = torch.Generator().manual_seed(4)
+
+    def __call__(self, x):
+        return x + 0.1 * torch.randn(x.shape, generator=self.source, dtype=x.dtype)
+
+
+def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, monkeypatch):
+    """The mean of what a shuffled loader yields, without its last batch, is another each time."""
+
+    def trainer_and_loader(folder):
+        net = smooth_conv_net()
+        torch.manual_seed(0)
+        regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean", insertion_weight=1.0)
+        judge = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        settings = {"checkpoint_dir": folder, "checkpoint_every": 1, "evaluation": judge, "show_progress": False}
+        trainer = ExplanationRegularizedTrainer(net, optimizer, [regularizer], **settings)
+        return trainer, DataLoader(Subset(Noisy(), range(18)), batch_size=4, shuffle=True, drop_last=True)
+
+    whole, loader = trainer_and_loader(None)
+    expected = whole.fit(loader, [(X, Y)], epochs=2)
+
+    trainer, loader = trainer_and_loader(tmp_path)
+    original = checkpoint.save
+
+    def save_and_die(state, folder, step):
+        original(state, folder, step)
+        if step == 6:
+            raise KilledError
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KilledError):
+        trainer.fit(loader, [(X, Y)], epochs=2)
+    monkeypatch.undo()
+    resumed, loader = trainer_and_loader(tmp_path)
+    torch.manual_seed(99)
+    resumed.resume()
+    assert without_times(resumed.fit(loader, [(X, Y)], epochs=2)) == without_times(expected)
+
+
+def test_a_run_that_is_resumed_from_an_earlier_one_leaves_the_later_ones(tmp_path):
+    folder, earlier = tmp_path / "run", tmp_path / "earlier.pt"
+    trainer, loaders = trainer_of(folder, checkpoint_every=1)
+    trainer.fit(*loaders, epochs=1)
+    shutil.copy(sorted(folder.iterdir())[0], earlier)  # after update 3 of 4
+    trainer, loaders = trainer_of(folder, checkpoint_every=1)
+    trainer.resume()
+    trainer.fit(*loaders, epochs=3)
+    assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-000000011.pt", "checkpoint-000000012.pt"]
+    trainer, loaders = trainer_of(folder, checkpoint_every=1)
+    trainer.resume(earlier)
+    trainer.fit(*loaders, epochs=2)
+    assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-000000007.pt", "checkpoint-000000008.pt"]
 
 
 def test_a_finished_run_is_not_trained_on_and_one_that_is_may_go_on(tmp_path):
@@ -218,7 +289,7 @@ def test_the_previous_good_one_is_found(folder, damage):
 
 def test_another_format_is_told_from_a_foreign_file(folder):
     path = paths(folder)[0]
-    path.write_bytes(path.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 1\n", 1))
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 3\n", b"checkpoint 2\n", 1))
     with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
         checkpoint.load(path)
 
@@ -247,7 +318,7 @@ def test_code_is_never_run(folder):
     torch.save({"model": Evil()}, payload)
     digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
     path = folder / "checkpoint-000000099.pt"
-    path.write_bytes(b"captum-idexpo checkpoint 2\n" + digest + b"\n" + payload.getvalue())
+    path.write_bytes(b"captum-idexpo checkpoint 3\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()

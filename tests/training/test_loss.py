@@ -59,6 +59,11 @@ def test_repeated_names_get_a_number():
     assert float((total - parts["task"]).detach()) == pytest.approx(11.0)
 
 
+def test_a_term_named_like_the_loss_gets_a_number():
+    _, parts = ExplanationRegularizedLoss(smooth_conv_net(), [Term(loss=1.0, epoch=2.0, valscore=3.0)])((X, Y))
+    assert list(parts) == ["task", "loss_2", "epoch_2", "valscore_2"]
+
+
 def test_inputs_may_be_a_tuple_or_a_mapping_and_annotations_pass_through():
     class Add(nn.Module):
         def __init__(self):

@@ -35,6 +35,13 @@ trainer = ExplanationRegularizedTrainer(
 )
 result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}
 processes = trainer.accelerator.num_processes
+# More examples than whole batches, fewer than the data set has; and items of two examples each.
+some = torch.utils.data.SubsetRandomSampler(range(13), generator=torch.Generator().manual_seed(0))
+loader = DataLoader(TensorDataset(x, y), batch_size=2, sampler=some)
+result["sampled"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
+items = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 16, 2)]
+joined = DataLoader(items, batch_size=2, collate_fn=lambda pairs: tuple(map(torch.cat, zip(*pairs))))
+result["joined"] = {name: values.tolist() for name, values in trainer.example_scores(joined).items()}
 result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
 result["weight"] = net[0].weight.flatten().tolist()
 
@@ -121,6 +128,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(results):
     assert len(two) == 2
     for process in two:
         assert process["evaluate"] == pytest.approx(one["evaluate"], abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "n_examples"), [("sampled", 13), ("joined", 16)])
+def test_every_example_a_loader_draws_is_scored_once(results, name, n_examples):
+    [one], two = results
+    for process in two:
+        for score, values in one[name].items():
+            assert len(values) == n_examples
+            assert process[name][score] == pytest.approx(values, abs=1e-12)
 
 
 def test_training_does_not_depend_on_the_number_of_processes(results):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -82,6 +83,15 @@ def test_the_front_is_what_no_other_setting_beats():
         (0.6, 0.9),
     ]
     assert found.table().count("yes") == 4
+
+
+def test_numpys_numbers_are_numbers_and_what_cannot_be_written_is_named_before_anything_runs(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    found = sweep(lambda weight, seed: {"accuracy": weight}, {"weight": np.arange(2), "seed": [np.float32(0.5)]}, path)
+    assert found == [{"weight": 0, "seed": 0.5, "accuracy": 0.0}, {"weight": 1, "seed": 0.5, "accuracy": 1.0}]
+    assert sweep(pytest.fail, {"weight": [0, 1], "seed": [0.5]}, path) == found
+    with pytest.raises(TypeError, match=r"grid's weight holds tensor\(1\).*give numbers"):
+        sweep(pytest.fail, {"weight": [torch.tensor(1)]}, path)
 
 
 @pytest.mark.parametrize(

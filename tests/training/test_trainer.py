@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr import GradientShap, KernelShap, LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion_deletion
 from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, InsertionDeletion, SaliencyGuided
@@ -143,6 +144,42 @@ def test_without_a_judge_there_are_loss_and_accuracy():
     assert scores["valscore"] == pytest.approx(2 * scores["accuracy"])
 
 
+def test_outputs_that_only_the_loss_can_read_have_no_accuracy():
+    class Mapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth_conv_net()
+
+        def forward(self, x):
+            return {"logits": self.net(x), "hidden": None}
+
+    net = Mapping()
+    trainer = ExplanationRegularizedTrainer(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        loss_fn=lambda output, target: cross_entropy(output["logits"], target),
+        show_progress=False,
+    )
+    trainer.fit(batches(), batches())
+    scores = trainer.evaluate(batches())
+    assert set(scores) == {"loss", "valscore"}
+    assert scores["loss"] == pytest.approx(cross_entropy(net.eval()(X)["logits"], Y).item())
+
+
+def test_evaluating_repeats_with_numpys_random_numbers_too():
+    net = smooth_conv_net()
+    explainer = GradientShap(net)
+    regularizer = InsertionDeletion(explainer, baselines=0.0, attribute_kwargs={"baselines": X[:4], "n_samples": 2})
+    trainer = make(net, regularizers=[regularizer])
+    np.random.seed(3)
+    first = trainer.evaluate(batches())
+    position = np.random.get_state()[2]
+    np.random.rand(7)
+    assert trainer.evaluate(batches()) == first
+    np.random.seed(3)
+    assert np.random.get_state()[2] == position
+
+
 def test_regression_has_no_accuracy():
     net = smooth_conv_net(n_classes=1)
     judge = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, outputs="raw", step_size=6)
@@ -256,6 +293,12 @@ def test_a_frozen_model_is_an_error():
 def test_a_foreign_optimizer_is_an_error():
     with pytest.raises(ValueError, match=r"owns none.*model.parameters"):
         ExplanationRegularizedTrainer(smooth_conv_net(), torch.optim.SGD(smooth_conv_net().parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_wants_a_closure_is_an_error():
+    net = smooth_conv_net()
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        ExplanationRegularizedTrainer(net, torch.optim.LBFGS(net.parameters()))
 
 
 def test_other_loaders_are_an_error():

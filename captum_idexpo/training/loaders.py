@@ -1,0 +1,72 @@
+"""Loaders as accelerate prepares them, or any iterable of batches: where they end, and what fills their last batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import BatchSampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@contextmanager
+def left(loader: Any) -> Iterator[None]:
+    """Ends a loader's pass also where it breaks off; accelerate would go on taking it for the one that is running."""
+    try:
+        yield
+    finally:
+        if hasattr(loader, "end_of_dataloader"):
+            loader.end()
+
+
+def with_last(loader: Any, batches: Iterator[Any], look_ahead: bool) -> Iterator[tuple[Any, bool]]:
+    """A loader's batches and whether one is the last; of other iterables than accelerate's only if asked to look."""
+    if hasattr(loader, "end_of_dataloader"):
+        yield from ((batch, loader.end_of_dataloader) for batch in batches)
+    elif look_ahead:
+        yield from _looked_ahead(batches)
+    else:
+        yield from ((batch, False) for batch in batches)
+
+
+def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_before: int) -> Any:
+    """The values of all processes' examples, without those that fill up a loader's last batch.
+
+    Args:
+        accelerator: of the processes.
+        loader: what the batch is from.
+        values: tensors, one value an example, in any nest.
+        n_before: examples of the batches before.
+    """
+    from accelerate.utils import find_batch_size, recursively_apply
+
+    values = accelerator.gather(values)
+    if accelerator.num_processes == 1 or not getattr(loader, "end_of_dataloader", False):
+        return values  # nothing is filled up
+    n_drawn = _n_drawn(loader, n_before + find_batch_size(values))
+    n_own = loader.remainder if n_drawn is None else n_drawn - n_before
+    return recursively_apply(lambda tensor: tensor[:n_own], values) if n_own > 0 else values
+
+
+def _n_drawn(loader: Any, n_seen: int) -> int | None:
+    """How many examples an ordinary sampler drew for the examples seen; None where accelerate alone can know it."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(sampler, "batch_sampler", sampler)  # behind a process's share of it
+    if type(sampler) is not BatchSampler:
+        return None
+    n_drawn, n_rows = len(sampler.sampler), loader.total_batch_size  # type: ignore[arg-type]
+    # Another number of examples is that of a collate_fn which makes more or less of them.
+    return n_drawn if -(-n_drawn // n_rows) * n_rows == n_seen else n_seen
+
+
+def _looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    nothing = before = object()
+    for batch in batches:
+        if before is not nothing:
+            yield before, False
+        before = batch
+    if before is not nothing:
+        yield before, True

@@ -1,0 +1,133 @@
+"""Loaders of every kind: all their examples count, once, and a pass that breaks off leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo.attr import Saliency
+from captum_idexpo.regularizers import InsertionDeletion
+from tests.helpers import smooth_net
+
+X = torch.randn(22, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (22,), generator=torch.Generator().manual_seed(0))
+DATA = TensorDataset(X, Y)
+
+
+class First(Sampler):
+    """Another number of examples than the data set has."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self):
+        return iter(range(self.n))
+
+    def __len__(self) -> int:
+        return self.n
+
+
+class GrowingBatches(Sampler):
+    def __iter__(self):
+        yield from ([0], [1, 2], [3, 4, 5, 6])
+
+    def __len__(self) -> int:
+        return 3
+
+
+class Pairs(Dataset):
+    """Items of two examples each."""
+
+    def __getitem__(self, index):
+        return X[2 * index : 2 * index + 2], Y[2 * index : 2 * index + 2]
+
+    def __len__(self) -> int:
+        return 11
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+def joined(items):
+    return tuple(map(torch.cat, zip(*items, strict=True)))
+
+
+LOADERS = {
+    "sampler": (DataLoader(DATA, batch_size=4, sampler=First(15)), 15),
+    "batch sampler": (DataLoader(DATA, batch_sampler=BatchSampler(First(13), 5, False)), 13),
+    "batches of its own": (DataLoader(DATA, batch_sampler=GrowingBatches()), 7),
+    "batches as items": (DataLoader(Pairs(), batch_size=None), 22),
+    "items joined": (DataLoader(Pairs(), batch_size=3, collate_fn=joined), 22),
+    "stream": (DataLoader(Stream(), batch_size=4), 22),
+    "dropped": (DataLoader(DATA, batch_size=4, drop_last=True), 20),
+    "list": ([(X[:5], Y[:5]), (X[5:9], Y[5:9])], 9),
+}
+
+
+def trainer_of(net=None, regularized=True, **settings):
+    net = smooth_net() if net is None else net
+    regularizers = [InsertionDeletion(Saliency(net), baselines=0.0)] if regularized else []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    return ExplanationRegularizedTrainer(net, optimizer, regularizers, show_progress=False, **settings)
+
+
+@pytest.mark.parametrize(("loader", "n_examples"), LOADERS.values(), ids=list(LOADERS))
+def test_every_example_counts(loader, n_examples):
+    trainer = trainer_of()
+    scores = trainer.example_scores(loader)
+    assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(scores, n_examples)
+    whole = trainer.evaluate([(X[:n_examples], Y[:n_examples])])
+    assert trainer.evaluate(loader) == pytest.approx(whole, abs=1e-9)
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation", "loss"])
+def test_a_pass_that_breaks_off_in_the_last_batch_leaves_nothing_behind(where):
+    """accelerate would cut every later batch to the size of that one."""
+    spoiled = X[:10].clone()
+    spoiled[9] = torch.nan
+    loader = DataLoader(TensorDataset(spoiled, Y[:10]), batch_size=4)
+    trainer = trainer_of()
+    expected = trainer.evaluate([(X, Y)])
+
+    def fail(output, target):
+        raise KeyError
+
+    if where == "loss":
+        loader, trainer.loss_fn = DataLoader(DATA, batch_size=22), fail
+    failed = None
+    try:
+        trainer.fit(loader) if where == "training" else trainer.evaluate(loader)
+    except (NonFiniteError, KeyError) as error:
+        failed = error  # held, with all frames of its traceback
+    assert failed is not None
+    assert trainer.accelerator.gradient_state.active_dataloader is None
+    assert all(module.training for module in trainer.model.modules())
+    trainer.loss_fn = torch.nn.functional.cross_entropy
+    if where != "training":
+        assert trainer.evaluate([(X, Y)]) == expected
+
+
+@pytest.mark.parametrize("n_passes", [1, 2, 3, 5])
+def test_an_epochs_last_update_may_be_of_fewer_passes_whatever_the_loader(n_passes):
+    """Of seven batches, the last one short."""
+    nets = [smooth_net(), smooth_net()]
+    loader = DataLoader(TensorDataset(X[:20], Y[:20]), batch_size=3)
+    for net, batches in zip(nets, (loader, list(loader)), strict=True):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=n_passes)
+        trainer_of(net, regularized=False, accelerator=accelerator).fit(batches, epochs=2)
+    twin = smooth_net()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+    for _ in range(2):
+        for number, (x, y) in enumerate(loader, start=1):
+            (torch.nn.functional.cross_entropy(twin(x), y) / n_passes).backward()
+            if number % n_passes == 0 or number == len(loader):
+                optimizer.step()
+                optimizer.zero_grad()
+    for net in nets:
+        for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
