@@ -200,7 +200,6 @@ class _Conditions:
         half = any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors)
         return half or self._precision != torch.float32
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Undoes what an evaluation did to random numbers and statistics."""
         set_streams(self._streams, self._devices)
@@ -208,7 +207,7 @@ class _Conditions:
             for name, copy in copies.items():
                 buffer = module._buffers[name]
                 if copy is not None and buffer is not None and buffer is not copy:
-                    buffer.copy_(copy)
+                    buffer.data.copy_(copy)  # unseen by graphs that hold the buffer, as BatchNorm itself moves it
 
     def _note(self, module: nn.Module) -> None:
         if module in self._modes:

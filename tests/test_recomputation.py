@@ -257,6 +257,20 @@ def test_a_later_forward_pass_in_training_mode_changes_nothing(memory_budget, ex
     assert largest_difference(results[1], results[0]) < 1e-10
 
 
+@pytest.mark.parametrize("memory_budget", [1e9, 4e5])
+def test_looking_spoils_no_graph_that_is_kept(memory_budget):
+    """In training mode every look moves BatchNorm's statistics and puts them back."""
+    results = []
+    for budget in (None, memory_budget):
+        model = smooth_conv_net().train()
+        model[3].p = 0.0
+        x, y = batch()
+        terms = regularizer(model, "lime", budget, eval_mode=False, max_examples_per_batch=20)(x, y)
+        (model(x).sum() + sum(terms.values())).backward()
+        results.append(gradients(model))
+    assert largest_difference(*results) < 1e-9
+
+
 def test_a_second_pass_that_is_another_is_an_error():
     numbers = iter(range(10**6))
 

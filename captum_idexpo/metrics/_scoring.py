@@ -110,7 +110,11 @@ class TargetScorer:
 
     def sign(self) -> Tensor | None:
         """+1 or -1 an example ``(B, 1)``: an attribution explains the single column, class 0 is its complement."""
-        if not self.one_column or self._target is None:
+        return self.sign_of_one_column() if self.one_column else None
+
+    def sign_of_one_column(self) -> Tensor | None:
+        """The same of an attribution of another function's single column, where these outputs have two classes."""
+        if self.outputs == "raw" or self.n_columns > 2 or self._target is None:
             return None
         return 2 * self._target[:, -1:] - 1
 
@@ -181,13 +185,21 @@ def class_labels(target: Any) -> Any:
     return target.long() if zeros_and_ones or target.dtype == torch.bool else target
 
 
+def require_integers(target: Tensor) -> None:
+    """Refuses what names no class, soft labels for example; TypeError."""
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        mend = "target.argmax(dim=1)" if target.dim() == 2 and target.shape[1] > 1 else "target.long()"
+        raise TypeError(
+            f"target must hold integers, given: {target.dtype} of shape {tuple(target.shape)}; mend it with {mend}."
+        )
+
+
 def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:
     """A target in any of Captum's forms as indices ``(B, n)``."""
     if target is None:
         return None
     if isinstance(target, Tensor):
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(f"target must hold integers, given: {target.dtype}; mend it with target.long().")
+        require_integers(target)
         if target.numel() == 1:
             return target.reshape(1, 1).to(device, torch.long).expand(n_examples, 1)
         if target.dim() == 1 and len(target) == n_examples:

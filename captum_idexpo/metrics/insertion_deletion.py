@@ -321,7 +321,7 @@ class Masking:
         schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
         max_rows = check_max_rows(max_examples_per_batch)
         scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
-        masks = make_masks(locations, scorer.sign(), temperature, tensors[0].dtype)
+        masks = make_masks(locations, scorer.sign(), temperature, tensors)
         return cls(tensors, aligned, locations, scorer, schedule, masks, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
@@ -379,13 +379,11 @@ def check_count(name: str, value: Any) -> int:
 
 
 def make_masks(
-    locations: Locations, sign: Tensor | None, temperature: float | str | None, dtype: torch.dtype
+    locations: Locations, sign: Tensor | None, temperature: float | str | None, inputs: tuple[Tensor, ...]
 ) -> HardMasks | SoftMasks:
-    """The locations' masks, in the order of their attributions or, where the sign is -1, against it.
-
-    ``dtype`` is the inputs', which hard masks multiply.
-    """
+    """The locations' masks, in the order of their attributions or, where the sign is -1, against it."""
     values = locations.values if sign is None else locations.values * sign
     if temperature is None:
-        return HardMasks(values, locations.present, dtype)
+        dtypes = {tensor.dtype for tensor in inputs}  # hard masks are of the inputs' own, which they multiply
+        return HardMasks(values, locations.present, *(dtypes if len(dtypes) == 1 else ()))
     return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

@@ -16,7 +16,8 @@ from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo.metrics._locations import as_tuple
-from captum_idexpo.metrics._scoring import OUTPUTS, class_labels
+from captum_idexpo.metrics._scoring import OUTPUTS, class_labels, require_integers
+from captum_idexpo.regularizers._explaining import Explaining
 
 Weight = float | Literal["auto"]
 _HEAVIEST = 1e8  # beyond it an automatic weight would raise rounding errors
@@ -74,13 +75,14 @@ class Regularizer(nn.Module):
             self._weight = not_negative("weight", weight)
         self.ratio = not_negative("ratio", ratio)
         self._waits = False
-        self._n_columns: int | None = None
+        self._explains_one_column: bool | None = None
         self.eval_mode = eval_mode
         self.outputs = outputs
         if eval_mode and self.model is None:
             warnings.warn(
                 "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
-                "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
+                "held in eval mode: give the module itself (or model= beside an explainer), or pass eval_mode=False if "
+                "there is nothing to hold.",
                 stacklevel=3,
             )
 
@@ -113,9 +115,11 @@ class Regularizer(nn.Module):
             return {self.term: self.weight * penalty}
         if not self._waits:
             raise RuntimeError(
-                f"The weight of {type(self).__name__} is 'auto' and not set yet: before the first step call "
-                "`regularizer.calibrate(task_loss, inputs, target)`; ExplanationRegularizedLoss and the trainer do."
+                f"The weight of {type(self).__name__} is 'auto' and not set yet: before each step call "
+                "`regularizer.calibrate(task_loss, inputs, target)`, which does nothing once it is set; "
+                "ExplanationRegularizedLoss and the trainer do."
             )
+        self._waits = False
         return {self.term: 0.0 * penalty}
 
     @no_graph()
@@ -123,8 +127,8 @@ class Regularizer(nn.Module):
         """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
 
         Over several processes both are means over all of them. A penalty of next to nothing (a batch without
-        annotations, a model that is linear before it is trained) leaves the weight to the next batch; until then the
-        term counts for nothing.
+        annotations, a model that is linear before it is trained) leaves the weight to the next batch, for which this
+        has to be called again; the term counts for nothing with this one.
 
         Raises:
             NonFiniteError: the task loss or the penalty is NaN or infinite.
@@ -154,14 +158,19 @@ class Regularizer(nn.Module):
         with held_in_eval_mode(self.model) if self.eval_mode else nullcontext():
             return self.penalty(inputs, target, annotations)
 
-    def explained_target(self, tensors: tuple[Tensor, ...], target: Any) -> Any:
+    def explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: Any) -> Any:
         """The target as an explainer takes it: none for a regression, and none where a single column is explained."""
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             return None
-        if self._n_columns is None:
-            with no_graph(), held_in_eval_mode(self.model):
-                self._n_columns = self.forward_func(*(tensor[:1] for tensor in tensors)).numel()
-        return None if self._n_columns == 1 else class_labels(target)
+        if self._explains_one_column is None:
+            with held_in_eval_mode(self.model):
+                self._explains_one_column = explaining.of_one_column(tensors)
+        if self._explains_one_column:
+            return None
+        labels = class_labels(target)
+        if isinstance(labels, Tensor):
+            require_integers(labels)
+        return labels
 
     def _check_target(self, target: Any) -> None:
         """Refuses a regression's targets where the outputs are said to be classes."""

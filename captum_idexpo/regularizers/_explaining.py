@@ -9,6 +9,8 @@ import captum.attr as captum
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
+from captum_idexpo._evaluation import BatchForward
+from captum_idexpo._modes import no_graph
 from captum_idexpo.attr._usage import require_trainable
 
 
@@ -42,6 +44,13 @@ class Explaining:
         arguments = {name: value for name, value in offered.items() if name in self.takes}
         attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
         return tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,)
+
+    def of_one_column(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether what is explained is a single column, of which class 0 is the complement."""
+        arguments = self.arguments.get("additional_forward_args")
+        forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
+        with no_graph():
+            return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
 
     @property
     def of_layer(self) -> bool:

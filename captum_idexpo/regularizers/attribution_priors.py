@@ -43,7 +43,7 @@ class AttributionPrior(Regularizer):
     def maps(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
         """The attribution, a layer's brought to the input's size."""
         tensors = as_tensors(inputs)
-        offered = {"target": self.explained_target(tensors, target)}
+        offered = {"target": self.explained_target(self._explaining, tensors, target)}
         maps = self._explaining(inputs, torch.is_grad_enabled(), offered)
         return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
 

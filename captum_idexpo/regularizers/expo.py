@@ -19,7 +19,6 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._evaluation import (
-    BatchForward,
     align_baselines,
     default_rows_per_forward,
     masked_copies,
@@ -162,7 +161,7 @@ class MaskedNeighbors:
         )
         given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
         copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())
-        dtype = tensors[0].dtype
+        dtype = tensors[0].dtype if tensors[0].is_floating_point() else torch.get_default_dtype()
         return Neighbors(copies, masks.to(dtype), self.similarity.weights(masks).to(dtype))
 
     def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:
@@ -172,6 +171,8 @@ class MaskedNeighbors:
         return FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors]) if groups is None else groups
 
 
+Outputs = Callable[[tuple[Tensor, ...], slice, int], Tensor]
+"""(rows, which examples they are copies of, how many copies) -> outputs ``(rows, K)``"""
 Neighborhood = GaussianNeighbors | UniformNeighbors | MaskedNeighbors
 
 
@@ -201,27 +202,34 @@ class _Local(Regularizer):
         self.generator = generator
         self.max_examples_per_batch = max_examples_per_batch
 
-    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> Callable[[tuple[Tensor, ...], int], Tensor]:
-        """A function (rows, copies) -> outputs ``(rows, K)``: all of them, or the target's probability if masked."""
+    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> Outputs:
+        """All outputs of rows, or the target's probability if they are masked."""
         if not isinstance(self.neighborhood, MaskedNeighbors):
-            forward = BatchForward(self.forward_func, None, len(tensors[0]))
-            return lambda rows, n_copies: forward(rows, n_copies=n_copies).reshape(len(rows[0]), -1)
+            return lambda rows, examples, n_copies: self.forward_func(*rows).reshape(len(rows[0]), -1)
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             target = None  # a regression's target names no column
-        scorer = TargetScorer(self.forward_func, tensors, class_labels(target), None, self.outputs)
-        return lambda rows, n_copies: scorer(rows, slice(None), n_copies, "probability")[:, None]
+        max_rows = self.max_examples_per_batch
+        scorer = TargetScorer(self.forward_func, tensors, class_labels(target), None, self.outputs, max_rows=max_rows)
+        return lambda rows, examples, n_copies: scorer(rows, examples, n_copies, "probability")[:, None]
 
-    def _evaluate(self, outputs: Callable[[tuple[Tensor, ...], int], Tensor], copies: tuple[Tensor, ...]) -> Tensor:
+    def _evaluate(self, outputs: Outputs, copies: tuple[Tensor, ...]) -> Tensor:
         """Outputs of the copies ``(n, B, ...)``, as ``(B, n, K)``."""
         n_copies, n_examples = copies[0].shape[:2]
         rows = self.max_examples_per_batch or default_rows_per_forward(tuple(copy[0] for copy in copies))
+
+        def outputs_of(part: slice, examples: slice) -> Tensor:
+            chunk = tuple(copy[part, examples] for copy in copies)
+            n_chosen = part.stop - part.start
+            values = outputs(tuple(copy.flatten(0, 1) for copy in chunk), examples, n_chosen)
+            return values.reshape(n_chosen, examples.stop - examples.start, -1)
+
         # Differences of neighbouring outputs are smaller than what half precision resolves.
         with torch.autocast(copies[0].device.type, enabled=False):
-            chunks = [
-                outputs(tuple(copy[part].flatten(0, 1) for copy in copies), part.stop - part.start)
-                for part in slices(n_copies, max(1, rows // n_examples))
+            blocks = [
+                torch.cat([outputs_of(part, examples) for part in slices(n_copies, max(1, rows // n_examples))])
+                for examples in slices(n_examples, rows)
             ]
-        values = torch.cat(chunks).reshape(n_copies, n_examples, -1).transpose(0, 1)
+        values = torch.cat(blocks, dim=1).transpose(0, 1)
         return values.to(torch.promote_types(values.dtype, torch.float32))  # squares of halves would vanish
 
 

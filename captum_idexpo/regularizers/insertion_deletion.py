@@ -253,7 +253,8 @@ class InsertionDeletion(nn.Module):
         max_rows = check_max_rows(self.max_examples_per_batch)
         additional = self._additional_forward_args
         scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
-        one_column = self._explains_one_column(tensors, scorer)
+        same = self.explainer.forward_func is self.forward_func
+        one_column = scorer.n_columns == 1 if same else self._explaining.of_one_column(tensors)
         offered = {
             "baselines": _like(inputs, aligned),
             "feature_mask": _broadcasting(feature_mask, inputs),
@@ -267,20 +268,11 @@ class InsertionDeletion(nn.Module):
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
-        sign = scorer.sign() if one_column and self._explaining.signed_for_target else None
-        masks = make_masks(locations, sign, temperature, tensors[0].dtype)
+        sign = scorer.sign_of_one_column() if one_column and self._explaining.signed_for_target else None
+        masks = make_masks(locations, sign, temperature, tensors)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
         return Masking(tensors, aligned, locations, scorer, schedule, masks, check_scores, memory), cells
-
-    def _explains_one_column(self, tensors: tuple[Tensor, ...], scorer: TargetScorer) -> bool:
-        """Whether the explainer's forward function has a single column, of which class 0 is the complement."""
-        if self.explainer.forward_func is self.forward_func:
-            return scorer.n_columns == 1
-        forward = BatchForward(self.explainer.forward_func, self._additional_forward_args, len(tensors[0]))
-        first = slice(0, 1)
-        with no_graph():
-            return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
 
     def _predicted_class(self, inputs: Any) -> Tensor:
         tensors, _ = check_inputs(inputs, None, check_finite=True)

@@ -104,7 +104,8 @@ class RightForTheRightReasons(Regularizer):
             saliency = Saliency(self._explained_sum)
             maps: tuple[Tensor, ...] = saliency.attribute(tensors, abs=False, create_graph=create_graph)
         else:
-            maps = self._explaining(inputs, create_graph, {"target": self.explained_target(tensors, target)})
+            offered = {"target": self.explained_target(self._explaining, tensors, target)}
+            maps = self._explaining(inputs, create_graph, offered)
             if self._explaining.of_layer:
                 maps = (layer_cells(maps, tensors)[0],)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)

@@ -22,6 +22,7 @@ from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
+from captum_idexpo.regularizers._explaining import Explaining
 
 
 class SaliencyGuided(Regularizer):
@@ -71,6 +72,7 @@ class SaliencyGuided(Regularizer):
             raise ValueError("Saliency-guided training compares distributions over classes: raw outputs have none.")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, given: {fraction}.")
+        self._explaining = Explaining(Saliency(model), None)
         self.fraction = fraction
         self.value_range = value_range
         self.generator = generator
@@ -79,14 +81,14 @@ class SaliencyGuided(Regularizer):
         """KL(p(x) || p(x~)), averaged over the batch."""
         tensors = as_tensors(inputs)
         require_real(tensors)
-        replaced = self._replaced(tensors, self.explained_target(tensors, target))
+        replaced = self._replaced(tensors, self.explained_target(self._explaining, tensors, target))
         log_p = log_probabilities(self.forward_func(*tensors), self.outputs)
         log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 
     def _replaced(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Tensor, ...]:
         """The inputs, random values in place of the features of least gradient."""
-        gradients = Saliency(self.forward_func).attribute(tensors, target=target)
+        gradients = self._explaining(tensors, False, {"target": target})
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
         n_replaced = math.floor(self.fraction * flat.shape[1] + 1e-9)
         least = flat.argsort(dim=1, stable=True)[:, :n_replaced]

@@ -206,6 +206,32 @@ def test_tuples_are_ranked_together(temperature):
         assert float(ours[i].detach()) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("ids_first", [False, True])
+def test_integers_beside_floats_stay_integers_under_hard_masks(ids_first):
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(9, 4).double(), nn.Linear(3 + 20, 3).double()
+    x, ids = torch.randn(4, 3, dtype=torch.float64), torch.randint(1, 9, (4, 5))
+    phi = torch.randn(4, 3), torch.randn(4, 5)
+
+    def floats_first(x, ids):
+        return head(torch.cat([x, embedding(ids).flatten(1)], dim=1))
+
+    def order(pair):
+        return pair[::-1] if ids_first else pair
+
+    forward = (lambda ids, x: floats_first(x, ids)) if ids_first else floats_first
+    ours = insertion(forward, order((x, ids)), order(phi), order((0.0, 0)), target=Y)
+    # One group for each token's embedding, the rows of which are masked by that of token 0.
+    groups = torch.arange(3)[None], torch.arange(3, 8)[None, :, None].expand(1, 5, 4)
+    embedded = (x, embedding(ids).detach())
+    spread = (phi[0], phi[1][..., None].expand(-1, -1, 4))
+    baselines = (0.0, embedding.weight[0].detach().expand(1, 5, 4))
+    theirs = insertion(
+        lambda x, e: head(torch.cat([x, e.flatten(1)], dim=1)), embedded, spread, baselines, groups, target=Y
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_the_soft_metric_tends_to_the_hard_one():
     net = smooth_conv_net()
     hard = insertion_deletion(net, IMAGES, PIXELS, target=Y)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import InputXGradient
+from captum_idexpo.attr import InputXGradient, id_expo_lime
 from captum_idexpo.regularizers import (
     Fidelity,
     RightForTheRightReasons,
@@ -105,6 +105,66 @@ def test_an_automatic_weight_is_a_ratio_to_the_task_loss(term, make):
     weight = regularizer.weight
     regularizer.calibrate(100 * task, X, Y, A)  # only once
     assert regularizer.weight == weight
+
+
+def test_a_batch_that_sets_no_weight_asks_for_another_try():
+    model = smooth_net()
+    regularizer, task = RightForTheRightReasons(model, weight="auto"), torch.tensor(1.0)
+    regularizer.calibrate(task, X, Y, torch.zeros_like(A))  # no annotation, no penalty to be a share of
+    assert float(regularizer(X, Y, A)["right_reasons"].detach()) == 0
+    with pytest.raises(RuntimeError, match="not set yet: before each step call"):
+        regularizer(X, Y, A)
+    regularizer.calibrate(task, X, Y, A)
+    assert float(regularizer(X, Y, A)["right_reasons"].detach()) == pytest.approx(1.0)
+
+
+class Scaled(nn.Module):
+    """Takes a factor an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = smooth_net()
+
+    def forward(self, x, factor):
+        return self.net(x) * factor[:, None]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, explainer, **more: Smoothness(explainer, **more),
+        lambda model, explainer, **more: Sparsity(explainer, **more),
+        lambda model, explainer, **more: RightForTheRightReasons(model, explainer=explainer, **more),
+    ],
+)
+def test_additional_forward_args_reach_the_explained_function(make):
+    model, factor = Scaled(), torch.rand(8, dtype=torch.float64)
+    regularizer = make(model, InputXGradient(model), attribute_kwargs={"additional_forward_args": factor})
+
+    def scaled(x):
+        return model.net(x) * factor[:, None]
+
+    twin = make(scaled, InputXGradient(scaled), eval_mode=False)
+    twin._explains_one_column = False  # which it would ask of a single row
+    for name, value in twin(X, Y, A).items():
+        torch.testing.assert_close(regularizer(X, Y, A)[name], value)
+
+
+def test_the_columns_that_count_are_those_of_what_is_explained():
+    """The LIME of a one-column model explains two probabilities."""
+    model, y = smooth_net(n_classes=1), Y % 2
+    lime = id_expo_lime(model)
+    torch.manual_seed(0)
+    ours = RightForTheRightReasons(model, explainer=lime)(X, y, A)["right_reasons"]
+    torch.manual_seed(0)
+    attribution = lime.attribute(X, target=y)
+    torch.testing.assert_close(ours.detach(), (attribution * A).square().sum(dim=1).mean())
+
+
+@pytest.mark.parametrize("make", [SaliencyGuided, lambda model: Sparsity(InputXGradient(model))])
+def test_soft_labels_are_an_error_that_says_what_to_do(make):
+    with pytest.raises(TypeError, match=r"float64 of shape \(8, 3\); mend it with target\.argmax\(dim=1\)"):
+        make(smooth_net())(X, torch.full((8, 3), 1 / 3).double())
 
 
 def test_the_loss_module_calibrates_and_a_state_dict_carries_the_weight():

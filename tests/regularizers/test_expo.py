@@ -54,6 +54,30 @@ def test_fidelity_is_what_least_squares_leaves(neighborhood):
     assert value.item() == pytest.approx(np.mean(squares), rel=1e-9)
 
 
+@pytest.mark.parametrize("make", [Fidelity, Stability])
+def test_token_ids_are_masked_as_their_embeddings_are(make):
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(9, 4).double(), nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double()
+    ids = torch.randint(1, 9, (4, 5))
+    tokens = torch.arange(5)[None, :, None].expand(1, 5, 4)
+    of_embeddings = MaskedNeighbors(embedding.weight[0].detach().expand(1, 5, 4), tokens)
+    value = seeded(make(nn.Sequential(embedding, head), MaskedNeighbors(0), n_neighbors=30), ids)
+    expected = seeded(make(head, of_embeddings, n_neighbors=30), embedding(ids).detach())
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert value.item() > 0
+
+
+@pytest.mark.parametrize("neighborhood", [GaussianNeighbors(0.3), MaskedNeighbors()])
+@pytest.mark.parametrize("make", [Fidelity, Stability])
+@pytest.mark.parametrize("max_examples_per_batch", [1, 3, 4, 9])
+def test_rows_are_bounded_also_below_the_size_of_the_batch(make, neighborhood, max_examples_per_batch):
+    net, rows = smooth_net(), []
+    net.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
+    bounded = seeded(make(net, neighborhood, n_neighbors=30, max_examples_per_batch=max_examples_per_batch))
+    assert max(rows) <= max_examples_per_batch
+    torch.testing.assert_close(bounded, seeded(make(net, neighborhood, n_neighbors=30)))
+
+
 def test_fidelity_along_one_coordinate_is_a_line_in_closed_form():
     net = smooth_net()
     neighborhood = GaussianNeighbors(0.3, one_dimensional=True)

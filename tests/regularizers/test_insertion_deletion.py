@@ -454,6 +454,18 @@ def test_one_column_explains_the_column_and_flips_for_class_0():
         torch.testing.assert_close(ours[name], theirs[name])
 
 
+def test_one_column_that_is_scored_as_two_flips_for_class_0_too():
+    net = smooth_net(n_classes=1)
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 0])
+    explainer = captum_idexpo.attr.InputXGradient(net)
+    settings = {**SETTINGS, "baselines": 0.0}
+    ours = InsertionDeletion(explainer, **settings)
+    theirs = InsertionDeletion(explainer, forward_func=nn.Sequential(net, TwoColumns()), **settings)
+    for name, value in ours(x, y).items():
+        torch.testing.assert_close(theirs(x, y)[name], value)
+    torch.testing.assert_close(theirs.scores(x, y), ours.scores(x, y))
+
+
 class TwoColumns(nn.Module):
     def forward(self, x):
         return torch.cat([-x / 2, x / 2], dim=1)
