@@ -18,7 +18,7 @@ def left(loader: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if hasattr(loader, "end_of_dataloader"):
+        if hasattr(loader, "end_of_dataloader") and loader in loader.gradient_state.dataloader_references:
             loader.end()
 
 
