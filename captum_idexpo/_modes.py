@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
+
+from captum_idexpo._checkpointing import depends_on_mode, refused_inside
+
+_IN_TRAINING_MODE = (
+    "when the model is in training mode again: turn checkpointing off where it is in eval mode (`if self.training`), "
+    "or pass eval_mode=False."
+)
 
 
 @contextmanager
@@ -19,10 +26,18 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     cuDNN's recurrent layers have no backward in eval mode: where there are some, cuDNN is left aside meanwhile. A graph
     keeps BatchNorm's statistics by reference and would silently follow when a later forward pass moves them: it is made
     with copies.
+
+    Raises:
+        RuntimeError: under enabled gradients, a module that computes something else in its own mode is called by
+            `torch.utils.checkpoint`.
     """
     cudnn = torch.backends.cudnn
     cudnn_enabled = cudnn.enabled
-    with _restored_modes(models) as modules:
+    with ExitStack() as stack:
+        modules = stack.enter_context(_restored_modes(models))
+        if torch.is_grad_enabled():  # a graph that may be used after the mode has returned
+            changed = [module for module in modules if module.training and depends_on_mode(module)]
+            stack.enter_context(refused_inside(changed, _IN_TRAINING_MODE))
         for module in modules:
             module.training = False
             if is_batch_norm(module) and torch.is_grad_enabled():

@@ -144,17 +144,19 @@ class _TwoPasses(torch.autograd.Function):
         """One chunk's share of the gradient; its graph ends with this call."""
         through = _cut_off(tensors[: ctx.n_through])
         condition = ctx.conditions[index]
-        with torch.enable_grad(), condition:
-            values = ctx.evaluate(ctx.chunks[index], through).flatten()
-        _check_repeated(values.detach(), ctx.values[index], condition.is_rough(through))
         parts: list[Tensor | None] = [None] * len(tensors)
-        if values.requires_grad:
+        with condition:  # also while a checkpointed part of the model is computed a third time
+            with torch.enable_grad():
+                values = ctx.evaluate(ctx.chunks[index], through).flatten()
+            _check_repeated(values.detach(), ctx.values[index], condition.is_rough(through))
+            if not values.requires_grad:
+                return parts
             wanted = {i: t for i, t in enumerate([*through, *tensors[ctx.n_through :]]) if t.requires_grad}
             _check_leaves(values, list(wanted.values()))
             # Retained, for what the forward function closes over may stand in the next chunk's graph, too.
             found = torch.autograd.grad(values, list(wanted.values()), gradient, retain_graph=True, allow_unused=True)
-            for index, part in zip(wanted, found, strict=True):
-                parts[index] = part
+        for index, part in zip(wanted, found, strict=True):
+            parts[index] = part
         return parts
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import dropwhile
 from typing import Any
 
 import captum.attr as captum
@@ -22,6 +19,7 @@ from captum._utils.typing import BaselineType, TargetType
 from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
 from torch import Tensor, nn
 
+from captum_idexpo._checkpointing import refused_inside
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, with_gradients
 from captum_idexpo.attr._usage import logged, part
 from captum_idexpo.attr.ablation import FeatureAblation
@@ -539,33 +537,10 @@ def _replaced(layer: nn.Module, tensors: tuple[Tensor, ...], its_input: bool) ->
         handle.remove()
 
 
-@contextmanager
-def _outside_checkpoints(layers: Layers, its_input: bool) -> Iterator[None]:
-    """Refuses layers whose tensors are replaced inside a checkpointed part of a model.
-
-    The backward pass computes the part again, when nothing is replaced any more: the gradient would be another's.
-    """
-
-    def refuse(layer: nn.Module, _args: Any) -> None:
-        if _in_checkpoint(its_input):
-            raise RuntimeError(
-                f"{type(layer).__name__} is run by torch.utils.checkpoint, which computes it again in the backward "
-                "pass, without what this attribution puts in place of its tensors: turn checkpointing off while "
-                "explaining (`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."
-            )
-
-    handles = [layer.register_forward_pre_hook(refuse) for layer in (layers if isinstance(layers, list) else [layers])]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _in_checkpoint(with_input: bool) -> bool:
-    """Whether a module whose hook is running is part of a checkpointed function; with its input, or its output only."""
-    callers = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(sys._getframe(2))]
-    if not with_input:  # what the checkpointed function itself returns is not computed again
-        callers = list(dropwhile(lambda name: name == "torch.nn.modules.module", callers))
-        callers = list(dropwhile(lambda name: name == "torch.utils.checkpoint", callers))
-    return "torch.utils.checkpoint" in callers
+def _outside_checkpoints(layers: Layers, its_input: bool) -> Any:
+    """Refuses layers whose tensors are replaced inside a checkpointed part of a model."""
+    why = (
+        "without what this attribution puts in place of its tensors: turn checkpointing off while explaining "
+        "(`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."
+    )
+    return refused_inside(layers if isinstance(layers, list) else [layers], why, output_only=not its_input)

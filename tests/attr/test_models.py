@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer, resnet18
 
 from captum_idexpo import attr
@@ -147,64 +146,3 @@ def test_a_model_that_takes_gradients_itself():
     torch.manual_seed(0)
     model, x = Force().double(), torch.randn(4, 3, dtype=torch.float64)
     assert_trainable(lambda: attr.Saliency(model).attribute(x, target=1, abs=False, create_graph=True), model)
-
-
-class Checkpointed(nn.Module):
-    """Of three parts the second is computed again in the backward pass, unless ``reentrant`` is None."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Sequential(nn.Linear(6, 5), nn.Tanh()).double()
-        self.second = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh()).double()
-        self.last = nn.Linear(5, 3).double()
-        self.again = {} if reentrant is None else {"use_reentrant": reentrant}
-
-    def forward(self, x):
-        hidden = self.first(x)
-        return self.last(checkpoint(self.second, hidden, **self.again) if self.again else self.second(hidden))
-
-
-ROWS = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-BASELINES = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-STEPS = {"n_steps": 4}
-
-
-@pytest.mark.parametrize(
-    ("explainer", "layer", "arguments"),
-    [
-        (attr.DeepLift, None, {}),
-        (attr.DeepLiftShap, None, {"baselines": BASELINES}),
-        (attr.LayerDeepLift, "first", {}),
-        (attr.LayerDeepLift, "second.1", {}),
-        (attr.GuidedBackprop, None, {}),
-        (attr.LayerIntegratedGradients, "first", STEPS),
-        (attr.LayerIntegratedGradients, "second", STEPS),
-        (attr.LayerGradientXActivation, "second.1", {"attribute_to_layer_input": True}),
-        (attr.LayerFeatureAblation, "second", {}),
-    ],
-)
-def test_a_checkpointed_part_changes_nothing(explainer, layer, arguments):
-    def attribute(model, **more):
-        layers = [model.get_submodule(layer)] if layer else []
-        return explainer(model, *layers).attribute(ROWS, target=1, **arguments, **more)
-
-    plain, model = Checkpointed(None), Checkpointed(False)
-    torch.testing.assert_close(attribute(model), attribute(plain))
-    assert_trainable(lambda: attribute(model, create_graph=True), model)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("explainer", [attr.LayerIntegratedGradients, attr.LayerFeatureAblation])
-@pytest.mark.parametrize(("layer", "of_input"), [("second", True), ("second.2", True), ("second.2", False)])
-def test_a_layer_inside_a_checkpointed_part_is_not_replaced(explainer, layer, of_input, reentrant):
-    def attribution(reentrant, **more):
-        model = Checkpointed(reentrant)
-        explain = explainer(model, model.get_submodule(layer)).attribute
-        return explain(ROWS, target=1, attribute_to_layer_input=of_input, **more)
-
-    with pytest.raises(RuntimeError, match="turn checkpointing off while explaining"):
-        attribution(reentrant, create_graph=True)
-    if explainer is attr.LayerFeatureAblation:  # without a graph nothing is computed again
-        torch.testing.assert_close(attribution(reentrant), attribution(None))
