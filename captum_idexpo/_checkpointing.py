@@ -6,15 +6,18 @@ would be another's, in silence.
 
 from __future__ import annotations
 
+import inspect
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import dropwhile
+from itertools import dropwhile, takewhile
+from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 _CHECKPOINT = "torch.utils.checkpoint"
 
@@ -48,17 +51,37 @@ def refused_inside(modules: Iterable[nn.Module], why: str, *, output_only: bool 
 
 def _is_inside(output_only: bool) -> bool:
     """Whether the module whose hook asks is run by a checkpoint."""
-    callers = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(sys._getframe(2))]
+    callers = _callers()
     if output_only:
-        callers = list(dropwhile(lambda name: name == "torch.nn.modules.module", callers))
-        callers = list(dropwhile(lambda name: name == _CHECKPOINT, callers))
+        callers = dropwhile(lambda name: name == "torch.nn.modules.module", callers)
+        callers = dropwhile(lambda name: name == _CHECKPOINT, callers)
     return _CHECKPOINT in callers
+
+
+def _callers() -> Iterator[str]:
+    """The names of the modules whose code has called a module with a hook, the nearest first."""
+    frame: FrameType | None = sys._getframe(3)  # behind `_is_inside` and the hook
+    while frame is not None:
+        yield frame.f_globals.get("__name__", "")
+        frame = frame.f_back
 
 
 def depends_on_mode(module: nn.Module) -> bool:
     """Whether a module itself, without its submodules, computes something else in training mode."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # there is no Python in it that could be checkpointed
+    if isinstance(module, _NormBase):
+        return module.running_mean is not None
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
     if type(module).__module__.startswith("torch.nn.modules"):
-        chance = getattr(module, "p", getattr(module, "dropout", 0))
-        return isinstance(module, (_NormBase, nn.RReLU)) or (isinstance(chance, (int, float)) and chance > 0)
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names
+        chance = getattr(module, "dropout", 0)
+        return isinstance(module, nn.RReLU) or (isinstance(chance, (int, float)) and chance > 0)
+    own = takewhile(lambda part: part is not nn.Module, type(module).__mro__)
+    functions = [inspect.unwrap(value) for part in own for value in vars(part).values() if callable(value)]
+    return any(_reads_mode(function.__code__) for function in functions if inspect.isfunction(function))
+
+
+def _reads_mode(code: CodeType) -> bool:
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return "training" in code.co_names or any(map(_reads_mode, nested))

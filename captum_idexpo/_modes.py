@@ -66,11 +66,13 @@ def no_weights_left() -> Iterator[None]:
     Weights computed under `torch.no_grad` may be kept, and handed without a graph to whatever follows in the same
     context: parametrized ones in `parametrize.cached`, up to PyTorch 2.10 also those that autocast casts.
     """
+    parametrized = dict(parametrize._cache)
     try:
         yield
     finally:
         torch.clear_autocast_cache()
-        parametrize._cache.clear()
+        for name in parametrize._cache.keys() - parametrized.keys():
+            del parametrize._cache[name]
 
 
 @contextmanager

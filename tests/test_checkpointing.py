@@ -13,7 +13,7 @@ from captum_idexpo._checkpointing import depends_on_mode, refused_inside
 from captum_idexpo._modes import eval_mode
 from captum_idexpo.attr import Lime
 from captum_idexpo.attr.surrogates import Ridge
-from captum_idexpo.regularizers import Fidelity, InsertionDeletion
+from captum_idexpo.regularizers import Fidelity, InsertionDeletion, SaliencyGuided, Sparsity
 from captum_idexpo.testing import assert_trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -101,6 +101,32 @@ def test_a_bounded_graph_holds_its_conditions_while_parts_are_computed_a_third_t
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("middle", [nn.Dropout(0.3), nn.BatchNorm1d(8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, **more: Sparsity(attr.InputXGradient(model), **more),
+        SaliencyGuided,
+        lambda model, **more: InsertionDeletion(
+            attr.Saliency(model), baselines=0.0, forward_func=lambda x: model(x), **more
+        ),
+    ],
+)
+def test_what_the_error_advises_helps(make, middle):
+    model = Checkpointed(middle, False)
+    sum(make(model, eval_mode=False)(X, Y).values()).backward()
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)])
+def test_scripted_models_have_nothing_to_refuse(make):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    scripted = make(net)
+    torch.manual_seed(0)
+    ours = sum(Fidelity(scripted)(X, Y).values())
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, sum(Fidelity(net)(X, Y).values()))
+
+
 def test_without_a_graph_nothing_is_refused():
     model = Checkpointed(nn.Dropout(0.3), False)
     with torch.no_grad(), eval_mode(model):
@@ -121,9 +147,19 @@ def test_a_checkpointed_part_s_own_output_may_matter_unless_another_part_is_arou
 
 
 def test_what_depends_on_the_mode():
-    depending = [nn.Dropout(), nn.BatchNorm2d(2), nn.InstanceNorm1d(2), nn.RReLU(), nn.LSTM(2, 2, 2, dropout=0.1)]
-    depending += [nn.MultiheadAttention(4, 2, dropout=0.1), nn.AlphaDropout(0.2), Functional()]
+    class Nested(nn.Module):
+        @torch.enable_grad()
+        def forward(self, x):
+            return (lambda rows: dropout(rows, 0.3, self.training))(x)
+
+    class NoDropout(nn.Dropout):
+        pass
+
+    depending = [nn.Dropout(), nn.BatchNorm2d(2), nn.InstanceNorm1d(2, track_running_stats=True), nn.RReLU()]
+    depending += [nn.MultiheadAttention(4, 2, dropout=0.1), nn.AlphaDropout(0.2), Functional(), Nested()]
+    depending += [nn.LSTM(2, 2, 2, dropout=0.1), NoDropout(0.1)]
     not_depending = [nn.Dropout(0), nn.Linear(2, 2), nn.LayerNorm(2), nn.GRU(2, 2), nn.MultiheadAttention(4, 2)]
+    not_depending += [nn.InstanceNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), NoDropout(0)]
     not_depending += [nn.Sequential(nn.Dropout()), nn.TransformerEncoderLayer(4, 2), Checkpointed(nn.Dropout(), None)]
     assert all(map(depends_on_mode, depending))
     assert not any(map(depends_on_mode, not_depending))

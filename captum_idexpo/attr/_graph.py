@@ -127,7 +127,7 @@ def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: 
     if not create_graph:
         with no_graph():
             return compute(inputs)
-    return _with_graph(explainer, compute, inputs)
+    return _with_graph(explainer, lambda given: compute(_aliases(given, require_gradient=False)), inputs)
 
 
 def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:

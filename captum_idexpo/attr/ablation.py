@@ -72,7 +72,7 @@ class FeatureAblation(captum.FeatureAblation):
             feature_mask: integers numbering the features, of the inputs' shape or broadcasting to it; None: every
                 element is a feature.
             perturbations_per_eval: features replaced in one forward pass, which then has this many times B rows.
-                None: as many as suit the device, where two copies of the batch in one pass give what one gives alone;
+                None: as many as suit the device, where copies of the batch in one pass give what they give alone;
                 else 1 (one value for the whole batch, arguments that are no example's, dropout).
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
@@ -120,8 +120,8 @@ class FeatureAblation(captum.FeatureAblation):
         output = _parse_forward_out(_run_forward(self.forward_func, tensors, target, additional_forward_args))
         note_output(output)
         if perturbations_per_eval is None:
-            beside = partial(self._beside_perturbed, tensors, baselines, target, additional_forward_args)
-            perturbations_per_eval = copies_per_forward(output[None], beside, tensors)
+            together = partial(self._together, tensors, baselines, target, additional_forward_args)
+            perturbations_per_eval = copies_per_forward(output, None, together, tensors)
         sums, weights, _, flat_output, n_outputs, dtype = process_initial_eval(output, tensors, self.use_weights)
         progress: Any = NullProgress()
         if show_progress:
@@ -151,14 +151,20 @@ class FeatureAblation(captum.FeatureAblation):
             sums = [total.to(dtype) / weight for total, weight in zip(sums, weights, strict=True)]
         return _format_output(is_tuple, tuple(sums))
 
-    def _beside_perturbed(
-        self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...], target: TargetType, additional_forward_args: Any
+    def _together(
+        self,
+        tensors: tuple[Tensor, ...],
+        baselines: tuple[Any, ...],
+        target: TargetType,
+        additional_forward_args: Any,
+        order: list[int],
     ) -> Any:
-        """The output on the batch and, in the same pass, on a copy of which every feature is perturbed."""
-        arguments = _expand_additional_forward_args(additional_forward_args, 2) if additional_forward_args else None
-        perturbed = self._perturbed(tensors, baselines)
-        copies = tuple(torch.cat(pair) for pair in zip(tensors, perturbed, strict=True))
-        return _run_forward(self.forward_func, copies, _expand_target(target, 2), arguments)
+        """The output, in one pass, on copies of the batch (1) and on copies of which every feature is perturbed (0)."""
+        n, arguments = len(order), additional_forward_args
+        arguments = _expand_additional_forward_args(arguments, n) if arguments else None
+        kinds = zip(self._perturbed(tensors, baselines), tensors, strict=True)
+        copies = tuple(torch.cat([pair[kind] for kind in order]) for pair in kinds)
+        return _run_forward(self.forward_func, copies, _expand_target(target, n), arguments)
 
     def _perturbed(self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...]) -> tuple[Tensor, ...]:
         aligned = align_baselines(baselines, tensors)
@@ -221,7 +227,7 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
 def _sheared(tensor: Tensor) -> Tensor:
     rows = torch.arange(len(tensor), device=tensor.device)[:, None]
     columns = torch.arange(tensor[0].numel(), device=tensor.device)
-    return tensor.flatten(1)[(rows + columns) % len(tensor), columns].view_as(tensor)
+    return tensor.reshape(len(tensor), -1)[(rows + columns) % len(tensor), columns].view_as(tensor)
 
 
 class Occlusion(captum.Occlusion, FeatureAblation):

@@ -160,9 +160,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         n_examples = len(tensors[0])
         _find_output_mode_and_verify(full, n_examples, perturbations_per_eval or 1, masks, allow_multi_outputs=True)
         first = coalitions.members(slice(2))
-        size = perturbations_per_eval or copies_per_forward(
-            torch.stack([empty, full]), lambda: evaluate(first), tensors
-        )
+        size = perturbations_per_eval or copies_per_forward(full, empty, lambda order: evaluate(first[order]), tensors)
         chunks = [slice(2 + chunk.start, 2 + chunk.stop) for chunk in slices(coalitions.n - 2, size)]
         outputs = [empty[None], full[None]]
         bar_class = progress if show_progress else NullProgress

@@ -163,7 +163,7 @@ class Regularizer(nn.Module):
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             return None
         if self._explains_one_column is None:
-            with held_in_eval_mode(self.model):
+            with no_graph(), held_in_eval_mode(self.model):
                 self._explains_one_column = explaining.of_one_column(tensors)
         if self._explains_one_column:
             return None

@@ -10,7 +10,7 @@ from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
 from captum_idexpo._evaluation import BatchForward
-from captum_idexpo._modes import no_graph
+from captum_idexpo._modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._usage import require_trainable
 
 
@@ -49,7 +49,7 @@ class Explaining:
         """Whether what is explained is a single column, of which class 0 is the complement."""
         arguments = self.arguments.get("additional_forward_args")
         forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
-        with no_graph():
+        with no_graph(), eval_mode(module_of(self.explainer.forward_func)):  # a single row has no statistics
             return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
 
     @property

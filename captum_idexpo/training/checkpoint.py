@@ -131,7 +131,14 @@ def set_random_state(state: dict[str, Any], generators: Iterable[Generator], dev
     devices = accelerators(device)[: len(states) - 1] if device.type == kind else []
     set_streams(states[: 1 + len(devices)], devices)
     kinds = {(kind, device.type)}
-    for generator, (kind, own) in zip(generators, state["generators"], strict=True):
+    generators = list(generators)
+    if len(generators) != len(state["generators"]):
+        warnings.warn(
+            f"The checkpoint's run drew from {len(state['generators'])} generators, this one knows {len(generators)}: "
+            "some go on from another place, and the run does not end as it would have.",
+            stacklevel=2,
+        )
+    for generator, (kind, own) in zip(generators, state["generators"], strict=False):
         kinds.add((kind, generator.device.type))
         if generator.device.type == kind:
             generator.set_state(own)

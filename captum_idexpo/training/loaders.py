@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,14 @@ def left(loader: Any) -> Iterator[None]:
             loader.end()
 
 
-def with_last(loader: Any, batches: Iterator[Any], look_ahead: bool) -> Iterator[tuple[Any, bool]]:
-    """A loader's batches and whether one is the last; of other iterables than accelerate's only if asked to look."""
+def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
+    """A loader's batches and whether one is the last; an iterable of unknown length is looked into only if asked to."""
+    batches = iter(loader)
     if hasattr(loader, "end_of_dataloader"):
-        yield from ((batch, loader.end_of_dataloader) for batch in batches)
-    elif look_ahead:
-        yield from _looked_ahead(batches)
-    else:
-        yield from ((batch, False) for batch in batches)
+        return ((batch, loader.end_of_dataloader) for batch in batches)
+    if isinstance(loader, Sized):
+        return ((batch, number == len(loader)) for number, batch in enumerate(batches, start=1))
+    return _looked_ahead(batches) if look_ahead else ((batch, False) for batch in batches)
 
 
 def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_before: int) -> Any:
@@ -53,11 +53,14 @@ def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_befo
 
 def _n_drawn(loader: Any, n_seen: int) -> int | None:
     """How many examples an ordinary sampler drew for the examples seen; None where accelerate alone can know it."""
+    from accelerate.data_loader import DataLoaderDispatcher
+
     sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(sampler, "batch_sampler", sampler)  # behind a process's share of it
-    if type(sampler) is not BatchSampler:
+    dispatched = isinstance(loader, DataLoaderDispatcher)
+    if dispatched or type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
         return None
-    n_drawn, n_rows = len(sampler.sampler), loader.total_batch_size  # type: ignore[arg-type]
+    n_drawn, n_rows = len(sampler.sampler), loader.total_batch_size
     # Another number of examples is that of a collate_fn which makes more or less of them.
     return n_drawn if -(-n_drawn // n_rows) * n_rows == n_seen else n_seen
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._sharing import share_of_batch
 
-_ROW = ("epoch", "loss", "valscore")
+_ROW = ("epoch", "loss", "valscore", "skipped", "seconds_per_step")
 """What stands beside the terms in a row of the history."""
 
 

@@ -160,8 +160,9 @@ class ExplanationRegularizedTrainer:
         self.show_progress = show_progress
         self.history = History()
         judged = [*loss.regularizers, *([] if evaluation is None else [evaluation])]
-        # "mean", as the regularizer has checked
-        self._to_be_measured = [r for r in judged if isinstance(getattr(r, "baselines", None), str)]
+        # Those whose baselines are "mean", by their place; which others may be is for a checkpoint to say.
+        self._judged = judged
+        self._measured = [k for k, r in enumerate(judged) if isinstance(getattr(r, "baselines", None), str)]
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
 
@@ -244,9 +245,10 @@ class ExplanationRegularizedTrainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
                 regularizer.load_state_dict(own)
-            for regularizer, baselines in zip(self._to_be_measured, state["mean_baselines"], strict=True):
-                regularizer.baselines = baselines
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for k, baselines in state["mean_baselines"].items():
+                self._judged[k].baselines = baselines
+            self._measured = list(state["mean_baselines"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise checkpoint.CheckpointError(
                 f"{found} belongs to another model, optimizer or set of regularizers: {error}"
             ) from error
@@ -300,7 +302,7 @@ class ExplanationRegularizedTrainer:
         return {f"{regularizer.term}_weight": regularizer.weight for regularizer in automatic}
 
     def _measure_mean_baselines(self, loader: Any) -> None:
-        for regularizer in self._to_be_measured:
+        for regularizer in (self._judged[k] for k in self._measured):
             if isinstance(regularizer.baselines, str):
                 regularizer.baselines = mean_inputs(loader)
 
@@ -351,7 +353,7 @@ class ExplanationRegularizedTrainer:
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
-                "mean_baselines": [regularizer.baselines for regularizer in self._to_be_measured],
+                "mean_baselines": {k: self._judged[k].baselines for k in self._measured},
                 "run": run.state_dict(),
                 "random": randoms,
             }
@@ -569,14 +571,14 @@ class _Run:
         else:  # the same order again, then on with the streams of the moment
             assert self._epoch_start is not None
             self.set_random_state(self._epoch_start)
-        iterator = iter(loader)
-        for _ in range(done):
-            next(iterator, None)
-        if here is not None:
-            self.set_random_state(here)
-            self._here = None
         with left(loader):
-            yield from with_last(loader, iterator, look_ahead=self._accelerator.gradient_accumulation_steps > 1)
+            batches = with_last(loader, look_ahead=self._accelerator.gradient_accumulation_steps > 1)
+            for _ in range(done):
+                next(batches, None)
+            if here is not None:
+                self.set_random_state(here)
+                self._here = None
+            yield from batches
 
     def add(self, parts: dict[str, float]) -> None:
         """Counts a step and what it measured."""
@@ -680,17 +682,22 @@ def _generators(*owners: Any) -> Iterator[Generator]:
     queue = list(owners)
     while queue:
         owner = queue.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
         if isinstance(owner, Generator):
-            if id(owner) not in seen:
-                seen.add(id(owner))
-                yield owner
+            yield owner
         elif isinstance(owner, (list, tuple, nn.ModuleList)):
             queue.extend(owner)
         elif owner is not None:
             held = getattr(owner, "__dict__", {})
-            queue.extend(value for name, value in held.items() if name in _DRAWING or isinstance(value, Generator))
+            queue.extend(value for name, value in held.items() if _may_draw(name, value))
             explaining = getattr(owner, "_explaining", None)
             queue.append(None if explaining is None else explaining.arguments.get("generator"))
+
+
+def _may_draw(name: str, value: Any) -> bool:
+    return isinstance(value, Generator) or (name in _DRAWING and not (name == "dataset" and isinstance(value, list)))
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:

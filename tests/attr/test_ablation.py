@@ -47,13 +47,13 @@ def test_a_batch_is_one_forward_pass_unless_told_otherwise():
     net, rows = smooth_net(), []
     explainer = FeatureAblation(counting(net, rows))
     whole = explainer.attribute(X, target=1)
-    assert rows == [4, 8, 24]  # two copies are tried to see whether they can share a forward pass
+    assert rows == [4, 16, 24]  # four copies are tried to see whether they can share a forward pass
     rows.clear()
     torch.testing.assert_close(explainer.attribute(X, target=1, perturbations_per_eval=2), whole)
     assert rows == [4, 8, 8, 8]
     rows.clear()
     single = explainer.attribute(X[:1], target=1)
-    assert rows == [1, 2, 6]
+    assert rows == [1, 4, 6]
     torch.testing.assert_close(single, whole[:1])
 
 
@@ -177,7 +177,7 @@ def test_dropout_keeps_copies_apart():
     assert FeatureAblation(net).attribute(X, target=1).isfinite().all()
 
 
-@pytest.mark.parametrize("whole", ["batch norm", "centred"])
+@pytest.mark.parametrize("whole", ["batch norm", "large offset", "centred", "first", "last", "before", "behind"])
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -191,9 +191,17 @@ def test_dropout_keeps_copies_apart():
 def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
     torch.manual_seed(0)
     first, last = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)
-    middle = [torch.nn.BatchNorm1d(4)] if whole == "batch norm" else []
+    middle = [torch.nn.BatchNorm1d(4)] if whole in ("batch norm", "large offset") else []
     net = torch.nn.Sequential(first, *middle, torch.nn.Tanh(), last).double().train()
-    forward = net if middle else lambda x: net[1:](net[0](x) - net[0](x).mean(dim=0))
+    mixing = {
+        "large offset": lambda x: net(x) + 1e4,
+        "centred": lambda x: net[1:](net[0](x) - net[0](x).mean(dim=0)),
+        "first": lambda x: net(x) - net(x)[:1],
+        "last": lambda x: net(x) - net(x)[-1:],
+        "before": lambda x: net(x.cumsum(dim=0)),
+        "behind": lambda x: net(x.flip(0).cumsum(dim=0).flip(0)),
+    }
+    forward = mixing.get(whole, net)
     arguments = {"target": 1, **more}
     layers = [first] if "layer" in arguments else []
     arguments.pop("layer", None)

@@ -143,13 +143,17 @@ def test_a_tensor_given_twice_has_captums_gradient(create_graph, requires_grad):
     torch.testing.assert_close([part.detach() for part in ours], list(theirs))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", ["Saliency", "InputXGradient", "DeepLift", "IntegratedGradients", "FeatureAblation"])
-def test_inference_tensors_are_explained(name):
+def test_inference_tensors_are_explained(name, create_graph):
     net = smooth_net()
     with torch.inference_mode():
         x = X.clone()
-    attribution = getattr(captum_idexpo.attr, name)(net).attribute(x, target=1)
-    torch.testing.assert_close(attribution, getattr(captum_idexpo.attr, name)(net).attribute(X, target=1))
+    explain = getattr(captum_idexpo.attr, name)(net).attribute
+    attribution = explain(x, target=1, create_graph=create_graph)
+    torch.testing.assert_close(attribution.detach(), explain(X, target=1))
+    if create_graph:
+        attribution.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -175,3 +179,7 @@ def test_cached_parametrized_weights_keep_their_gradient(explainer, memory_budge
     expected = gradients()
     with parametrize.cached():
         torch.testing.assert_close(gradients(), expected)
+    with parametrize.cached():
+        used = first.weight
+        torch.testing.assert_close(gradients(), expected)
+        assert first.weight is used

@@ -14,6 +14,7 @@ from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrai
 from captum_idexpo.attr import InputXGradient, id_expo_lime
 from captum_idexpo.regularizers import (
     Fidelity,
+    InsertionDeletion,
     RightForTheRightReasons,
     SaliencyGuided,
     Smoothness,
@@ -148,6 +149,16 @@ def test_additional_forward_args_reach_the_explained_function(make):
     twin._explains_one_column = False  # which it would ask of a single row
     for name, value in twin(X, Y, A).items():
         torch.testing.assert_close(regularizer(X, Y, A)[name], value)
+
+
+def test_a_single_row_without_statistics_is_never_asked_for():
+    """Whether one column is explained is seen from one row, which BatchNorm in training mode cannot take."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
+    for forward_func in (None, lambda x: net(x)):
+        explainer = InputXGradient(net)
+        terms = InsertionDeletion(explainer, baselines=0.0, forward_func=forward_func, eval_mode=False)(X, Y)
+        assert all(value.isfinite() for value in terms.values())
+    assert Sparsity(InputXGradient(net), eval_mode=False)(X, Y)["sparsity"].isfinite()
 
 
 def test_the_columns_that_count_are_those_of_what_is_explained():

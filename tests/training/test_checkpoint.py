@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
@@ -23,6 +24,7 @@ from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, Sparsity
 from captum_idexpo.training import CheckpointError, checkpoint
+from captum_idexpo.training import trainer as trainer_module
 from tests.helpers import smooth_conv_net
 
 X = torch.randn(20, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -155,6 +157,97 @@ def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, monkey
     torch.manual_seed(99)
     resumed.resume()
     assert without_times(resumed.fit(loader, [(X, Y)], epochs=2)) == without_times(expected)
+
+
+class Shuffling:
+    """A loader of one's own, of unknown length or not, that draws from a generator of its own or torch's."""
+
+    def __init__(self, own):
+        self.generator = torch.Generator().manual_seed(3) if own else None
+
+    def __iter__(self):
+        for _ in range(5):
+            at = torch.randint(20, (4,), generator=self.generator)
+            yield X[at], Y[at]
+
+
+class Sized(Shuffling):
+    def __len__(self):
+        return 5
+
+
+@pytest.mark.parametrize("n_passes", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "own"), [(Shuffling, True), (Sized, True), (Sized, False)])
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, monkeypatch, kind, own, n_passes, killed_at):
+    def trainer_and_loader(folder):
+        net = smooth_conv_net().train()
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=n_passes)
+        settings = {"checkpoint_dir": folder, "checkpoint_every": 1, "accelerator": accelerator}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return ExplanationRegularizedTrainer(net, optimizer, show_progress=False, **settings), kind(own)
+
+    whole, loader = trainer_and_loader(None)
+    expected = whole.fit(loader, epochs=2)
+    trainer, loader = trainer_and_loader(tmp_path)
+    original, calls = checkpoint.save, []
+
+    def save_and_die(*args):
+        original(*args)
+        calls.append(1)
+        if len(calls) == killed_at:
+            raise KilledError
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KilledError):
+        trainer.fit(loader, epochs=2)
+    monkeypatch.undo()
+    resumed, loader = trainer_and_loader(tmp_path)
+    torch.manual_seed(99)
+    resumed.resume()
+    assert without_times(resumed.fit(loader, epochs=2)) == without_times(expected)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_new_trainer_of_the_same_regularizers_resumes_their_mean_baselines(tmp_path):
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean")
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5)
+
+    def trainer():
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return ExplanationRegularizedTrainer(
+            net, optimizer, [regularizer], checkpoint_dir=tmp_path, show_progress=False
+        )
+
+    trainer().fit(loader, epochs=1)
+    measured = regularizer.baselines
+    for epochs in (2, 3):
+        again = trainer()
+        again.resume()
+        assert len(again.fit(loader, epochs=epochs)) == epochs
+        torch.testing.assert_close(regularizer.baselines, measured)
+
+
+def test_generators_are_looked_for_in_finite_time():
+    class Cyclic(Noisy):
+        def __init__(self):
+            super().__init__()
+            self.transform.dataset = self
+
+    data = [([0.0] * 300, 0)] * 20_000
+    started = time.perf_counter()
+    cyclic = Cyclic()
+    assert list(trainer_module._generators(DataLoader(cyclic), DataLoader(data))) == [cyclic.transform.source]
+    assert time.perf_counter() - started < 1
+
+
+def test_a_generator_that_is_made_later_is_told_of():
+    state = checkpoint.random_state([torch.Generator(), torch.Generator()], torch.device("cpu"))
+    with pytest.warns(UserWarning, match="drew from 2 generators, this one knows 1"):
+        checkpoint.set_random_state(state, [torch.Generator()], torch.device("cpu"))
 
 
 def test_a_run_that_is_resumed_from_an_earlier_one_leaves_the_later_ones(tmp_path):

@@ -42,6 +42,19 @@ result["sampled"] = {name: values.tolist() for name, values in trainer.example_s
 items = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
 joined = DataLoader(items, batch_size=2, collate_fn=lambda pairs: tuple(map(torch.cat, zip(*pairs))))
 result["joined"] = {name: values.tolist() for name, values in trainer.example_scores(joined).items()}
+# Streams, whose batches the first process hands out, as it does for all loaders if told to.
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(TensorDataset(x[:13], y[:13]))
+
+
+loader = DataLoader(Stream(), batch_size=2)
+result["stream"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
+if processes > 1:
+    trainer.accelerator.dataloader_config.dispatch_batches = True
+loader = DataLoader(TensorDataset(x[:13], y[:13]), batch_size=2)
+result["dispatched"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
+trainer.accelerator.dataloader_config.dispatch_batches = None
 result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
 result["weight"] = net[0].weight.flatten().tolist()
 
@@ -130,7 +143,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(results):
         assert process["evaluate"] == pytest.approx(one["evaluate"], abs=1e-12)
 
 
-@pytest.mark.parametrize(("name", "n_examples"), [("sampled", 13), ("joined", 8)])
+@pytest.mark.parametrize(("name", "n_examples"), [("sampled", 13), ("joined", 8), ("stream", 13), ("dispatched", 13)])
 def test_every_example_a_loader_draws_is_scored_once(results, name, n_examples):
     [one], two = results
     for process in two:
