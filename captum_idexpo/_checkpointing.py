@@ -6,6 +6,7 @@ would be another's, in silence.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
@@ -77,7 +78,13 @@ def depends_on_mode(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch.nn.modules"):
         chance = getattr(module, "dropout", 0)
         return isinstance(module, nn.RReLU) or (isinstance(chance, (int, float)) and chance > 0)
-    own = takewhile(lambda part: part is not nn.Module, type(module).__mro__)
+    kind: Any = type(module)
+    return _has_code_that_reads_mode(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_code_that_reads_mode(kind: Any) -> bool:
+    own = takewhile(lambda part: part is not nn.Module, kind.__mro__)
     functions = [inspect.unwrap(value) for part in own for value in vars(part).values() if callable(value)]
     return any(_reads_mode(function.__code__) for function in functions if inspect.isfunction(function))
 

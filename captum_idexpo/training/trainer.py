@@ -697,7 +697,9 @@ def _generators(*owners: Any) -> Iterator[Generator]:
 
 
 def _may_draw(name: str, value: Any) -> bool:
-    return isinstance(value, Generator) or (name in _DRAWING and not (name == "dataset" and isinstance(value, list)))
+    return isinstance(value, Generator) or (
+        name in _DRAWING and not (name == "dataset" and isinstance(value, (list, tuple)))
+    )
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:
