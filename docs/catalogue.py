@@ -45,23 +45,23 @@ OFFERED = {
         Entry("GuidedGradCam", "Grad-CAM at the pixels' resolution", "2", True, gradient=KINKS),
     ],
     "Outputs on perturbed inputs": [
-        Entry("FeatureAblation", "what is lost without a feature; any model", "D + 3", False),
-        Entry("FeaturePermutation", "what is lost when a column is shuffled", "D + 3", False),
+        Entry("FeatureAblation", "what is lost without a feature; any model", "D + 5", False),
+        Entry("FeaturePermutation", "what is lost when a column is shuffled", "D + 5", False),
         Entry(
             "Occlusion",
             "what is lost behind a window; images",
-            "W + 3",
+            "W + 5",
             False,
             "Captum's, averaged in the outputs' precision instead of float32",
         ),
         Entry(
             "ShapleyValueSampling",
             "fair shares of the output, estimated",
-            "<= n_samples * (D - 1) + 4",
+            "<= n_samples * (D - 1) + 6",
             False,
             "Captum's, summed in the outputs' precision instead of float32",
         ),
-        Entry("ShapleyValues", "fair shares, exactly; few features", "2 ** D + 2", False, "as ShapleyValueSampling"),
+        Entry("ShapleyValues", "fair shares, exactly; few features", "2 ** D + 4", False, "as ShapleyValueSampling"),
         Entry("Lime", "a sparse or smooth linear model around the input", "n_samples + 1", False, "Captum's or closer"),
         Entry("LimeBase", "LIME in terms of your own", "n_samples", False, "Captum's or closer"),
         Entry(
@@ -80,7 +80,7 @@ OFFERED = {
         Entry("InternalInfluence", "how the output depends on units, on average", "n_steps", True),
         Entry("LayerIntegratedGradients", "integrated gradients of embeddings; text", "n_steps + 2", True),
         Entry("LayerGradientShap", "the same over a distribution of baselines", "3 * n_samples", True),
-        Entry("LayerFeatureAblation", "what is lost without a unit or channel", "D + 4", False),
+        Entry("LayerFeatureAblation", "what is lost without a unit or channel", "D + 6", False),
         Entry("LayerDeepLift", "DeepLIFT of units", "2", True, "as DeepLift", KINKS),
         Entry("LayerDeepLiftShap", "the same over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
     ],
@@ -93,7 +93,7 @@ OFFERED = {
         Entry("NeuronDeepLiftShap", "the same over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
         Entry("NeuronGuidedBackprop", "sharp pictures of what a unit responds to", "1", True, gradient=KINKS),
         Entry("NeuronDeconvolution", "the same with ReLU applied backwards", "1", True, gradient=KINKS),
-        Entry("NeuronFeatureAblation", "what a unit loses without a feature", "D + 3", False),
+        Entry("NeuronFeatureAblation", "what a unit loses without a feature", "D + 5", False),
     ],
 }
 
@@ -113,7 +113,7 @@ HEAD = """All attributions
 Every attribution of Captum 0.9, and what becomes of it here. Those in the tables are subclasses of Captum's: same
 arguments, same numbers, and with ``create_graph=True`` the gradient in the weights, which finite differences confirm
 (`captum_idexpo.testing.assert_trainable`). *Cost* counts forward rows for each example: D features, W windows, K
-baselines; those marked with ∇ take a gradient through each row besides. Ablation and Shapley values spend two
+baselines; those marked with ∇ take a gradient through each row besides. Ablation and Shapley values spend four
 rows on seeing whether copies can share a forward pass, unless ``perturbations_per_eval`` is given. With
 ``create_graph=True`` the backward pass of
 the loss goes through all of them once more.
