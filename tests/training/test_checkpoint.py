@@ -74,24 +74,34 @@ class KilledError(Exception):
     pass
 
 
+@pytest.fixture
+def killed(monkeypatch):
+    """Trains until so many checkpoints are written."""
+
+    def fit(trainer, *args, after, **settings):
+        original, calls = checkpoint.save, []
+
+        def save_and_die(*args):
+            original(*args)
+            calls.append(1)
+            if len(calls) == after:
+                raise KilledError
+
+        monkeypatch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(KilledError):
+            trainer.fit(*args, **settings)
+        monkeypatch.undo()
+
+    return fit
+
+
 @pytest.mark.parametrize("killed_at", [1, 3, 4, 5, 8, 12])
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(tmp_path, killed_at, monkeypatch):
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(tmp_path, killed_at, killed):
     whole, loaders = trainer_of(None)
     expected = whole.fit(*loaders, epochs=3)
 
     trainer, loaders = trainer_of(tmp_path, checkpoint_every=1)
-    original, calls = checkpoint.save, []
-
-    def save_and_die(*args):
-        original(*args)
-        calls.append(1)
-        if len(calls) == killed_at:
-            raise KilledError
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KilledError):
-        trainer.fit(*loaders, epochs=3)
-    monkeypatch.undo()
+    killed(trainer, *loaders, epochs=3, after=killed_at)
 
     resumed, loaders = trainer_of(tmp_path, checkpoint_every=1)
     torch.manual_seed(99)  # whatever the new process draws before it resumes
@@ -125,7 +135,7 @@ class Noise:
         return x + 0.1 * torch.randn(x.shape, generator=self.source, dtype=x.dtype)
 
 
-def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, monkeypatch):
+def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, killed):
     """The mean of what a shuffled loader yields, without its last batch, is another each time."""
 
     def trainer_and_loader(folder):
@@ -142,17 +152,7 @@ def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, monkey
     expected = whole.fit(loader, [(X, Y)], epochs=2)
 
     trainer, loader = trainer_and_loader(tmp_path)
-    original = checkpoint.save
-
-    def save_and_die(state, folder, step):
-        original(state, folder, step)
-        if step == 6:
-            raise KilledError
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KilledError):
-        trainer.fit(loader, [(X, Y)], epochs=2)
-    monkeypatch.undo()
+    killed(trainer, loader, [(X, Y)], epochs=2, after=7)  # in the second epoch
     resumed, loader = trainer_and_loader(tmp_path)
     torch.manual_seed(99)
     resumed.resume()
@@ -179,7 +179,7 @@ class Sized(Shuffling):
 @pytest.mark.parametrize("n_passes", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "own"), [(Shuffling, True), (Sized, True), (Sized, False)])
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
-def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, monkeypatch, kind, own, n_passes, killed_at):
+def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, killed, kind, own, n_passes, killed_at):
     def trainer_and_loader(folder):
         net = smooth_conv_net().train()
         torch.manual_seed(0)
@@ -191,18 +191,7 @@ def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, monkeypatch, kind, 
     whole, loader = trainer_and_loader(None)
     expected = whole.fit(loader, epochs=2)
     trainer, loader = trainer_and_loader(tmp_path)
-    original, calls = checkpoint.save, []
-
-    def save_and_die(*args):
-        original(*args)
-        calls.append(1)
-        if len(calls) == killed_at:
-            raise KilledError
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KilledError):
-        trainer.fit(loader, epochs=2)
-    monkeypatch.undo()
+    killed(trainer, loader, epochs=2, after=killed_at)
     resumed, loader = trainer_and_loader(tmp_path)
     torch.manual_seed(99)
     resumed.resume()
