@@ -466,6 +466,21 @@ def test_one_column_that_is_scored_as_two_flips_for_class_0_too():
     torch.testing.assert_close(theirs.scores(x, y), ours.scores(x, y))
 
 
+@pytest.mark.parametrize(("n_columns", "outputs"), [(3, "logits"), (2, "raw")])
+def test_one_column_that_is_scored_as_other_than_two_classes_keeps_its_sign(n_columns, outputs):
+    """No class is the complement of another there, so one map of the column serves every target."""
+    scored = smooth_net(n_classes=n_columns)
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 0])
+    explainer = captum_idexpo.attr.InputXGradient(smooth_net(n_classes=1, seed=1))
+    settings = {**SETTINGS, "baselines": 0.0}
+    regularizer = InsertionDeletion(explainer, forward_func=scored, outputs=outputs, **settings)
+    scores = regularizer.scores(x, y)
+    phi = explainer.attribute(x)
+    expected = insertion_deletion(scored, x, phi, 0.0, target=y, fraction=0.5, outputs=outputs)
+    for a, b in zip(scores, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class TwoColumns(nn.Module):
     def forward(self, x):
         return torch.cat([-x / 2, x / 2], dim=1)
