@@ -50,7 +50,9 @@ def assert_trainable(
     Args:
         attribute: takes nothing and returns an attribution, a tensor or tuples and lists of them, in double precision:
             ``lambda: Saliency(model).attribute(x, target=0, create_graph=True)``. Called many times, always with the
-            same seeds; a generator of its own it has to seed itself. A regularizer's terms do as well.
+            same seeds; a generator of its own it has to seed itself. A regularizer's terms do as well, unless a factor
+            in them is meant to be constant, as the temperature and thresholds of soft insertion and deletion are:
+            then check the explainer.
         model: owns the parameters, in double precision. ReLU has kinks, near which a difference means nothing: prefer
             smooth activations, or inputs away from the kinks.
         rtol: tolerated relative error of a directional derivative; those below a thousandth of the largest are

@@ -67,7 +67,8 @@ class InsertionDeletion(nn.Module):
             of the feature mask).
         fraction, step_size, temperature, outputs, max_examples_per_batch: as for
             `captum_idexpo.metrics.insertion_deletion`; temperature None is the hard mask, through which the
-            attribution gets no gradient.
+            attribution gets no gradient. A soft mask's temperature and threshold, which follow the attribution, count
+            as constants: differences of the terms have to hold them.
         steps_per_update: of the n steps, this many are drawn, one from each of as many equal strata, anew for each
             example: an unbiased estimate at a fraction of the cost. None: all steps.
         deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
