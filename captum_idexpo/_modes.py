@@ -52,10 +52,15 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None]:
-    """Holds a model in training mode, with BatchNorm's statistics frozen if asked for."""
+    """Holds a model in training mode, with BatchNorm's statistics frozen if asked for.
+
+    The model's own `train` decides what that is: it may keep a part, a frozen backbone, in eval mode.
+    """
     with _restored_modes([model]) as modules:
+        model.train()
         for module in modules:
-            _set_mode(module, not (freeze_batch_norm and is_batch_norm(module)))
+            if freeze_batch_norm and is_batch_norm(module):
+                _set_mode(module, False)
         yield
 
 

@@ -55,3 +55,22 @@ def test_a_module_is_found_behind_its_method():
     assert module_of(model) is model
     assert module_of(model.forward) is model
     assert module_of(lambda x: model(x)) is None
+
+
+def test_training_mode_is_what_the_models_own_train_says():
+    class Tuned(nn.Module):
+        """A head on a backbone that stays in eval mode."""
+
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = net(), nn.Linear(2, 2)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.backbone.eval()
+            return self
+
+    model = Tuned().eval()
+    with training_mode(model, freeze_batch_norm=False):
+        assert modes(model) == [True, False, False, False, False, True]
+    assert not any(modes(model))

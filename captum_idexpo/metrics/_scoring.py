@@ -176,19 +176,22 @@ def log_probabilities(output: Tensor, outputs: str) -> Tensor:
 
 
 def class_labels(target: Any) -> Any:
-    """A loader's labels as a target: those of a binary loss, floats 0.0 and 1.0 of shape ``(B, 1)``, as integers."""
+    """A loader's labels as a target: as int64, those of a binary loss, floats 0.0 and 1.0 of shape ``(B, 1)``, too."""
     if not isinstance(target, Tensor):
         return target
     if target.dim() == 2 and target.shape[1] == 1:
         target = target.squeeze(1)
     zeros_and_ones = target.is_floating_point() and bool(((target == 0) | (target == 1)).all())
-    return target.long() if zeros_and_ones or target.dtype == torch.bool else target
+    real = target.is_floating_point() or target.is_complex()
+    return target.long() if zeros_and_ones or not real else target
 
 
 def require_integers(target: Tensor) -> None:
     """Refuses what names no class, soft labels for example; TypeError."""
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        mend = "target.argmax(dim=1)" if target.dim() == 2 and target.shape[1] > 1 else "target.long()"
+        mend = "target.long(), or, where it is a regression's, with outputs='raw'"
+        if target.dim() == 2 and target.shape[1] > 1:
+            mend = "target.argmax(dim=1)"
         raise TypeError(
             f"target must hold integers, given: {target.dtype} of shape {tuple(target.shape)}; mend it with {mend}."
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_idexpo._errors import NonFiniteError
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of, no_graph
+from captum_idexpo._random import accelerators, kept_streams
 from captum_idexpo.metrics._locations import as_tuple
 from captum_idexpo.metrics._scoring import OUTPUTS, class_labels, require_integers
 from captum_idexpo.regularizers._explaining import Explaining
@@ -127,8 +128,8 @@ class Regularizer(nn.Module):
         """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
 
         Over several processes both are means over all of them. A penalty of next to nothing (a batch without
-        annotations, a model that is linear before it is trained) leaves the weight to the next batch, for which this
-        has to be called again; the term counts for nothing with this one.
+        annotations, a model that is linear before it is trained) or a task loss of 0 leaves the weight to the next
+        batch, for which this has to be called again; the term counts for nothing with this one.
 
         Raises:
             NonFiniteError: the task loss or the penalty is NaN or infinite.
@@ -144,7 +145,7 @@ class Regularizer(nn.Module):
             raise NonFiniteError(f"The task loss is {task:g}, the penalty {penalty:g}: there is no ratio of them.")
         if task < 0:
             raise ValueError(f"weight='auto' needs a task loss that is not negative, given: {task:g}; pass a number.")
-        if penalty * _HEAVIEST > task:
+        if 0 < task < penalty * _HEAVIEST:
             self.auto_weight.fill_(self.ratio * task / penalty)
         else:
             self._waits = True
@@ -163,7 +164,8 @@ class Regularizer(nn.Module):
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             return None
         if self._explains_one_column is None:
-            with no_graph(), held_in_eval_mode(self.model):
+            # Once, and so without a trace in random streams: a run that is resumed looks again.
+            with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(self.model):
                 self._explains_one_column = explaining.of_one_column(tensors)
         if self._explains_one_column:
             return None

@@ -241,8 +241,8 @@ class InsertionDeletion(nn.Module):
         """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
         if isinstance(self.baselines, str):
             raise ValueError(
-                f"baselines={self.baselines!r} is measured by the trainer; in a loop of your own pass "
-                "baselines=mean_inputs(train_loader)."
+                f"baselines={self.baselines!r} is measured when the trainer's fit starts: before it, and in a loop of "
+                "your own, pass baselines=mean_inputs(train_loader)."
             )
         baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)

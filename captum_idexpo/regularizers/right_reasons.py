@@ -138,7 +138,7 @@ def check_annotations(annotations: Any, tensors: tuple[Tensor, ...]) -> tuple[Te
     if annotations is None:
         raise ValueError(
             "annotations are missing: call regularizer(inputs, target, annotations), or let the loader yield (inputs, "
-            "target, annotations); zeros where nothing is known."
+            "target, annotations); where nothing is known zeros if they mark wrong evidence, ones if right."
         )
     masks = annotations if isinstance(annotations, (tuple, list)) else (annotations,)
     if len(masks) != len(tensors):

@@ -14,16 +14,17 @@ import random
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator
 
 from captum_idexpo._random import accelerators, set_streams, streams
+from captum_idexpo.training.generators import Generator, kind_of, set_state, state_of
 
-_MAGIC = b"captum-idexpo checkpoint 3\n"
+_MAGIC = b"captum-idexpo checkpoint 4\n"
 _DIGEST_SIZE = 64
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _KEPT = 2
@@ -47,15 +48,16 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
     _loaded(payload, "The state of this run")  # now, rather than when it is needed
     path = folder / f"checkpoint-{step:09d}.pt"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    make(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}). Earlier ones are untouched: make room, then "
             "continue with trainer.resume()."
@@ -67,6 +69,18 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
     for leftover in folder.glob("checkpoint-*.tmp"):
         leftover.unlink(missing_ok=True)
     return path
+
+
+def make(folder: Path) -> None:
+    """Makes a folder for checkpoints.
+
+    Raises:
+        CheckpointError: there can be none, for example where a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made ({error}): choose another checkpoint_dir.") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def random_state(generators: Iterable[Generator], device: torch.device) -> dict[
         "python": [version, list(internal), gauss_next],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
         "torch": [device.type, streams(accelerators(device))],
-        "generators": [[generator.device.type, generator.get_state()] for generator in generators],
+        "generators": [[kind_of(generator), state_of(generator)] for generator in generators],
     }
 
 
@@ -139,9 +153,9 @@ def set_random_state(state: dict[str, Any], generators: Iterable[Generator], dev
             stacklevel=2,
         )
     for generator, (kind, own) in zip(generators, state["generators"], strict=False):
-        kinds.add((kind, generator.device.type))
-        if generator.device.type == kind:
-            generator.set_state(own)
+        kinds.add((kind, kind_of(generator)))
+        if kind_of(generator) == kind:
+            set_state(generator, own)
     for kind, here in kinds:
         if kind != here:
             warnings.warn(

@@ -14,7 +14,7 @@ from captum_idexpo._modes import eval_mode, module_of, no_graph
 from captum_idexpo._random import accelerators, seeded
 from captum_idexpo.metrics._scoring import class_labels, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.training.loaders import gathered_examples, left
+from captum_idexpo.training.loaders import as_in_first_pass, gathered_examples, left
 from captum_idexpo.training.loss import call_model, unpack_batch
 from captum_idexpo.training.processes import failing_together
 
@@ -28,6 +28,7 @@ def evaluate(
     loader: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor],
     judge: InsertionDeletion | None,
+    regularizers: Iterable[Any],
     *,
     accuracy_weight: float,
     explain: Literal["predicted", "label"],
@@ -40,13 +41,14 @@ def evaluate(
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    with closing(_scored(model, loader, judge, explain, accelerator)) as batches:
+    with closing(_scored(model, loader, judge, regularizers, explain, accelerator)) as batches:
         for output, target, scores in batches:
+            n_examples = _n_examples(target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
             for name, values in scores.items():
-                sums[name] = sums.get(name, 0.0) + len(target) * float(values.cpu().double().mean())
-                counts[name] = counts.get(name, 0) + len(target)
-    means = {name: total / counts[name] for name, total in sums.items()}
+                sums[name] = sums.get(name, 0.0) + n_examples * float(values.cpu().double().mean())
+                counts[name] = counts.get(name, 0) + n_examples
+    means = {name: total / counts[name] for name, total in sums.items() if counts[name] == counts["loss"]}
     return _with_validation_score(means, accuracy_weight)
 
 
@@ -55,19 +57,22 @@ def example_scores(
     model: nn.Module,
     loader: Iterable[Any],
     judge: InsertionDeletion | None,
+    regularizers: Iterable[Any],
     *,
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Each example's scores; see `ExplanationRegularizedTrainer.example_scores`."""
-    batches = [scores for _, _, scores in _scored(model, loader, judge, explain, accelerator)]
-    return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in batches[0]}
+    batches = [scores for _, _, scores in _scored(model, loader, judge, regularizers, explain, accelerator)]
+    names = [name for name in batches[0] if all(name in scores for scores in batches)]
+    return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in names}
 
 
 def _scored(
     model: nn.Module,
     loader: Iterable[Any],
     judge: InsertionDeletion | None,
+    regularizers: Iterable[Any],
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
 ) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
@@ -76,19 +81,33 @@ def _scored(
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
+    announced = [] if judge is None else [judge]
+    announced += [r for r in regularizers if hasattr(r, "outputs") and hasattr(r, "forward_func")]
     n_examples = 0
-    with left(loader), eval_mode(model), _same_random_numbers(judge, accelerator.device):
+    same_order, same_numbers = as_in_first_pass(loader), _same_random_numbers(judge, accelerator.device)
+    with same_order, left(loader), eval_mode(model), same_numbers:
         for batch in loader:
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
             with failing_together(accelerator):
                 output = call_model(model, inputs)
                 scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
+                scores = {**_accuracy(model, inputs, output, target, announced), **scores}
             # Gathered without the examples that fill up the last batch, before anything is averaged.
             output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
-            n_examples += len(target)
-            yield output, target, {**_accuracy(model, output, target, judge), **scores}
+            n_examples += _n_examples(target)
+            yield output, target, scores
     if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
+
+
+def _n_examples(target: Any) -> int:
+    """Of a batch whose target is a tensor, or any nest of them; else as many as it has entries."""
+    from accelerate.utils import find_batch_size
+
+    try:
+        return int(find_batch_size(target))
+    except TypeError:
+        return len(target)
 
 
 def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:
@@ -98,18 +117,30 @@ def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str
     return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
 
 
-def _accuracy(model: nn.Module, output: Any, target: Any, judge: InsertionDeletion | None) -> dict[str, Tensor]:
-    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
-    if not isinstance(output, Tensor):
-        return {}  # a mapping of the model's, which only the loss can read
-    # Zeros and ones are labels where a judge of classes says so; else floats are a regression's, whole numbers or not.
-    labels = target if judge is None else class_labels(target)
-    regression = judge is not None and judge.outputs == "raw"
-    if regression or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+def _accuracy(model: nn.Module, inputs: Any, output: Any, target: Any, announced: list[Any]) -> dict[str, Tensor]:
+    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels.
+
+    Args:
+        announced: the judge and the regularizers, which say what their forward functions return.
+    """
+    if not isinstance(output, Tensor) or output.dim() > 2:
+        return {}  # what only the loss can read
+    # Zeros and ones are labels where classes are spoken of; else floats are a regression's, whole numbers or not.
+    labels = class_labels(target) if announced else target
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         return {}
-    # A judge of another forward function than the model says nothing of what the model returns.
-    outputs = judge.outputs if judge is not None and module_of(judge.forward_func) is model else "logits"
-    return {"accuracy": (predicted_class(output, outputs) == labels).float()}
+    of_model = [a for a in announced if module_of(a.forward_func) is model]
+    if any(a.outputs == "raw" for a in (of_model or announced)):
+        return {}
+    one_column = output.dim() == 1 or output.shape[1] == 1
+    if one_column and not bool(((labels == 0) | (labels == 1)).all()):
+        return {}  # a regression of whole numbers
+    judge = announced[0] if announced and isinstance(announced[0], InsertionDeletion) else None
+    if one_column and not of_model and judge is not None and judge.model is model:
+        predicted = judge._predicted_class(inputs)  # whatever the model's column is, this is made of it
+    else:
+        predicted = predicted_class(output, of_model[0].outputs if of_model else "logits")
+    return {"accuracy": (predicted == labels).float()}
 
 
 def _with_validation_score(means: dict[str, float], accuracy_weight: float) -> dict[str, float]:

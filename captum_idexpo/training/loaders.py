@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +22,19 @@ def left(loader: Any) -> Iterator[None]:
             loader.end()
 
 
+@contextmanager
+def as_in_first_pass(loader: Any) -> Iterator[None]:
+    """A pass in the order of the first one: accelerate counts them, for samplers that shuffle anew in each."""
+    n_passes = getattr(loader, "iteration", None)
+    try:
+        if n_passes is not None:
+            loader.iteration = 0
+        yield
+    finally:
+        if n_passes is not None:
+            loader.iteration = n_passes
+
+
 def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
     """A loader's batches and whether one is the last; an iterable of unknown length is looked into only if asked to."""
     batches = iter(loader)
@@ -30,6 +43,29 @@ def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
     if isinstance(loader, Sized):
         return ((batch, number == len(loader)) for number, batch in enumerate(batches, start=1))
     return _looked_ahead(batches) if look_ahead else ((batch, False) for batch in batches)
+
+
+def is_its_own(loader: DataLoader[Any], accelerator: Accelerator) -> bool:
+    """Whether a loader yields its batches in a way of its own, of which accelerate would make an ordinary loader.
+
+    Raises:
+        ValueError: several processes, which only an ordinary loader can share.
+    """
+    if type(loader).__iter__ is DataLoader.__iter__ or hasattr(loader, "end_of_dataloader"):  # accelerate's own
+        return False
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{type(loader).__name__} has an __iter__ of its own, which several processes cannot share: do what it "
+            "does in the data set or in a collate_fn, or prepare the loader for each process yourself."
+        )
+    return True
+
+
+def start_workers(loader: Any) -> None:
+    """Starts worker processes that persist, as a run's first epoch does, which draws a number for them."""
+    ordinary = getattr(loader, "base_dataloader", loader)
+    if isinstance(ordinary, DataLoader) and ordinary.persistent_workers:
+        iter(ordinary)
 
 
 def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_before: int) -> Any:

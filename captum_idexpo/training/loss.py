@@ -93,7 +93,7 @@ class ExplanationRegularizedLoss(nn.Module):
             for regularizer in self.regularizers:
                 started = time.perf_counter()
                 for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
-                    terms[_unused(name, (*terms, *_ROW))] = (
+                    terms[unused(name, (*terms, *_ROW))] = (
                         term if self.regularizer_factor == 1 else self.regularizer_factor * term
                     )
                 self._time(regularizer, time.perf_counter() - started)
@@ -134,16 +134,31 @@ def _regularize(regularizer: Any, inputs: Any, target: Any, annotations: Any, ta
     try:
         if getattr(regularizer, "needs_calibration", False):
             regularizer.calibrate(task, inputs, target, annotations)
-        terms: dict[str, Tensor] = regularizer(inputs, target, annotations)
+        terms = regularizer(inputs, target, annotations)
     except NonFiniteError as error:
         term = type(regularizer).__name__ if bool(task.isfinite()) else "task"
         raise NonFiniteError(f"The loss term {term!r} is not finite: {error}") from error
-    return terms
+    _check_terms(regularizer, terms)
+    return dict(terms)
 
 
-def _unused(name: str, taken: Iterable[str]) -> str:
+def _check_terms(regularizer: Any, terms: Any) -> None:
+    if not isinstance(terms, Mapping):
+        given, wanted = type(terms).__name__, "a mapping of terms by name, such as {'name': weight * penalty}"
+    else:
+        odd = {name: term for name, term in terms.items() if not isinstance(term, Tensor) or term.dim()}
+        if not odd:
+            return
+        name, term = next(iter(odd.items()))
+        shape = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+        given, wanted = f"{shape} as {name!r}", "scalar tensors, means over the batch"
+    raise TypeError(f"{type(regularizer).__name__} must return {wanted}; it returned: {given}.")
+
+
+def unused(name: str, taken: Iterable[str]) -> str:
+    """The name, with a number from 2 on where it is taken."""
     number = 2
-    unused = name
-    while unused in taken:
-        unused, number = f"{name}_{number}", number + 1
-    return unused
+    free = name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free

@@ -86,7 +86,14 @@ def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimize
     else:
         loss, optimizer = accelerator.prepare(loss, optimizer)
         return loss, optimizer
-    loss.regularizers.to(accelerator.device)
+    for part in (loss.regularizers, loss.loss_fn):
+        if isinstance(part, nn.Module):
+            part.to(accelerator.device)
+            if any(parameter.requires_grad for parameter in part.parameters()):
+                raise ValueError(
+                    "The loss_fn or a regularizer has parameters of its own, whose gradients nobody would average "
+                    "beside a sharded model: train them without FSDP, or freeze them."
+                )
     return loss, optimizer
 
 

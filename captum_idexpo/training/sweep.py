@@ -22,8 +22,9 @@ class Sweep(list[Row]):
     """A row a setting: what was set and the scores it led to."""
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
-        """The rows that no other row beats in both scores, by descending x."""
-        rows = sorted(self, key=lambda row: (-row[x], -row[y]))
+        """The rows that no other row beats in both scores, by descending x; none whose score is NaN."""
+        rows = [row for row in self if not math.isnan(row[x] + row[y])]
+        rows.sort(key=lambda row: (-row[x], -row[y]))
         best = -math.inf
         front = []
         for row in rows:
@@ -122,19 +123,24 @@ def sweep(
 
 
 def _side_by_side(run: Callable[..., Mapping[str, float]], missing: list[Settings], devices: Sequence[str]) -> Any:
-    """(settings, scores) as they come in, one setting at a time on each device."""
+    """(settings, scores) as they come in, one setting at a time on each device; an error when all others are in."""
     context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
     with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
         waiting, free = list(missing), list(devices)
         running: dict[Future[Mapping[str, float]], tuple[Settings, str]] = {}
-        while waiting or running:
-            while waiting and free:
+        error: BaseException | None = None
+        while running or (waiting and error is None):
+            while waiting and free and error is None:
                 settings, device = waiting.pop(0), free.pop(0)
                 running[pool.submit(run, **settings, device=device)] = settings, device
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 settings, device = running.pop(future)
                 free.append(device)
-                yield settings, future.result()
+                if future.exception() is None:
+                    yield settings, future.result()
+                error = error or future.exception()
+        if error is not None:
+            raise error
 
 
 def _read(path: Path) -> dict[str, Row]:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Generator as GeneratorType
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._modes import eval_mode, is_compiled, no_graph, training_mode
+from captum_idexpo._modes import is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
+from captum_idexpo.training.generators import Generator, generators_of
 from captum_idexpo.training.history import History
-from captum_idexpo.training.loaders import left, with_last
-from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch
+from captum_idexpo.training.loaders import is_its_own, left, start_workers, with_last
+from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
 from captum_idexpo.training.processes import failing_together
 from captum_idexpo.training.sharding import (
     check_sharding,
@@ -162,6 +164,7 @@ class ExplanationRegularizedTrainer:
         judged = [*loss.regularizers, *([] if evaluation is None else [evaluation])]
         # Those whose baselines are "mean", by their place; which others may be is for a checkpoint to say.
         self._judged = judged
+        self._n_passes = self.accelerator.gradient_accumulation_steps
         self._measured = [k for k, r in enumerate(judged) if isinstance(getattr(r, "baselines", None), str)]
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
@@ -193,7 +196,9 @@ class ExplanationRegularizedTrainer:
             raise ValueError(f"epochs must be at least 1, given: {epochs}.")
         self._measure_mean_baselines(train_loader)
         train_loader, val_loader = self._prepare(train_loader), self._prepare(val_loader)
-        self.optimizer.zero_grad()
+        # Every accelerator of a process shares this number: one that was made since may have changed it.
+        self.accelerator.gradient_accumulation_steps = self._n_passes
+        self._drop_gradients()
         run = self._start(train_loader, val_loader)
         while run.epoch <= epochs and not run.finished:
             row: dict[str, float] = {"epoch": run.epoch, **self._train_epoch(train_loader, run, epochs)}
@@ -224,7 +229,8 @@ class ExplanationRegularizedTrainer:
             path: a checkpoint file, or a folder whose latest good one is taken; None: `checkpoint_dir`.
 
         Raises:
-            CheckpointError: there is none, or none that is good; or it belongs to another model or optimizer.
+            CheckpointError: there is none, or none that is good; or it belongs to another model, optimizer, scheduler
+                or set of regularizers, which are left as they are; or checkpoint_dir holds those of another run.
             ValueError: neither a path nor a checkpoint_dir.
         """
         folder = self.checkpoint_dir if path is None else Path(path)
@@ -236,23 +242,43 @@ class ExplanationRegularizedTrainer:
                 f"{found} was written by {len(state['random'])} processes, these are {self.accelerator.num_processes}: "
                 "continue with as many."
             )
+        if self.checkpoint_dir is not None and checkpoint.checkpoints(self.checkpoint_dir):
+            there, _ = checkpoint.load_latest(self.checkpoint_dir)
+            if there["run"]["id"] != state["run"]["id"]:
+                raise checkpoint.CheckpointError(
+                    f"{self.checkpoint_dir} holds checkpoints of another run than {found}, which would be removed: "
+                    "choose another checkpoint_dir."
+                )
+        before = _Weights(self._unwrapped)
         try:
-            load_weights(self.model, state["model"])
-            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
-                regularizer.load_state_dict(own)
-            for k, baselines in state["mean_baselines"].items():
-                self._judged[k].baselines = baselines
-            self._measured = list(state["mean_baselines"])
+            self._load(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            before.restore()
             raise checkpoint.CheckpointError(
-                f"{found} belongs to another model, optimizer or set of regularizers: {error}"
+                f"{found} belongs to another model, optimizer, scheduler or set of regularizers: {error}"
             ) from error
         self._resumed = state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Puts back what a checkpoint holds of the trainer; the run's own part waits for `fit`."""
+        kinds = [type(regularizer).__name__ for regularizer in self._regularizers]
+        if state["kinds"] != kinds:
+            raise ValueError(f"its regularizers are {state['kinds']}, these are {kinds}.")
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError(f"it has {'no' if self.scheduler is not None else 'a'} scheduler's state.")
+        load_weights(self.model, state["model"])
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.load_state_dict(state["loss_fn"])
+        for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
+            regularizer.load_state_dict(own)
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for k, baselines in state["mean_baselines"].items():
+            self._judged[k].baselines = baselines
+        self._measured = list(state["mean_baselines"])
 
     def evaluate(
         self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
@@ -285,7 +311,12 @@ class ExplanationRegularizedTrainer:
         """
         with gathered(self.model):
             return example_scores(
-                self.model, self._prepare(loader), self.evaluation, explain=explain, accelerator=self.accelerator
+                self.model,
+                self._prepare(loader),
+                self.evaluation,
+                self._regularizers,
+                explain=explain,
+                accelerator=self.accelerator,
             )
 
     @property
@@ -297,9 +328,12 @@ class ExplanationRegularizedTrainer:
         return self.accelerator.unwrap_model(self._loss)
 
     def _automatic_weights(self) -> dict[str, float]:
-        """The weights that regularizers set themselves, "<term>_weight"."""
-        automatic = [regularizer for regularizer in self._regularizers if getattr(regularizer, "is_automatic", False)]
-        return {f"{regularizer.term}_weight": regularizer.weight for regularizer in automatic}
+        """The weights that regularizers set themselves, "<term>_weight", the second of a term "<term>_weight_2"."""
+        weights: dict[str, float] = {}
+        for regularizer in self._regularizers:
+            if getattr(regularizer, "is_automatic", False):
+                weights[unused(f"{regularizer.term}_weight", weights)] = regularizer.weight
+        return weights
 
     def _measure_mean_baselines(self, loader: Any) -> None:
         for regularizer in (self._judged[k] for k in self._measured):
@@ -308,9 +342,12 @@ class ExplanationRegularizedTrainer:
 
     def _start(self, train_loader: Any, val_loader: Any) -> _Run:
         """A new run, or the one that is resumed."""
-        generators = list(_generators(train_loader, val_loader, self._regularizers, self.evaluation))
+        owners = (train_loader, val_loader, self._unwrapped, self.loss_fn, self.evaluation)
+        generators = list(generators_of(*owners))
         run = _Run(generators, self.accelerator)
         if self._resumed is not None:
+            if self._resumed["run"]["position"][0] > 1:
+                start_workers(train_loader)
             run.load_state_dict(self._resumed["run"], self._resumed["random"])
             self._resumed = None
         elif self.checkpoint_dir is not None and checkpoint.checkpoints(self.checkpoint_dir):
@@ -318,6 +355,8 @@ class ExplanationRegularizedTrainer:
                 f"{self.checkpoint_dir} holds checkpoints of another run: call resume() to continue it, or "
                 "choose another checkpoint_dir."
             )
+        if self.checkpoint_dir is not None:
+            checkpoint.make(self.checkpoint_dir)  # now, rather than after an epoch
         self.history = run.history
         return run
 
@@ -352,7 +391,9 @@ class ExplanationRegularizedTrainer:
                 "optimizer": optimizer,
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                "loss_fn": self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {},
                 "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
+                "kinds": [type(regularizer).__name__ for regularizer in self._regularizers],
                 "mean_baselines": {k: self._judged[k].baselines for k in self._measured},
                 "run": run.state_dict(),
                 "random": randoms,
@@ -367,6 +408,7 @@ class ExplanationRegularizedTrainer:
                 loader,
                 self.loss_fn,
                 self.evaluation,
+                self._regularizers,
                 accuracy_weight=self.accuracy_weight,
                 explain=explain,
                 accelerator=self.accelerator,
@@ -376,30 +418,28 @@ class ExplanationRegularizedTrainer:
         """One pass over the data, or the rest of one; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
-        weights, last_batch = _Weights(self.model), None
+        weights, last_batch = _Weights(self._unwrapped), None
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         description = f"epoch {run.epoch}/{epochs}"
         with (
+            self._training_mode(),
             closing(run.batches(loader)) as batches,
             tqdm(batches, desc=description, disable=hidden, initial=run.step) as bar,
         ):
             for batch, is_last in bar:
                 where = f"epoch {run.epoch}, step {run.step + 1}"
-                with self._training_mode():
-                    try:
-                        started = time.perf_counter()
-                        parts = self._step(batch, is_last, where, weights, run)
-                        parts = {**parts, "seconds_per_step": time.perf_counter() - started}
-                    except NonFiniteError as error:
-                        self._return_to_good(weights, last_batch)
-                        if self.on_non_finite == "stop":
-                            where = "" if where in str(error) else f" ({where})"
-                            raise NonFiniteError(
-                                f"{error}{where} The model is left with its last good weights."
-                            ) from error
-                        warnings.warn(f"{error} ({where}) The batch is left out.", stacklevel=2)
-                        self._drop_gradients()
-                        parts = {"skipped": 1.0}
+                try:
+                    started = time.perf_counter()
+                    parts = self._step(batch, is_last, where, weights, run)
+                    parts = {**parts, "seconds_per_step": time.perf_counter() - started}
+                except NonFiniteError as error:
+                    self._return_to_good(weights, last_batch, run)
+                    if self.on_non_finite == "stop":
+                        where = "" if where in str(error) else f" ({where})"
+                        raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
+                    warnings.warn(f"{error} ({where}) The batch is left out.", stacklevel=2)
+                    self._drop_gradients()
+                    parts = {"skipped": 1.0}
                 last_batch = batch if "skipped" not in parts else last_batch
                 run.add(parts)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items() if name in run.shown})
@@ -414,7 +454,7 @@ class ExplanationRegularizedTrainer:
         if last_batch is None and "loss" not in run.means():
             raise NonFiniteError(f"Every batch of epoch {run.epoch} was left out: no loss was finite.")
         with self._training_mode():
-            finite = last_batch is None or self._task_loss_is_finite(last_batch)
+            finite = last_batch is None or self._task_loss_is_finite(last_batch, run)
         if not finite:
             weights.restore()
             raise NonFiniteError(
@@ -442,14 +482,14 @@ class ExplanationRegularizedTrainer:
                 named = self._backward(batch, where)
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
-                    _check_gradients(self.model, where)
+                    _check_gradients(module, where)
             weights.keep()
             if self.accelerator.sync_gradients:
-                if self.max_grad_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                self._clip_gradients()
                 run.updates += 1
             self.optimizer.step()
-            self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self._drop_gradients()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
         return {**named, **norms, **self._floor_shares(), **shares}
 
@@ -467,10 +507,24 @@ class ExplanationRegularizedTrainer:
         self._unwrapped.seconds["backward"] = time.perf_counter() - started
         return named
 
+    def _clip_gradients(self) -> None:
+        """Of what the optimizer moves; accelerate's own would unscale those of every optimizer that it knows."""
+        if self.max_grad_norm is None:
+            return
+        parameters = list(self.model.parameters()) if is_sharded(self.model) else self._owned_parameters()
+        if self.accelerator.scaler is None:
+            self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients(self.optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+
+    def _owned_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def _drop_gradients(self) -> None:
-        """Also those of batches that an update was to accumulate and that are not complete."""
+        """Also those that the optimizer does not own, and those of an update that is not complete."""
         self.accelerator.step = 0
-        for parameter in self.model.parameters():
+        for parameter in (*self._unwrapped.parameters(), *self._owned_parameters()):
             parameter.grad = None
 
     def _floor_shares(self) -> dict[str, float]:
@@ -482,11 +536,12 @@ class ExplanationRegularizedTrainer:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
-        # The measurement leaves no trace: neither in random streams nor in BatchNorm's statistics.
-        state, before = run.random_state(), _Weights(self.model)
+        # The measurement leaves no trace: in no random stream, BatchNorm's statistics nor automatic weight.
+        state, before = run.random_state(), _Weights(self._unwrapped)
         norms = {}
         with gathered(self.model):
-            terms = self._unwrapped.terms(batch)
+            with self.accelerator.autocast():
+                terms = self._unwrapped.terms(batch)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for name, term in terms.items():
                 if term.requires_grad:
@@ -505,20 +560,23 @@ class ExplanationRegularizedTrainer:
                 )
         return {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
-    def _return_to_good(self, weights: _Weights, last_batch: Any) -> None:
+    def _return_to_good(self, weights: _Weights, last_batch: Any, run: _Run) -> None:
         """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
         weights.restore_buffers()
-        if last_batch is None or not self._task_loss_is_finite(last_batch):
+        if last_batch is None or not self._task_loss_is_finite(last_batch, run):
             weights.restore()
 
     @no_graph()
-    def _task_loss_is_finite(self, batch: Any) -> bool:
-        """Whether the current weights are good for a finite task loss on a batch, in every process."""
+    def _task_loss_is_finite(self, batch: Any, run: _Run) -> bool:
+        """Whether the current weights are good for a finite task loss on a batch, in every process; leaves no trace."""
         from accelerate.utils import send_to_device
 
-        with eval_mode(self.model), gathered(self.model):
+        state, before = run.random_state(), _Weights(self._unwrapped)
+        with self.accelerator.autocast(), gathered(self.model):
             inputs, target, _ = unpack_batch(send_to_device(batch, self.accelerator.device))
             finite = self.loss_fn(call_model(self.model, inputs), target).isfinite().all()
+        run.set_random_state(state)
+        before.restore_buffers()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
 
     def _training_mode(self) -> Any:
@@ -533,7 +591,7 @@ class ExplanationRegularizedTrainer:
                 self.scheduler.step()
 
     def _prepare(self, loader: Any) -> Any:
-        if not isinstance(loader, DataLoader):
+        if not isinstance(loader, DataLoader) or is_its_own(loader, self.accelerator):
             return loader
         if id(loader) not in self._prepared:  # the accelerator keeps every loader that it has prepared
             self._prepared[id(loader)] = (loader, self.accelerator.prepare_data_loader(loader))
@@ -547,6 +605,7 @@ class _Run:
         self.generators = generators
         self._accelerator = accelerator
         self.history = History()
+        self.id = uuid.uuid4().hex
         self.epoch, self.step, self.updates = 1, 0, 0
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Any] | None = None
@@ -616,6 +675,7 @@ class _Run:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the run."""
         return {
+            "id": self.id,
             "history": [dict(row) for row in self.history],
             "position": [self.epoch, self.step, self.updates],
             "best": [self.best_score, self.best_epoch],
@@ -627,6 +687,7 @@ class _Run:
 
     def load_state_dict(self, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:
         """Puts the run where it was."""
+        self.id = state["id"]
         self.history[:] = state["history"]
         self.epoch, self.step, self.updates = state["position"]
         self.best_score, self.best_epoch = state["best"]
@@ -641,65 +702,49 @@ class _Run:
 
 
 class _Weights:
-    """A copy of a model's parameters and buffers that can be put back."""
+    """A copy of a module's parameters and buffers that can be put back, also where the module has others since."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
-        self._parameter_copies = [parameter.detach().clone() for parameter in self._parameters]
-        self._buffer_copies = [buffer.detach().clone() for buffer in self._buffers]
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._parameters: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self.keep()
 
+    @torch.no_grad()
     def keep(self) -> None:
         """Copies them as they are now."""
-        self._copy(self._parameters, self._parameter_copies)
-        self._copy(self._buffers, self._buffer_copies)
+        self._parameters = _copied(self._module.named_parameters(), self._parameters)
+        self._buffers = _copied(self._module.named_buffers(), self._buffers)
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies back."""
-        self._copy(self._parameter_copies, self._parameters)
+        for name, parameter in self._module.named_parameters():
+            parameter.copy_(self._parameters[name])
         self.restore_buffers()
 
-    def restore_buffers(self) -> None:
-        """Puts the buffers' copies back."""
-        self._copy(self._buffer_copies, self._buffers)
-
-    @staticmethod
     @torch.no_grad()
-    def _copy(sources: list[Any], destinations: list[Any]) -> None:
-        for source, destination in zip(sources, destinations, strict=True):
-            destination.copy_(source)
+    def restore_buffers(self) -> None:
+        """Puts the buffers' copies back; a module may have assigned other tensors to its names."""
+        for name, copy in self._buffers.items():
+            owner, _, own_name = name.rpartition(".")
+            buffers = self._module.get_submodule(owner)._buffers
+            if _alike(buffers.get(own_name), copy):
+                buffers[own_name].copy_(copy)  # type: ignore[union-attr]
+            else:
+                buffers[own_name] = copy.clone()
 
 
-_DRAWING = (
-    *("sampler", "batch_sampler", "dataloader", "base_dataloader"),
-    *("dataset", "datasets", "transform", "transforms", "target_transform"),
-)
-"""Attributes of loaders and data sets that may hold a generator."""
+def _copied(tensors: Iterable[tuple[str, Tensor]], copies: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies by name, in the place of earlier ones where they fit."""
+    return {
+        name: copies[name].copy_(tensor) if _alike(copies.get(name), tensor) else tensor.detach().clone()
+        for name, tensor in tensors
+    }
 
 
-def _generators(*owners: Any) -> Iterator[Generator]:
-    """The generators that loaders, samplers, data sets and regularizers draw from, each once."""
-    seen: set[int] = set()
-    queue = list(owners)
-    while queue:
-        owner = queue.pop()
-        if id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        if isinstance(owner, Generator):
-            yield owner
-        elif isinstance(owner, (list, tuple, nn.ModuleList)):
-            queue.extend(owner)
-        elif owner is not None:
-            held = getattr(owner, "__dict__", {})
-            queue.extend(value for name, value in held.items() if _may_draw(name, value))
-            explaining = getattr(owner, "_explaining", None)
-            queue.append(None if explaining is None else explaining.arguments.get("generator"))
-
-
-def _may_draw(name: str, value: Any) -> bool:
-    return isinstance(value, Generator) or (
-        name in _DRAWING and not (name == "dataset" and isinstance(value, (list, tuple)))
-    )
+def _alike(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:
@@ -735,8 +780,9 @@ def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _check_gradients(model: nn.Module, where: str) -> None:
-    gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+def _check_gradients(loss: ExplanationRegularizedLoss, where: str) -> None:
+    named = ((name.removeprefix("model."), parameter.grad) for name, parameter in loss.named_parameters())
+    gradients = {name: local(gradient) for name, gradient in named if gradient is not None}
     values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients.values()]
     finite = [value.isfinite().all() for value in values]
     if finite and not bool(torch.stack(finite).all()):

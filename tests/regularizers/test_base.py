@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import InputXGradient, id_expo_lime
+from captum_idexpo.attr import InputXGradient, Saliency, id_expo_lime
 from captum_idexpo.regularizers import (
     Fidelity,
     InsertionDeletion,
@@ -306,3 +306,24 @@ def test_one_row_is_looked_at_in_eval_mode():
 def test_numbers_of_numpy_are_weights():
     for weight in (np.float32(0.5), np.float64(0.5), np.int64(2)):
         assert Stability(smooth_net(), weight=weight).weight == weight
+
+
+def test_a_task_loss_of_zero_leaves_the_weight_to_the_next_batch():
+    model = smooth_net()
+    regularizer = Stability(model, weight="auto")
+    regularizer.calibrate(torch.tensor(0.0), X, Y)
+    assert regularizer.needs_calibration
+    assert regularizer(X, Y)["stability"] == 0
+    regularizer.calibrate(torch.tensor(1.0), X, Y)
+    assert regularizer.weight > 0
+
+
+def test_labels_of_any_integers_are_labels():
+    model = smooth_net()
+    for regularizer in (
+        InsertionDeletion(Saliency(model), baselines=0.0, step_size=1),
+        Sparsity(InputXGradient(model)),
+    ):
+        expected = regularizer(X, Y)
+        for dtype in (torch.uint8, torch.int16, torch.int32):
+            assert regularizer(X, Y.to(dtype)) == expected

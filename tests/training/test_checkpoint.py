@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity, Saliency
 from captum_idexpo.attr.surrogates import Ridge
-from captum_idexpo.regularizers import InsertionDeletion, Sparsity
+from captum_idexpo.regularizers import InsertionDeletion, Smoothness, Sparsity
 from captum_idexpo.training import CheckpointError, checkpoint
-from captum_idexpo.training import trainer as trainer_module
+from captum_idexpo.training.generators import generators_of
 from tests.helpers import smooth_conv_net
 
 X = torch.randn(20, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -229,7 +230,7 @@ def test_generators_are_looked_for_in_finite_time():
     data = [([0.0] * 300, 0)] * 20_000
     started = time.perf_counter()
     cyclic = Cyclic()
-    assert list(trainer_module._generators(DataLoader(cyclic), DataLoader(data))) == [cyclic.transform.source]
+    assert list(generators_of(DataLoader(cyclic), DataLoader(data))) == [cyclic.transform.source]
     assert time.perf_counter() - started < 1
 
 
@@ -371,7 +372,7 @@ def test_the_previous_good_one_is_found(folder, damage):
 
 def test_another_format_is_told_from_a_foreign_file(folder):
     path = paths(folder)[0]
-    path.write_bytes(path.read_bytes().replace(b"checkpoint 3\n", b"checkpoint 2\n", 1))
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 4\n", b"checkpoint 3\n", 1))
     with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
         checkpoint.load(path)
 
@@ -400,7 +401,7 @@ def test_code_is_never_run(folder):
     torch.save({"model": Evil()}, payload)
     digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
     path = folder / "checkpoint-000000099.pt"
-    path.write_bytes(b"captum-idexpo checkpoint 3\n" + digest + b"\n" + payload.getvalue())
+    path.write_bytes(b"captum-idexpo checkpoint 4\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()
@@ -424,7 +425,7 @@ def test_a_full_disk_leaves_the_last_good_one(folder, monkeypatch):
 def test_another_model_is_an_error(folder):
     other = torch.nn.Linear(3, 2)
     trainer = ExplanationRegularizedTrainer(other, torch.optim.SGD(other.parameters(), lr=0.1), show_progress=False)
-    with pytest.raises(CheckpointError, match="belongs to another model, optimizer or set of regularizers"):
+    with pytest.raises(CheckpointError, match="belongs to another model, optimizer, scheduler or set of regularizers"):
         trainer.resume(folder)
     with pytest.raises(ValueError, match="needs a path"):
         trainer.resume()
@@ -472,3 +473,120 @@ def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.save({"model": Path()}, tmp_path, 1)
     assert not list(tmp_path.glob("*"))
+
+
+def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
+    trainer, _ = trainer_of(folder)
+    with torch.no_grad():
+        trainer.model[0].weight.add_(1)
+    before = [tensor.clone() for tensor in trainer.model.state_dict().values()]
+    without = ExplanationRegularizedTrainer(
+        trainer.model,
+        torch.optim.Adam(trainer.model.parameters(), lr=0.01),
+        trainer._regularizers,
+        checkpoint_dir=folder,
+        show_progress=False,
+    )
+    with pytest.raises(CheckpointError, match="it has a scheduler's state"):
+        without.resume()
+    others = [*list(trainer._regularizers)[:1], *list(trainer._regularizers)[:1]]
+    other = ExplanationRegularizedTrainer(
+        trainer.model, torch.optim.Adam(trainer.model.parameters()), others, scheduler=trainer.scheduler
+    )
+    with pytest.raises(CheckpointError, match=r"its regularizers are \['InsertionDeletion', 'Sparsity'\]"):
+        other.resume(folder)
+    trainer.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        trainer.resume()
+    for ours, theirs in zip(trainer.model.state_dict().values(), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_checkpoints_of_another_run_are_not_removed(tmp_path, folder):
+    trainer, loaders = trainer_of(tmp_path / "other")
+    trainer.fit(*loaders, epochs=3)
+    before = paths(tmp_path / "other")
+    trainer, _ = trainer_of(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"checkpoints of another run than .*choose another checkpoint_dir"):
+        trainer.resume(folder)
+    assert paths(tmp_path / "other") == before
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        trainer, loaders = trainer_of(tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"cannot be made .*choose another checkpoint_dir"):
+            trainer.fit(*loaders)
+
+
+class Tempered(nn.Module):
+    """A loss that learns: cross-entropy at a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, output, target):
+        return nn.functional.cross_entropy(output * self.scale.exp(), target)
+
+
+def test_what_a_loss_learns_is_resumed(tmp_path):
+    def run(folder, epochs):
+        net, loss_fn = smooth_conv_net(), Tempered()
+        optimizer = torch.optim.Adam([*net.parameters(), *loss_fn.parameters()], lr=0.05)
+        trainer = ExplanationRegularizedTrainer(net, optimizer, [], loss_fn, checkpoint_dir=folder, show_progress=False)
+        if folder is not None and any(folder.iterdir()):
+            trainer.resume()
+        trainer.fit([(X, Y)] * 2, epochs=epochs)
+        return loss_fn.scale.detach(), net[4].weight.detach()
+
+    whole = run(None, 2)
+    run(tmp_path, 1)
+    for ours, theirs in zip(run(tmp_path, 2), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_look_at_what_is_explained_draws_once_a_run_without_a_trace(tmp_path):
+    """Dropout that nothing holds, since the forward function is no module."""
+
+    def run(folder, epochs):
+        net = smooth_conv_net().train()
+        torch.manual_seed(0)
+        prior = Smoothness(Saliency(lambda x: net(x)), eval_mode=False)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        trainer = ExplanationRegularizedTrainer(net, optimizer, [prior], checkpoint_dir=folder, show_progress=False)
+        if folder is not None and any(folder.iterdir()):
+            trainer.resume()
+        trainer.fit([(X, Y)] * 2, epochs=epochs)
+        return net[4].weight.detach()
+
+    expected = run(None, 2)
+    run(tmp_path, 1)
+    assert torch.equal(run(tmp_path, 2), expected)
+
+
+def test_a_run_killed_at_an_epochs_end_draws_no_more_than_one_that_was_not(tmp_path, killed):
+    class Dropping(nn.Module):
+        """A model that draws in any mode."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = smooth_conv_net()
+
+        def forward(self, x):
+            return self.net(nn.functional.dropout(x, 0.5, training=True))
+
+    def trainer(folder):
+        model = Dropping()
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = {"checkpoint_dir": folder, "checkpoint_every": 1, "show_progress": False}
+        return ExplanationRegularizedTrainer(model, optimizer, **settings)
+
+    whole = trainer(None)
+    expected = whole.fit([(X, Y)] * 2, epochs=2)
+    killed(trainer(tmp_path), [(X, Y)] * 2, epochs=2, after=2)  # the epoch's last update
+    resumed = trainer(tmp_path)
+    resumed.resume()
+    assert without_times(resumed.fit([(X, Y)] * 2, epochs=2)) == without_times(expected)

@@ -162,7 +162,7 @@ def test_mean_baselines_are_measured_once():
     net = smooth_conv_net()
     mean = "".join(["me", "an"])  # read from a file, say: an equal string, not the same
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=mean, step_size=6)
-    with pytest.raises(ValueError, match=r"measured by the trainer.*mean_inputs\(train_loader\)"):
+    with pytest.raises(ValueError, match=r"measured when the trainer.*mean_inputs\(train_loader\)"):
         regularizer(IMAGES, Y[:8])
     trainer_of(net, [regularizer]).fit(loader(IMAGES))
     expected = IMAGES.mean(dim=(0, 2, 3), keepdim=True)
@@ -348,3 +348,180 @@ def test_the_scale_is_resumed(accelerator_of, tmp_path):
     again.resume()
     assert again.accelerator.scaler.get_scale() == 2.0**22
     assert torch.equal(flat(again.model), flat(trainer.model))
+
+
+class Tail(nn.Module):
+    """Two layers, of which an optimizer may own the last."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x.float()).tanh())
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_what_the_optimizer_does_not_own_is_neither_clipped_nor_kept(accelerator_of, precision):
+    batches = list(loader()) * 3
+    model, twin = Tail(), Tail()
+    trainer = ExplanationRegularizedTrainer(
+        model,
+        torch.optim.SGD(model.last.parameters(), lr=0.1),
+        accelerator=accelerator_of(precision),
+        max_grad_norm=0.3,
+        show_progress=False,
+    )
+    trainer.fit(batches)
+    optimizer = torch.optim.SGD(twin.last.parameters(), lr=0.1)
+    for x, y in batches:
+        nn.functional.cross_entropy(twin(x), y).backward()
+        nn.utils.clip_grad_norm_(twin.last.parameters(), 0.3)
+        optimizer.step()
+        twin.zero_grad()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-3, atol=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_second_trainer_of_an_accelerator_leaves_the_scale_of_the_firsts_gradients(accelerator_of):
+    def trained(accelerator, model, lr):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        settings = {"accelerator": accelerator, "max_grad_norm": 0.3, "show_progress": False}
+        ExplanationRegularizedTrainer(model, optimizer, **settings).fit(loader())
+        return model
+
+    models = []
+    for shared in (False, True):
+        accelerator = accelerator_of("fp16")
+        model = trained(accelerator, Tail(), 0.01)
+        models.append(trained(accelerator if shared else accelerator_of("fp16"), model, 0.5))
+    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-3, atol=1e-3)
+
+
+class Centred(nn.Module):
+    """Keeps a mean of its inputs in a buffer that it assigns anew."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 3).double()
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.linear(x - self.mean)
+
+
+def test_buffers_that_a_model_assigns_anew_are_put_back():
+    spoiled = X.clone()
+    spoiled[5, 0] = float("nan")
+    model, twin = Centred(), Centred()
+    with pytest.raises(NonFiniteError, match="last good weights"):
+        trainer_of(model).fit(loader(spoiled))
+    trainer_of(twin).fit([(X[:4], Y[:4])])
+    assert torch.equal(model.mean, twin.mean)
+    model = Centred()
+    with pytest.warns(UserWarning, match="left out"):
+        trainer_of(model, on_non_finite="skip").fit(loader(spoiled))
+    assert bool(model(X).isfinite().all())
+    measured = Centred()
+    trainer_of(measured, gradient_norms_every=1).fit([(X[:4], Y[:4])])
+    assert torch.equal(measured.mean, twin.mean)
+
+
+def test_gradient_norms_are_measured_before_an_automatic_weight_is_set():
+    results = []
+    for every in (None, 1):
+        net = smooth_net()
+        torch.manual_seed(0)
+        regularizer = Fidelity(net, GaussianNeighbors(0.5, one_dimensional=True), weight="auto", ratio=0.1)
+        trainer_of(net, [regularizer], gradient_norms_every=every).fit(loader())
+        results.append(flat(net))
+    assert torch.equal(*results)
+
+
+def test_gradient_norms_are_those_of_the_precision_trained_in(accelerator_of):
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(6, 3), []
+
+        def forward(self, x):
+            output = self.linear(x)
+            self.seen.append(output.dtype)
+            return output
+
+    model = Seen()
+    trainer_of(model, accelerator=accelerator_of("bf16"), gradient_norms_every=1).fit([(X.float(), Y)])
+    assert set(model.seen) == {torch.bfloat16}
+
+
+def test_an_update_that_was_broken_off_leaves_nothing_to_the_next_run():
+    def run(break_off):
+        net, calls = smooth_net(), []
+
+        def loss_fn(output, target):
+            calls.append(1)
+            if break_off and len(calls) == 2:
+                raise KeyboardInterrupt
+            return nn.functional.cross_entropy(output, target)
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        trainer = ExplanationRegularizedTrainer(
+            net, optimizer, [], loss_fn, accelerator=accelerator, show_progress=False
+        )
+        if break_off:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.fit(loader())
+        trainer.fit(loader())
+        return flat(net)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_another_trainer_leaves_the_number_of_passes_alone():
+    def run(another):
+        net = smooth_net()
+        trainer = trainer_of(net, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=3))
+        if another:
+            trainer_of(smooth_net())
+        trainer.fit(loader())
+        return flat(net)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_the_last_check_of_an_epoch_is_in_the_mode_and_precision_of_training(accelerator_of):
+    class Auxiliary(nn.Module):
+        """Another output in training, as Inception's."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return (self.one(x), self.other(x)) if self.training else self.one(x)
+
+    model = Auxiliary()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = ExplanationRegularizedTrainer(
+        model,
+        optimizer,
+        [],
+        lambda outputs, target: sum(nn.functional.cross_entropy(output, target) for output in outputs),
+        accelerator=accelerator_of("bf16"),
+        show_progress=False,
+    )
+    history = trainer.fit([(X.bfloat16(), Y)], epochs=2)
+    assert history[1]["loss"] < history[0]["loss"]
+
+
+def test_each_automatic_weight_is_reported():
+    net = smooth_net()
+    regularizers = [Stability(net, weight="auto", ratio=ratio, generator=torch.Generator()) for ratio in (0.5, 0.25)]
+    row = trainer_of(net, regularizers).fit(loader())[0]
+    assert row["stability_weight"] == regularizers[0].weight
+    assert row["stability_weight_2"] == regularizers[1].weight != regularizers[0].weight

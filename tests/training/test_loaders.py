@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import Saliency
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.training.loaders import is_its_own
 from tests.helpers import smooth_net
 
 X = torch.randn(22, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -131,3 +134,26 @@ def test_an_epochs_last_update_may_be_of_fewer_passes_whatever_the_loader(n_pass
     for net in nets:
         for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+class Shifted(DataLoader):
+    """A loader that changes what it yields, in a way that accelerate does not know."""
+
+    def __iter__(self):
+        return ((x + 100, y) for x, y in super().__iter__())
+
+
+def test_a_loader_with_a_way_of_its_own_is_iterated_in_it():
+    net, seen = smooth_net(), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean().item()))
+    trainer = ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=1e-9), show_progress=False)
+    trainer.fit(Shifted(DATA, 11), Shifted(DATA, 11))
+    assert min(seen) > 90
+
+
+def test_several_processes_cannot_share_one():
+    with pytest.raises(ValueError, match=r"Shifted has an __iter__ of its own.*collate_fn"):
+        is_its_own(Shifted(DATA, 11), SimpleNamespace(num_processes=2))
+    assert not is_its_own(DataLoader(DATA), SimpleNamespace(num_processes=2))
+    prepared = Accelerator(cpu=True).prepare_data_loader(DataLoader(DATA))
+    assert not is_its_own(prepared, SimpleNamespace(num_processes=2))

@@ -167,3 +167,26 @@ def test_a_model_of_keyword_arguments_is_explained_behind_such_a_forward_method(
         regularizer = InsertionDeletion(LayerGradCam(net, layer), baselines=0.0)
         losses.append(ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0])
     torch.testing.assert_close(*losses)
+
+
+class Returning(nn.Module):
+    def __init__(self, terms):
+        super().__init__()
+        self.terms = terms
+
+    def forward(self, inputs, target, annotations=None):
+        return self.terms
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (torch.tensor(1.0), r"Returning must return a mapping of terms by name.*it returned: Tensor"),
+        ({"own": 1.0}, r"Returning must return scalar tensors.*float as 'own'"),
+        ({"own": torch.ones(3)}, r"Returning must return scalar tensors.*shape \(3,\) as 'own'"),
+    ],
+)
+def test_a_regularizer_that_returns_no_terms_is_named(terms, message):
+    net = smooth_conv_net()
+    with pytest.raises(TypeError, match=message):
+        ExplanationRegularizedLoss(net, [Returning(terms)])((X, Y))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -101,3 +104,22 @@ def test_numpys_numbers_are_numbers_and_what_cannot_be_written_is_named_before_a
 def test_bad_grids(tmp_path, grid, message):
     with pytest.raises(ValueError, match=message):
         sweep(lambda **settings: {"accuracy": 1.0}, grid, tmp_path / "sweep.jsonl")
+
+
+def test_a_run_without_a_score_is_no_front():
+    found = Sweep([{"accuracy": math.nan, "insertion": 0.9}, {"accuracy": 0.8, "insertion": 0.5}])
+    assert found.front() == [found[1]]
+    assert [line.split("|")[-2].strip() for line in found.table().splitlines()[2:]] == ["", "yes"]
+
+
+def fails_at_once_or_takes_a_while(seed, device):
+    if not seed:
+        raise ArithmeticError("no")
+    time.sleep(1.0)
+    return {"score": seed}
+
+
+def test_what_runs_beside_a_setting_that_fails_is_kept(tmp_path):
+    with pytest.raises(ArithmeticError):
+        sweep(fails_at_once_or_takes_a_while, {"seed": [0, 1, 2]}, tmp_path / "found", devices=["cpu:0", "cpu:1"])
+    assert [json.loads(line)["settings"] for line in (tmp_path / "found").read_text().splitlines()] == [{"seed": 1}]

@@ -1,0 +1,123 @@
+"""What is averaged over a loader: losses by examples, accuracy where there are labels, in the same order each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import KernelShap
+from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Stability
+
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+def trainer_of(model, regularizers=(), loss_fn=cross_entropy, **settings):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return ExplanationRegularizedTrainer(model, optimizer, regularizers, loss_fn, show_progress=False, **settings)
+
+
+class Column(nn.Module):
+    """One number an example, ``(B,)``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.linear(x).squeeze(1)
+
+
+def squared(output, target):
+    return mse_loss(output, target.float())
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_regression_of_whole_numbers_has_no_accuracy(announced):
+    model, counts = Column(), (5 + 3 * X[:, 0]).round().long().clamp_min(0)
+    regularizers = [Stability(model, outputs="raw")] if announced else []
+    trainer = trainer_of(model, regularizers, squared)
+    scores = trainer.evaluate(DataLoader(TensorDataset(X, counts), 8))
+    assert set(scores) == {"loss", "valscore"}
+    assert scores["valscore"] == pytest.approx(-2 * scores["loss"])
+    # Some batches may hold zeros and ones alone.
+    few = torch.tensor([0, 1, 1, 0, 1, 0, 2, 3])
+    loader = DataLoader(TensorDataset(X[:8], few), 2)
+    assert set(trainer.evaluate(loader)) == {"loss", "valscore"}
+    assert trainer.example_scores(loader) == {}
+
+
+JUDGES = {
+    "a lambda": lambda net: InsertionDeletion(
+        KernelShap(lambda x: net(x)), model=net, baselines=0.0, outputs="probabilities"
+    ),
+    "the model": lambda net: InsertionDeletion(KernelShap(net), baselines=0.0, outputs="probabilities"),
+    "no judge": lambda net: RightForTheRightReasons(net, weight=0.0, outputs="probabilities"),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_column_of_probabilities_is_right_above_a_half(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    labels = (net(X)[:, 0] > 0.5).long()
+    labels[:4] = 1 - labels[:4]
+
+    def loss_fn(output, target):
+        return binary_cross_entropy(output.squeeze(1), target.float())
+
+    scores = trainer_of(net, [JUDGES[name](net)], loss_fn).evaluate(DataLoader(TensorDataset(X, labels), 16))
+    assert scores["accuracy"] == pytest.approx(0.9)
+
+
+def test_a_judge_of_probabilities_made_of_a_logit_predicts_what_the_model_does():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+    labels = (net(X)[:, 0] > 0).long()
+    judge = InsertionDeletion(KernelShap(lambda x: net(x).sigmoid()), model=net, baselines=0.0, outputs="probabilities")
+
+    def loss_fn(output, target):
+        return nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), target.float())
+
+    assert trainer_of(net, [judge], loss_fn).evaluate([(X, labels)])["accuracy"] == 1.0
+
+
+def test_targets_in_a_mapping_weigh_a_batch_by_its_examples():
+    def loss_fn(output, target):
+        return cross_entropy(output[:, :3], target["class"]) + mse_loss(output[:, 3], target["value"])
+
+    data = [(x, {"class": torch.tensor(k % 3), "value": 9 * x[0]}) for k, x in enumerate(X[:5])]
+    torch.manual_seed(0)
+    trainer = trainer_of(nn.Linear(4, 4), [], loss_fn)
+    whole = trainer.evaluate(DataLoader(data, 5))["loss"]
+    assert trainer.evaluate(DataLoader(data, 4))["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_outputs_of_more_axes_are_the_losss_to_read():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x)[:, None].expand(-1, 2, -1)
+
+    trainer = trainer_of(Steps(), [], lambda output, target: cross_entropy(output.mean(1), target))
+    assert set(trainer.evaluate([(X, torch.arange(40) % 3)])) == {"loss", "valscore"}
+
+
+def test_a_shuffled_loader_is_read_in_one_order():
+    configuration = DataLoaderConfiguration(use_seedable_sampler=True)
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    judge = InsertionDeletion(KernelShap(net), baselines=0.0, attribute_kwargs={"n_samples": 8})
+    trainer = trainer_of(net, [judge], accelerator=Accelerator(cpu=True, dataloader_config=configuration))
+    loader = DataLoader(TensorDataset(X, torch.arange(40) % 3), 16, shuffle=True)
+    first = trainer.evaluate(loader)
+    assert trainer.evaluate(loader) == first
