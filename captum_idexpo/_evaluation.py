@@ -108,10 +108,12 @@ class BatchForward:
 
     Args:
         forward_func: takes the input tensors, then the additional arguments.
-        additional_forward_args: a tensor or list as long as the batch goes with the examples; anything else is passed
-            on as it is.
+        additional_forward_args: a tensor as long as the batch goes with the examples; anything else is passed on as it
+            is. A tensor of a single number may be a single example's or for whatever comes: where copies of it do not
+            suit the forward function, it is passed on as it is, too.
         n_examples: the batch's size.
         target: Captum's target; None returns the forward function's whole output.
+        lists_of_examples: lists as long as a batch of several examples go with these, as in Captum's LIME.
 
     Raises:
         AssertionError: as Captum, where there is not one target for each example or one for all.
@@ -123,6 +125,8 @@ class BatchForward:
         additional_forward_args: Any,
         n_examples: int,
         target: Any = None,
+        *,
+        lists_of_examples: bool = False,
     ) -> None:
         if additional_forward_args is None:
             additional_forward_args = ()
@@ -135,6 +139,9 @@ class BatchForward:
         self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
+        self._repeats_lists = lists_of_examples and n_examples > 1
+        numbers = (a for a in additional_forward_args if isinstance(a, Tensor) and a.dim() == 1)
+        self._may_be_shared = n_examples == 1 and any(len(number) == 1 for number in numbers)
         n_targets = target.numel() if isinstance(target, Tensor) else len(target) if isinstance(target, list) else 1
         # As many as a chunk has rows would pass for one a row.
         assert n_targets in (1, n_examples), (
@@ -151,10 +158,21 @@ class BatchForward:
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
         """The output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
         additional = [
-            _repeated(argument, self.n_examples, examples, n_copies) for argument in self.additional_forward_args
+            argument
+            if isinstance(argument, list) and not self._repeats_lists
+            else _repeated(argument, self.n_examples, examples, n_copies)
+            for argument in self.additional_forward_args
         ]
-        arguments = () if self._takes_nothing else (*rows, *additional)
-        return self._select(self.forward_func(*arguments), examples, n_copies)
+        if self._takes_nothing:
+            output = self.forward_func()
+        elif not self._may_be_shared or n_copies == 1:
+            output = self.forward_func(*rows, *additional)
+        else:
+            try:
+                output = self.forward_func(*rows, *additional)
+            except Exception:
+                output = self.forward_func(*rows, *self.additional_forward_args)
+        return self._select(output, examples, n_copies)
 
     def _select(self, output: Any, examples: slice, n_copies: int) -> Any:
         if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:

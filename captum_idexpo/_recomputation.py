@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_idexpo._modes import no_graph
+from captum_idexpo._modes import is_compiled, no_graph
 from captum_idexpo._random import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
@@ -130,8 +129,12 @@ class _TwoPasses(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # autograd's own refusal is met only where all of the gradient comes from here
+            raise RuntimeError(
+                "With a memory_budget there is no second derivative of the loss (create_graph=True in its backward "
+                "pass): leave memory_budget out."
+            )
         tensors = ctx.saved_tensors
         totals: list[Tensor | None] = [None] * len(tensors)
         for index, gradient in enumerate(gradients):
@@ -191,6 +194,9 @@ class _Conditions:
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
             self._note(module)
+        if any(map(is_compiled, self._known)):  # a hook would be compiled with the model, anew each time
+            yield
+            return
         handle = register_module_forward_pre_hook(lambda module, _: self._note(module))
         try:
             yield

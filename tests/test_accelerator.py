@@ -37,6 +37,7 @@ from captum_idexpo.attr.sampling import KERNEL_SHAP_SAMPLINGS, LIME_SAMPLINGS
 from captum_idexpo.attr.surrogates import BayesianRidge, BayesianShapleyRegression, Lasso, LinearRegression, Ridge
 from captum_idexpo.metrics import (
     LocalLinearModels,
+    insertion,
     insertion_deletion,
     neighborhood_fidelity,
     point_fidelity,
@@ -159,6 +160,19 @@ def test_a_default_device_changes_nothing(make, device):
             attributions.append(make(net).attribute(ROWS.to(device), target=1, n_samples=40))
             assert_trainable(lambda: make(net).attribute(ROWS.to(device), target=1, create_graph=True), net)
     assert torch.equal(*attributions)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("temperature", [None, "auto"])
+def test_metrics_under_a_default_device(temperature, gaps, device):
+    net, mask = smooth_net().to(device), torch.tensor([[0, 0, 2, 2, 4, 4]], device=device)
+    scores = []
+    for default in (CPU, device):
+        with torch.device(default):
+            maps = ROWS.to(device)
+            arguments = {"feature_mask": mask if gaps else None, "target": 1, "temperature": temperature}
+            scores.append(insertion(net, maps, maps, **arguments))
+    assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("settings", [{}, {"share_masks": True}, {"memory_budget": 100.0}], ids=str)

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 
+import captum.attr
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,8 @@ from captum_idexpo._evaluation import (
     masked_copies,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo.attr import KernelShap, Lime
+from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion
 
 
@@ -55,7 +58,7 @@ def test_arguments_go_with_their_examples(target):
         return torch.stack([x[:, 0], x[:, 0] + 100], dim=1)
 
     arguments = (torch.tensor([10.0, 20.0, 30.0]), torch.zeros(1, 2), torch.tensor(1.0), "as it is", ["a", "b", "c"])
-    batch = BatchForward(forward, arguments, 3, target)
+    batch = BatchForward(forward, arguments, 3, target, lists_of_examples=True)
     rows = (torch.tensor([[2.0], [3.0], [2.5], [3.5]]),)  # two copies of examples 1 and 2
     output = batch(rows, slice(1, 3), 2)
     assert seen[0][1].tolist() == [20.0, 30.0, 20.0, 30.0]
@@ -277,3 +280,73 @@ for _ in range(4):
 def test_the_memory_of_a_forward_pass_is_kept_for_the_next():
     told = subprocess.run([sys.executable, "-c", PAGES_FETCHED], capture_output=True, text=True, check=True).stdout
     assert sum(map(int, told.split()[1:])) < 3000  # without: 4000 to 45000
+
+
+def masked_lime(forward_func, x, arguments, target=None):
+    torch.manual_seed(0)
+    return Lime(forward_func, Ridge(0.1)).attribute(x, None, target, arguments, n_samples=60)
+
+
+def test_a_list_is_for_all_copies_as_captum_has_it():
+    torch.manual_seed(0)
+    w, shift = torch.randn(4), torch.randn(1, 4)
+
+    def forward(x, shifts):
+        return (x + sum(shifts)).tanh() @ w
+
+    x = torch.randn(1, 4)
+    torch.manual_seed(0)
+    expected = captum.attr.KernelShap(forward).attribute(x, additional_forward_args=([shift],), n_samples=40)
+    torch.manual_seed(0)
+    ours = KernelShap(forward).attribute(x, additional_forward_args=([shift],), n_samples=40)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+    def raised(x, numbers):
+        return x @ w + sum(numbers)
+
+    for n in (1, 2, 3):  # however many examples there are
+        x = torch.ones(n, 4)
+        scores = insertion(raised, x, x, additional_forward_args=([1.0, 2.0],), outputs="raw", step_size=1)
+        plain = insertion(lambda x: x @ w, x, x, outputs="raw", step_size=1)
+        torch.testing.assert_close(scores, plain + 3)
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs")
+def test_a_list_of_examples_goes_with_them_in_lime():
+    """Which Captum's LIME gives one entry at a time."""
+    torch.manual_seed(0)
+    w, x = torch.randn(4), torch.randn(3, 4)
+
+    def forward(x, words):
+        return x @ w * torch.tensor([len(word) for word in words])
+
+    words = ["a", "bc", "def"]
+    torch.manual_seed(0)
+    expected = captum.attr.KernelShap(forward).attribute(x, additional_forward_args=(words,), n_samples=40)
+    torch.manual_seed(0)
+    ours = KernelShap(forward).attribute(x, additional_forward_args=(words,), n_samples=40)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    torch.manual_seed(0)
+    alone = KernelShap(forward).attribute(x[2:], additional_forward_args=(words[2:],), n_samples=40)
+    assert alone.shape == (1, 4)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_single_number_is_one_examples_or_for_whatever_comes(n_classes):
+    torch.manual_seed(0)
+    net, temperature, x = nn.Linear(6, n_classes), torch.tensor([1.5]), torch.randn(1, 6)
+
+    def shared(x, t):
+        return net(x) / t
+
+    def own(x, t):
+        return net(x) / t[:, None]
+
+    def neither(x):
+        return net(x) / 1.5
+
+    expected = masked_lime(neither, x, None, 1)
+    for forward in (shared, own):
+        torch.testing.assert_close(masked_lime(forward, x, (temperature,), 1), expected)
+        scores = insertion(forward, x, x, target=1, additional_forward_args=(temperature,))
+        torch.testing.assert_close(scores, insertion(neither, x, x, target=1))

@@ -341,3 +341,51 @@ def test_buffers_that_a_forward_pass_moves_are_those_of_the_first_pass_every_tim
     assert torch.equal(model.scale, scale)
     for twice, single in zip(gradients(model), once, strict=True):
         torch.testing.assert_close(twice, 2 * single)
+
+
+def test_a_second_derivative_of_the_loss_is_refused():
+    """Rather than left out, where another term has one."""
+    model = smooth_conv_net()
+    x, y = batch()
+
+    def norm_of_gradient(memory_budget):
+        torch.manual_seed(0)
+        phi = Lime(model, Ridge(0.1)).attribute(
+            x, target=y, feature_mask=grid(x, 2), n_samples=12, create_graph=True, memory_budget=memory_budget
+        )
+        loss = nn.functional.cross_entropy(model(x), y) + phi.square().sum()
+        gradient = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        return sum(part.square().sum() for part in gradient)
+
+    torch.testing.assert_close(norm_of_gradient(1e9), norm_of_gradient(None))
+    with pytest.raises(RuntimeError, match=r"no second derivative.*leave memory_budget out"):
+        norm_of_gradient(TINY)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("budget", [TINY, 1e9])
+def test_compiled_models_are_not_compiled_anew(budget, in_place):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 2, 1])
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def gradient(model, memory_budget):
+        torch.manual_seed(0)
+        phi = Lime(model, Ridge(0.1)).attribute(
+            x, target=y, n_samples=30, perturbations_per_eval=10, create_graph=True, memory_budget=memory_budget
+        )
+        return torch.autograd.grad(phi.square().sum(), list(net.parameters()))
+
+    expected = gradient(net, None)
+    torch._dynamo.reset()
+    compiled = net if in_place else torch.compile(net, backend=counter, dynamic=True)
+    if in_place:
+        net.compile(backend=counter, dynamic=True)
+    first = gradient(compiled, budget)
+    n_frames = counter.frame_count
+    second = gradient(compiled, budget)
+    for ours, again, theirs in zip(first, second, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(again, theirs)
+    assert counter.frame_count == n_frames

@@ -148,7 +148,9 @@ class Lime(CaptumLime):
             return cast(TensorOrTensors, by_captum)
 
         problem = Problem.of(inputs, baselines, feature_mask)
-        forward = BatchForward(self.forward_func, additional_forward_args, problem.batch_size, target)
+        forward = BatchForward(
+            self.forward_func, additional_forward_args, problem.batch_size, target, lists_of_examples=True
+        )
         memory = MemoryBudget.of(memory_budget, create_graph, module_of(self.forward_func))
         problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
         # Autocast is for the model; weights and systems keep their precision.

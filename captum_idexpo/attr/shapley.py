@@ -18,7 +18,7 @@ from captum.attr._core.shapley_value import _shape_feature_mask
 from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline, _tensorize_baseline
 from torch import Tensor
 
-from captum_idexpo._evaluation import BatchForward, align_baselines, masked_copies, slices
+from captum_idexpo._evaluation import BatchForward, align_baselines, masked_copies, slices, with_batch_axis
 from captum_idexpo._features import FeatureLayout
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._perturbation import copies_per_forward
@@ -126,6 +126,8 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
         layout = FeatureLayout.of_mask(masks, tensors)
+        if len(given) == len(tensors):
+            given = tuple(map(with_batch_axis, given, tensors))
         aligned = align_baselines(_tensorize_baseline(tensors, given), tensors)
         forward = BatchForward(self.forward_func, additional_forward_args, len(tensors[0]), target)
 

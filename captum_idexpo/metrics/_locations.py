@@ -60,7 +60,7 @@ class Locations:
     def counts(self) -> Tensor:
         """How many locations there are: ``(B,)``, or ``(1,)`` where all examples have as many; on the CPU."""
         if self.present is None:
-            return torch.tensor([self.values.shape[1]])
+            return torch.tensor([self.values.shape[1]], device="cpu")
         counts = self.present.sum(dim=1).cpu()
         return counts[:1] if bool((counts == counts[0]).all()) else counts
 

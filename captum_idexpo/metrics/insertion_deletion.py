@@ -226,7 +226,7 @@ class StepSchedule:
         size = total // (MAX_DEFAULT_STEPS + 1) + 1 if step_size is None else torch.full_like(total, step_size)
         # An image of few superpixels among others takes one step: all it has, if that is less than the step size.
         n_steps = (total // size).clamp_min(1)
-        numbers = torch.arange(1, int(n_steps.max()) + 1)
+        numbers = torch.arange(1, int(n_steps.max()) + 1, device=counts.device)
         steps = torch.minimum(torch.minimum(numbers, n_steps) * size, counts)
         return cls(steps.to(device), n_steps.to(device), counts.to(device))
 

@@ -165,3 +165,14 @@ def test_what_all_coalitions_share_costs_no_digits():
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
     values = ShapleyValues(lambda x: 2.0**20 + x.sum(dim=1)).attribute(x)
     torch.testing.assert_close(values, x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n_examples", [3, 4, 5])
+@pytest.mark.parametrize("method", [ShapleyValues, ShapleyValueSampling])
+def test_a_baseline_without_batch_axis_is_everybodys(method, n_examples):
+    """Also where there are as many examples as features."""
+    torch.manual_seed(0)
+    model, mean = torch.nn.Linear(4, 2), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    x = torch.randn(n_examples, 4)
+    attribution = method(model).attribute(x, baselines=mean, target=1)
+    torch.testing.assert_close(attribution, (x - mean) * model.weight[1], rtol=1e-4, atol=1e-5)
