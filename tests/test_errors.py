@@ -1,9 +1,17 @@
-"""How numbers that are not finite are found."""
+"""How numbers that are not finite are found, and where warnings point."""
+
+import warnings
 
 import pytest
 import torch
 
+from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo._errors import all_finite
+from captum_idexpo.attr import IntegratedGradients, Lime, Saliency
+from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.metrics import insertion
+from captum_idexpo.regularizers import InsertionDeletion, Stability
+from tests.helpers import smooth_net
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -22,3 +30,40 @@ def test_one_number_that_is_not_finite_is_found(dtype):
 @pytest.mark.filterwarnings("error")
 def test_asking_a_tensor_on_a_graph_warns_of_nothing():
     assert all_finite(torch.ones(3, requires_grad=True) * 2)
+
+
+X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+NET = smooth_net()
+
+
+def ends_early(x, **_):
+    yield torch.ones(1, 6)
+    yield torch.zeros(1, 6)
+
+
+def fit(on_non_finite):
+    net = smooth_net()
+    trainer = ExplanationRegularizedTrainer(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), on_non_finite=on_non_finite, show_progress=False
+    )
+    trainer.fit([(X * float("nan"), torch.tensor([0, 1, 2])), (X, torch.tensor([0, 1, 2]))])
+
+
+WARNED_OF = {
+    "probabilities taken for logits": lambda: insertion(lambda x: NET(x).softmax(1), X, X, target=0),
+    "a generator that ends": lambda: Lime(NET, Ridge(), perturb_func=ends_early).attribute(X[:1], target=0),
+    "small internal batches": lambda: IntegratedGradients(NET).attribute(X, target=0, internal_batch_size=2),
+    "nothing to hold in eval mode": lambda: Stability(lambda x: NET(x)),
+    "the deletion floor": lambda: InsertionDeletion(Saliency(NET), baselines=0.0, deletion_floor=0.9)(
+        X, torch.tensor([0, 1, 2])
+    ),
+    "a batch that is left out": lambda: fit("skip"),
+}
+
+
+@pytest.mark.parametrize("name", WARNED_OF)
+def test_a_warning_points_at_the_users_line(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WARNED_OF[name]()
+    assert {warning.filename for warning in caught} == {__file__}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from captum.attr._core.lime import construct_feature_mask
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError, all_finite
+from captum_idexpo._errors import NonFiniteError, all_finite, warn
 from captum_idexpo._evaluation import (
     BatchForward,
     align_baselines,
@@ -85,10 +84,9 @@ class Problem:
         except ValueError as error:
             raise RuntimeError(str(error)) from None
         if layout.n_features > 10_000:
-            warnings.warn(
+            warn(
                 f"{layout.n_features} features make a large surrogate that is slow to fit: group them with a "
                 "feature_mask.",
-                stacklevel=4,
             )
         return cls(tensors, aligned, masks, layout, is_tuple, ragged)
 

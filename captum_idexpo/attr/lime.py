@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from captum.attr import Lime as CaptumLime
 from captum.attr._core.lime import default_perturb_func
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._errors import warn
 from captum_idexpo._evaluation import BatchForward
 from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._recomputation import MemoryBudget
@@ -213,7 +213,7 @@ class Lime(CaptumLime):
                 try:
                     mask, perturbed = draw()
                 except StopIteration:
-                    warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=4)
+                    warn("Generator completed prior to given n_samples iterations!")
                     break
                 masks.append(mask)
                 weight = 1.0 if batched else self.similarity_func(inputs, perturbed, mask, **keywords)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import TargetType
 from torch import Tensor
 
+from captum_idexpo._errors import warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._perturbation import Samples
 from captum_idexpo.attr._usage import logged
@@ -136,7 +136,7 @@ class LimeBase(captum.LimeBase):
                     try:
                         representation, perturbed = draw()
                     except StopIteration:
-                        warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=4)
+                        warn("Generator completed prior to given n_samples iterations!")
                         break
                     weight = self.similarity_func(inputs, perturbed, representation, **keywords)
                     representations.append(representation)

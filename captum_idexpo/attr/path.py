@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, TypeVar
 
 import torch
 from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor
 
+from captum_idexpo._errors import warn
 from captum_idexpo.attr._graph import keeps_graph
 
 Explainer = TypeVar("Explainer", bound="InSteps")
@@ -60,9 +60,8 @@ def _added(total: tuple[Tensor, ...] | None, chunk: tuple[Tensor, ...]) -> tuple
 
 def _steps_at_a_time(internal_batch_size: int, n_examples: int, at_least: int) -> int:
     if internal_batch_size < at_least * n_examples:
-        warnings.warn(
+        warn(
             f"internal_batch_size={internal_batch_size} is less than {at_least} steps of {n_examples} examples: "
             f"{at_least * n_examples} rows are evaluated at a time.",
-            stacklevel=6,
         )
     return max(at_least, internal_batch_size // n_examples)

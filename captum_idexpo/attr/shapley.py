@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from captum.attr._core.shapley_value import _shape_feature_mask
 from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline, _tensorize_baseline
 from torch import Tensor
 
+from captum_idexpo._errors import warn
 from captum_idexpo._evaluation import BatchForward, align_baselines, masked_copies, slices, with_batch_axis
 from captum_idexpo._features import FeatureLayout
 from captum_idexpo.attr._graph import by_outputs
@@ -222,10 +222,9 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
 
     def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> Coalitions:
         if 2**n_features > _MANY_COALITIONS:
-            warnings.warn(
+            warn(
                 f"Exact Shapley values of {n_features} features take 2^{n_features} evaluations of each example: group "
                 "them with a feature_mask, or use ShapleyValueSampling or KernelShap.",
-                stacklevel=2,
             )
         return Coalitions.all(n_features, device)
 

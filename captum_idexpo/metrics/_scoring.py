@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError, all_finite
+from captum_idexpo._errors import NonFiniteError, all_finite, warn
 from captum_idexpo._evaluation import (
     ROWS_TO_LOOK_AT,
     BatchForward,
@@ -295,10 +294,9 @@ def _check_values(output: Tensor, outputs: str) -> None:
         ((output >= 0).all(dim=-1) & ((output.sum(dim=-1) - 1).abs() < 1e-4)).all()
     )
     if outputs == "logits" and rows_sum_to_one:
-        warnings.warn(
+        warn(
             "Each row of the forward function's output already sums to one: these look like probabilities, but "
             "outputs='logits' takes their softmax again. Pass outputs='probabilities' if that is what they are.",
-            stacklevel=4,
         )
     if outputs == "probabilities" and not bool(((output >= -1e-6) & (output <= 1 + 1e-6)).all()):
         raise ValueError("outputs='probabilities', but the forward function returned values outside [0, 1].")

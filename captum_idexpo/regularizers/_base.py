@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from numbers import Real
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._errors import NonFiniteError, warn
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of, no_graph
 from captum_idexpo._random import accelerators, kept_streams
@@ -80,11 +79,10 @@ class Regularizer(nn.Module):
         self.eval_mode = eval_mode
         self.outputs = outputs
         if eval_mode and self.model is None:
-            warnings.warn(
+            warn(
                 "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
                 "held in eval mode: give the module itself (or model= beside an explainer), or pass eval_mode=False if "
                 "there is nothing to hold.",
-                stacklevel=3,
             )
 
     @property

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._errors import warn
 from captum_idexpo._evaluation import BatchForward, default_rows_per_forward, slices, with_batch_axis
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo._modes import module_of, no_graph
@@ -324,10 +324,9 @@ class InsertionDeletion(nn.Module):
         self.floor_share = share
         if not self._floor_reported and bool(share > 0):
             self._floor_reported = True
-            warnings.warn(
+            warn(
                 f"The deletion floor of {self.deletion_floor} binds for {float(share):.1%} of the masked copies: they "
                 "add no more reward. Lower deletion_floor to let them, or deletion_weight to train less hard.",
-                stacklevel=4,
             )
 
     def _draw_steps(self, schedule: StepSchedule, n_examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -364,10 +363,9 @@ class InsertionDeletion(nn.Module):
             raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
         MemoryBudget.of(self.memory_budget, graph=False)
         if self.eval_mode and all(model is None for model in self._models()):
-            warnings.warn(
+            warn(
                 "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
-                stacklevel=3,
             )
 
 

@@ -10,7 +10,6 @@ other explanations when no annotations are at hand.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
+from captum_idexpo._errors import warn
 from captum_idexpo._evaluation import default_rows_per_forward, slices
 from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
@@ -122,10 +122,9 @@ class RightForTheRightReasons(Regularizer):
     def _warn_of_full_masks(self, masks: tuple[Tensor, ...]) -> None:
         if not self._warned and all(bool((mask == (self.annotates == "wrong")).all()) for mask in masks):
             self._warned = True
-            warnings.warn(
+            warn(
                 f"The annotations, of {self.annotates} evidence, leave no place where evidence may be: every gradient "
                 "is penalised. Are zeros and ones exchanged?",
-                stacklevel=2,
             )
 
 

@@ -12,7 +12,6 @@ import io
 import os
 import random
 import re
-import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from captum_idexpo._errors import warn
 from captum_idexpo._random import accelerators, set_streams, streams
 from captum_idexpo.training.generators import Generator, kind_of, set_state, state_of
 
@@ -147,10 +147,9 @@ def set_random_state(state: dict[str, Any], generators: Iterable[Generator], dev
     kinds = {(kind, device.type)}
     generators = list(generators)
     if len(generators) != len(state["generators"]):
-        warnings.warn(
+        warn(
             f"The checkpoint's run drew from {len(state['generators'])} generators, this one knows {len(generators)}: "
             "some go on from another place, and the run does not end as it would have.",
-            stacklevel=2,
         )
     for generator, (kind, own) in zip(generators, state["generators"], strict=False):
         kinds.add((kind, kind_of(generator)))
@@ -158,10 +157,9 @@ def set_random_state(state: dict[str, Any], generators: Iterable[Generator], dev
             set_state(generator, own)
     for kind, here in kinds:
         if kind != here:
-            warnings.warn(
+            warn(
                 f"The checkpoint's run drew random numbers on {kind}, this one draws them on {here}: they go on from "
                 "another place, and the run does not end as it would have.",
-                stacklevel=2,
             )
 
 

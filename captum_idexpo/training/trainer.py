@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._errors import NonFiniteError, warn
 from captum_idexpo._modes import is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
@@ -437,7 +437,7 @@ class ExplanationRegularizedTrainer:
                     if self.on_non_finite == "stop":
                         where = "" if where in str(error) else f" ({where})"
                         raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
-                    warnings.warn(f"{error} ({where}) The batch is left out.", stacklevel=2)
+                    warn(f"{error} ({where}) The batch is left out.")
                     self._drop_gradients()
                     parts = {"skipped": 1.0}
                 last_batch = batch if "skipped" not in parts else last_batch
@@ -553,10 +553,9 @@ class ExplanationRegularizedTrainer:
         task = norms.get("task", 0.0)
         for name, norm in norms.items():
             if norm > _DWARFS * task > 0:
-                warnings.warn(
+                warn(
                     f"The gradient of {name!r} is {norm / task:.0f} times the task's: lower its weight, or raise it "
                     "slowly with weight_schedule.",
-                    stacklevel=2,
                 )
         return {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
