@@ -161,14 +161,14 @@ def _source(device: torch.device, generator: Generator | None) -> torch.device:
 
 @functools.lru_cache(maxsize=8)
 def hadamard(n: int) -> Tensor:
-    """The smallest Hadamard matrix of at least n rows that Sylvester's and Paley's constructions give, +1 and -1."""
+    """The smallest Hadamard matrix of at least n rows by Sylvester's and Paley's constructions, +1 and -1 as int8."""
     primes = [p for p in range(3, 2 * n + 4, 4) if all(p % q for q in range(3, math.isqrt(p) + 1, 2))]
     orders = [
         (core << doublings, core) for core in [1, *(p + 1 for p in primes)] for doublings in range(n.bit_length() + 1)
     ]
     order, core = min(candidate for candidate in orders if candidate[0] >= n)
     with torch.device("cpu"):  # whatever the default is at the first call
-        matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1)
+        matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1, dtype=torch.int8)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
@@ -176,14 +176,14 @@ def hadamard(n: int) -> Tensor:
 
 def _paley(prime: int) -> Tensor:
     """Paley's first construction, of order prime + 1 for a prime that leaves 3 when divided by 4."""
-    residue = -torch.ones(prime)
+    residue = -torch.ones(prime, dtype=torch.int8)
     residue[torch.arange(prime) ** 2 % prime] = 1
     residue[0] = 0
     index = torch.arange(prime)
-    skew = torch.zeros(prime + 1, prime + 1)
+    skew = torch.zeros(prime + 1, prime + 1, dtype=torch.int8)
     skew[0, 1:], skew[1:, 0] = 1, -1
     skew[1:, 1:] = residue[(index - index[:, None]) % prime]
-    return skew + torch.eye(prime + 1)
+    return skew + torch.eye(prime + 1, dtype=torch.int8)
 
 
 @functools.lru_cache(maxsize=8)

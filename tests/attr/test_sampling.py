@@ -83,7 +83,7 @@ def test_orthogonal_designs_have_orthogonal_columns(n_features):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 11, 41, 64, 65, 76, 100, 300])
 def test_hadamard_matrices(n):
-    matrix = hadamard(n)
+    matrix = hadamard(n).float()
     order = len(matrix)
     assert n <= order <= max(2 * n - 1, 1)
     torch.testing.assert_close(matrix @ matrix.T, order * torch.eye(order))
