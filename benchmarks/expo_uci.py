@@ -333,8 +333,10 @@ Paper: Plumb et al. 2020, LIME's neighbourhood fidelity, plain -> Fidelity; comm
 def finished(name: str, results: Results, n_trials: int) -> Runs:
     """What a set has so far, on the trials that all methods have done; nothing before all have chosen a ratio."""
     trials = [trial for trial in range(n_trials) if results.of(name, "plain", 0.0, [trial])]
+    if not trials:
+        return {}
     choices = {method: choice(name, method, results, tuned_trials(name, len(trials))) for method in METHODS}
-    if not trials or not all(decided for _, decided in choices.values()):
+    if not all(decided for _, decided in choices.values()):
         return {}
     ratios = {method: ratio for method, (ratio, _) in choices.items()}
     done = [trial for trial in trials if all(results.of(name, *setting, [trial]) for setting in ratios.items())]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import Lime, Saliency
-from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.attr import InputXGradient, Lime, Saliency
+from captum_idexpo.attr.surrogates import Lasso, Ridge
 from captum_idexpo.testing import assert_trainable
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -140,3 +140,42 @@ def test_a_kink_in_reach_of_the_larger_step_is_no_error():
         net[0].bias.fill_(-1.0)
     x = torch.full((1, 1), 1.0 + 3e-6, dtype=torch.float64)
     assert_trainable(lambda: net(x), net)
+
+
+def test_rounding_of_a_large_loss_is_no_wrong_gradient():
+    """A frozen part outweighs what is trained a thousand times."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        base, adapter = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2))
+        base.requires_grad_(False)
+
+        class Adapted(nn.Module):
+            def __init__(self, base, adapter):
+                super().__init__()
+                self.base, self.adapter = base, adapter
+
+            def forward(self, x):
+                return 100 * self.base(x / 100) + 0.01 * self.adapter(x / 100)
+
+        model, x = Adapted(base, adapter), 100 * torch.randn(5, 6, dtype=torch.float64)
+        assert_trainable(
+            lambda model=model, x=x: InputXGradient(model).attribute(x, target=1, create_graph=True), model
+        )
+
+
+def test_the_tolerance_of_a_solver_is_told_of_and_statistics_are_put_back():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, y = 255 * torch.rand(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+
+    def lime(surrogate):
+        return lambda: Lime(net, surrogate).attribute(x, target=y, n_samples=50, create_graph=True)
+
+    with pytest.raises(AssertionError, match=r"pass Lasso\(tol=1e-12\)"):
+        assert_trainable(lime(None), net)
+    assert_trainable(lime(Lasso(tol=1e-12)), net)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    before = [buffer.clone() for buffer in model.buffers()]
+    assert_trainable(lambda: InputXGradient(model).attribute(x, target=1, create_graph=True), model)
+    for buffer, kept in zip(model.buffers(), before, strict=True):
+        assert torch.equal(buffer, kept)

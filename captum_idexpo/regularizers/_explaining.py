@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import captum.attr as captum
+import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Explaining:
 
     Raises:
         TypeError: no attribution, or Captum's own, through which nothing can be trained.
-        ValueError: a distribution of baselines is needed and not given.
+        ValueError: a distribution of baselines is needed and not given; a convergence delta is asked for.
     """
 
     def __init__(self, explainer: Attribution, attribute_kwargs: dict[str, Any] | None) -> None:
@@ -38,12 +39,14 @@ class Explaining:
         if isinstance(explainer, captum.NoiseTunnel):
             self.takes |= require_trainable(explainer.attribution_method)
         self._require_distribution()
+        if self.arguments.get("return_convergence_delta"):
+            raise ValueError("A convergence delta is no attribution: leave return_convergence_delta out.")
 
     def __call__(self, inputs: Any, create_graph: bool, offered: dict[str, Any]) -> tuple[Tensor, ...]:
         """The attribution's tensors; of what is offered the explainer is given what it takes."""
         arguments = {name: value for name, value in offered.items() if name in self.takes}
         attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
-        return tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,)
+        return widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
 
     def of_one_column(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether what is explained is a single column, of which class 0 is the complement."""
@@ -78,6 +81,11 @@ class Explaining:
                 f"{type(self.explainer).__name__} needs a distribution of baselines, tensors (n, ...): pass "
                 "attribute_kwargs={'baselines': ...}, for example a batch of training inputs."
             )
+
+
+def widened(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Maps in single precision at least: squares of halves vanish, and their ranks overflow."""
+    return tuple(map.to(torch.promote_types(map.dtype, torch.float32)) for map in maps)
 
 
 def layer_cells(maps: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -160,9 +160,11 @@ class MaskedNeighbors:
             layout.n_features,
         )
         given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
+        present = layout.present()
+        coordinates = masks if present is None else masks & present[:, None]  # of features that the example has
         copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())
         dtype = tensors[0].dtype if tensors[0].is_floating_point() else torch.get_default_dtype()
-        return Neighbors(copies, masks.to(dtype), self.similarity.weights(masks).to(dtype))
+        return Neighbors(copies, coordinates.to(dtype), self.similarity.weights(masks).to(dtype))
 
     def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:
         whole = tensors if len(tensors) > 1 else tensors[0]
@@ -295,7 +297,7 @@ class Fidelity(_Local):
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """The mean squared residual of the local fits."""
-        tensors = as_tensors(inputs)
+        tensors = _in_single(as_tensors(inputs))
         needed = self.neighborhood.n_unknowns(tensors) + 1
         n = self.neighborhood.n_default(tensors) if self.n_neighbors is None else self.n_neighbors
         if n < needed:
@@ -360,13 +362,21 @@ class Stability(_Local):
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
         """The mean squared difference of the outputs on neighbours from those on the inputs."""
-        tensors = as_tensors(inputs)
+        tensors = _in_single(as_tensors(inputs))
         assert self.n_neighbors is not None
         neighbors = self.neighborhood.draw(tensors, self.n_neighbors, self.generator)
         outputs = self._outputs(tensors, target)
         values = self._evaluate(outputs, neighbors.tensors)
         here = self._evaluate(outputs, tuple(tensor[None] for tensor in tensors))
         return weighted_mean((values - here).square(), neighbors.weights)
+
+
+def _in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under autocast halves, which an earlier layer returned, in the precision of the model's weights."""
+    one = torch.ones(1, 1, device=tensors[0].device, dtype=torch.float32)
+    if (one @ one).dtype == torch.float32:
+        return tensors
+    return tuple(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in tensors)
 
 
 def residuals(neighbors: Neighbors, values: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ class InsertionDeletion(nn.Module):
         same = self.explainer.forward_func is self.forward_func
         one_column = scorer.n_columns == 1 if same else self._explaining.of_one_column(tensors)
         offered = {
-            "baselines": _like(inputs, aligned),
+            "baselines": _like(inputs, tuple(map(_expanded, aligned, tensors))),
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
         }
@@ -406,6 +406,12 @@ def _channel_means(tensor: Tensor) -> Tensor:
 def _like(inputs: Any, values: tuple[Any, ...]) -> Any:
     """One value a tensor, as a tuple if the inputs are one."""
     return values if isinstance(inputs, tuple) else values[0]
+
+
+def _expanded(baseline: Any, tensor: Tensor) -> Any:
+    """A baseline of each example in its input's shape, since not every explainer broadcasts it."""
+    own = isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) == len(tensor) > 1
+    return baseline.expand_as(tensor) if own else baseline
 
 
 def _broadcasting(feature_mask: Any, inputs: Any) -> Any:

@@ -23,7 +23,7 @@ from captum_idexpo._modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells, widened
 
 
 class RightForTheRightReasons(Regularizer):
@@ -108,6 +108,7 @@ class RightForTheRightReasons(Regularizer):
             maps = self._explaining(inputs, create_graph, offered)
             if self._explaining.of_layer:
                 maps = (layer_cells(maps, tensors)[0],)
+        maps = widened(maps)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)
         squares = [_weighted(map, mask).square().flatten(1).sum(1) for map, mask in zip(maps, forbidden, strict=True)]
         return torch.stack(squares).sum(dim=0).mean()
@@ -257,10 +258,17 @@ def find_another_explanation(
 
 
 def _used(model: nn.Module, inputs: Tensor, threshold: float, outputs: str, max_rows: int | None) -> Tensor:
-    """Where an example's input gradient exceeds so much of its largest, booleans of the inputs' shape."""
+    """Where an example's input gradient exceeds so much of its largest, booleans of the inputs' shape.
+
+    The largest probability's logarithm has a gradient that goes to 0 as the probability goes to 1, and with it its
+    digits; against that of all others together it points the same way and keeps them.
+    """
 
     def largest(x: Tensor) -> Tensor:
-        return log_probabilities(model(x), outputs).amax(dim=1)
+        each = log_probabilities(model(x), outputs)
+        index = each.detach().argmax(dim=1, keepdim=True)
+        others = each.scatter(1, index, -torch.inf).logsumexp(dim=1)
+        return each.gather(1, index).squeeze(1) - others
 
     size = max_rows or default_rows_per_forward((inputs,))
     with held_in_eval_mode(model):

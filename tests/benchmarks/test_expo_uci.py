@@ -104,3 +104,7 @@ def test_what_openml_lacks_is_said(benchmark):
 def test_constant_columns_become_zero(benchmark):
     values = torch.tensor([[1.0, 5.0], [3.0, 5.0], [9.0, 6.0]])
     assert benchmark.standardised(values, torch.tensor([0, 1]))[:, 1].eq(0).all()
+
+
+def test_a_set_without_results_is_left_out(benchmark, tmp_path):
+    assert benchmark.finished("music", benchmark.Results(tmp_path / "none.jsonl"), 10) == {}

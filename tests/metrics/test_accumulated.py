@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torchmetrics import MetricCollection
@@ -32,3 +35,23 @@ def test_a_collection_takes_both():
     both = MetricCollection([Insertion(net), Deletion(net)])
     both.update(X, MAPS, target=Y)
     assert set(both.compute()) == {"Insertion", "Deletion"}
+
+
+def test_a_clone_scores_the_same_model_and_a_collection_keeps_metrics_apart():
+    torch.manual_seed(0)
+    model, x, phi = torch.nn.Linear(6, 3), torch.randn(8, 6), torch.randn(8, 6)
+    clone = Insertion(model).clone()
+    before = copy.deepcopy(model)
+    both = MetricCollection({"before": Insertion(before), "after": Insertion(model), "deletion": Deletion(model)})
+    both.update(x, phi, target=1)
+    both.compute()
+    torch.nn.init.normal_(model.weight)  # training
+    both.reset()
+    for metric in (clone, both):
+        metric.update(x, phi, target=1)
+    expected = insertion(model, x, phi, target=1).mean().double()
+    torch.testing.assert_close(clone.compute(), expected)
+    torch.testing.assert_close(both.compute()["after"], expected)
+    torch.testing.assert_close(both.compute()["before"], insertion(before, x, phi, target=1).mean().double())
+    torch.testing.assert_close(both.compute()["deletion"], deletion(model, x, phi, target=1).mean().double())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(both["after"])).compute(), expected)

@@ -214,3 +214,35 @@ def test_a_regression_on_masked_copies():
 def test_bad_settings(make):
     with pytest.raises(ValueError, match="must be"):
         make()
+
+
+@pytest.mark.parametrize("make", [Fidelity, Stability])
+def test_halves_of_an_earlier_layer_under_autocast(make):
+    torch.manual_seed(0)
+    first, rest = nn.Linear(10, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(4, 10), torch.tensor([0, 1, 2, 0])
+    generator = torch.Generator()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = first(x)
+        regularizer = make(rest, generator=generator.manual_seed(0))
+        (value,) = regularizer(half, y).values()
+    regularizer = make(rest, generator=generator.manual_seed(0))
+    (expected,) = regularizer(half.float(), y).values()
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert first.weight.grad is not None
+
+
+def test_features_of_other_examples_take_nothing_from_a_local_fit():
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    groups = torch.stack([(torch.arange(64) * k // 64).view(1, 8, 8) for k in (4, 48)])
+    neighbors = MaskedNeighbors(0.0, groups).draw((x,), 96, torch.Generator().manual_seed(0))
+    values = torch.randn(2, 96, 1, dtype=torch.float64)
+    left = residuals(neighbors, values)
+    own = [
+        Neighbors(neighbors.tensors, neighbors.coordinates[k : k + 1, :, :n], neighbors.weights[k : k + 1])
+        for k, n in enumerate((4, 48))
+    ]
+    for k in range(2):
+        torch.testing.assert_close(left[k : k + 1], residuals(own[k], values[k : k + 1]))

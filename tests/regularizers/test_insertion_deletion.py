@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import captum_idexpo.attr
-from captum_idexpo.attr import KernelShap, LayerGradCam, Lime, MaskSimilarity, id_expo_lime
+from captum_idexpo.attr import IntegratedGradients, KernelShap, LayerGradCam, Lime, MaskSimilarity, id_expo_lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import insertion, insertion_deletion
@@ -659,3 +659,41 @@ def test_magnitudes_do_not_change_sign_for_the_class_of_zeros():
 
         expected = insertion(two_columns, x, maps, 0.0, target=target.long().flatten(), fraction=0.5)
         torch.testing.assert_close(regularizer.scores(x, target).insertion, expected)
+
+
+def test_baselines_of_each_example_reach_every_explainer():
+    """Captum's gradient methods do not broadcast them."""
+    net = smooth_conv_net()
+    x, y = X, Y
+
+    def make(baselines):
+        return InsertionDeletion(IntegratedGradients(net), baselines=baselines, attribute_kwargs={"n_steps": 4})
+
+    means = make(lambda inputs: inputs.mean((2, 3), keepdim=True))(x, y)
+    whole = make(lambda inputs: inputs.mean((2, 3), keepdim=True).expand_as(inputs))(x, y)
+    for name, term in whole.items():
+        torch.testing.assert_close(means[name], term)
+
+
+def test_a_convergence_delta_is_refused():
+    net = smooth_conv_net()
+    arguments = {"return_convergence_delta": True}
+    with pytest.raises(ValueError, match="leave return_convergence_delta out"):
+        InsertionDeletion(IntegratedGradients(net), baselines=0.0, attribute_kwargs=arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layers_map_is_squared_in_single_precision(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 3)
+    )
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    squares = InsertionDeletion(
+        LayerGradCam(net, net[0]), baselines=0.0, insertion_weight=0, deletion_weight=0, l2_weight=1.0
+    )
+    expected = squares(x, y)["l2"]
+    with torch.autocast("cpu", dtype=dtype):
+        value = squares(x, y)["l2"]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=0.05, atol=0.0)

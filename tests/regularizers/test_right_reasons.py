@@ -187,3 +187,26 @@ def test_the_search_ends_where_nothing_new_is_found():
 def test_bad_searches(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         find_another_explanation(lambda a: smooth_net(), lambda m: 1.0, X, **arguments)
+
+
+def test_what_a_confident_model_uses_is_found_in_single_precision():
+    """Of p_0 (10, -3, 0), the true gradient up to a factor, column 0 is the largest, however near to 1 p_0 is."""
+    x = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [3.0, 0.0, 0.0], [20.0, 0.0, 0.0]])  # margins up to 200
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 3.0, 0.0], [10.0, 0.0, 0.0]]))
+        model.bias.zero_()
+    found = find_another_explanation(lambda _: model, lambda _: 1.0, x, max_explanations=2)
+    assert found[1].annotations.tolist() == [[1.0, 0.0, 0.0]] * 4
+
+
+def test_squares_of_halves_do_not_vanish():
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(6, 3).half(), torch.rand(4, 6).half(), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        net.weight.mul_(1e-4)
+    wrong = torch.tensor([1.0, 1, 1, 1, 1, 0]).expand(4, 6)
+    value = RightForTheRightReasons(net)(x, y, wrong)["right_reasons"]
+    expected = RightForTheRightReasons(net.float())(x.float(), y, wrong)["right_reasons"]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=0.05, atol=0.0)
