@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -54,10 +55,14 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
 def training_mode(model: nn.Module, *, freeze_batch_norm: bool) -> Iterator[None]:
     """Holds a model in training mode, with BatchNorm's statistics frozen if asked for.
 
-    The model's own `train` decides what that is: it may keep a part, a frozen backbone, in eval mode.
+    A module's own `train` decides what that is: it may keep a part, a frozen backbone, in eval mode.
     """
     with _restored_modes([model]) as modules:
-        model.train()
+        for module in modules:
+            _set_mode(module, True)
+        for module in modules:
+            if type(module).train is not nn.Module.train and "mode" in inspect.signature(module.train).parameters:
+                module.train(True)
         for module in modules:
             if freeze_batch_norm and is_batch_norm(module):
                 _set_mode(module, False)

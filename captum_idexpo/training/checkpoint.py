@@ -12,6 +12,7 @@ import io
 import os
 import random
 import re
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -72,15 +73,16 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Makes a folder for checkpoints.
+    """Makes a folder for checkpoints, if there is none.
 
     Raises:
-        CheckpointError: there can be none, for example where a file has its name.
+        CheckpointError: there can be none, or nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made ({error}): choose another checkpoint_dir.") from error
+        raise CheckpointError(f"{folder} cannot be written to ({error}): choose another checkpoint_dir.") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Generator as GeneratorType
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,7 +43,7 @@ def evaluate(
     counts: dict[str, int] = {}
     with closing(_scored(model, loader, judge, regularizers, explain, accelerator)) as batches:
         for output, target, scores in batches:
-            n_examples = _n_examples(target)
+            n_examples = _n_examples(output, target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
             for name, values in scores.items():
                 sums[name] = sums.get(name, 0.0) + n_examples * float(values.cpu().double().mean())
@@ -91,23 +91,26 @@ def _scored(
             with failing_together(accelerator):
                 output = call_model(model, inputs)
                 scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
-                scores = {**_accuracy(model, inputs, output, target, announced), **scores}
-            # Gathered without the examples that fill up the last batch, before anything is averaged.
+                predicted = _predicted(model, inputs, output, judge, announced)
+                scores = scores if predicted is None else {"predicted": predicted, **scores}
+            # Gathered without the examples that fill up the last batch, before anything is averaged or decided.
             output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
-            n_examples += _n_examples(target)
-            yield output, target, scores
+            n_examples += _n_examples(output, target)
+            predicted = scores.pop("predicted", None)
+            yield output, target, {**_accuracy(predicted, target, bool(announced), _is_column(output)), **scores}
     if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
 
 
-def _n_examples(target: Any) -> int:
-    """Of a batch whose target is a tensor, or any nest of them; else as many as it has entries."""
+def _n_examples(output: Any, target: Any) -> int:
+    """Of a batch, whatever its target is: a tensor, a nest of them, a list of one entry an example."""
     from accelerate.utils import find_batch_size
 
-    try:
-        return int(find_batch_size(target))
-    except TypeError:
-        return len(target)
+    for tensor in (target, output):
+        if isinstance(tensor, Tensor) and tensor.dim():
+            return len(tensor)
+    of_tensors = isinstance(target, Mapping) or isinstance(target[0], Tensor)
+    return int(find_batch_size(target)) if of_tensors else len(target)
 
 
 def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:
@@ -117,29 +120,40 @@ def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str
     return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
 
 
-def _accuracy(model: nn.Module, inputs: Any, output: Any, target: Any, announced: list[Any]) -> dict[str, Tensor]:
-    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels.
+def _is_column(output: Any) -> bool:
+    """Whether an output is one number an example, ``(B,)`` or ``(B, 1)``."""
+    return isinstance(output, Tensor) and (output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1))
+
+
+def _predicted(
+    model: nn.Module, inputs: Any, output: Any, judge: InsertionDeletion | None, announced: list[Any]
+) -> Tensor | None:
+    """The class predicted for each example ``(B,)``; None where outputs are no classes'. No value decides which.
 
     Args:
         announced: the judge and the regularizers, which say what their forward functions return.
     """
-    if not isinstance(output, Tensor) or output.dim() > 2:
-        return {}  # what only the loss can read
+    if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+        return None  # what only the loss can read
+    said = [a.outputs for a in announced if module_of(a.forward_func) is model]
+    if judge is not None and judge.outputs == "raw":
+        return None
+    if _is_column(output):
+        if judge is None and "raw" in said:
+            return None
+        if judge is not None and not said and judge.model is model:
+            return judge._predicted_class(inputs)  # whatever the model's column is, this is made of it
+    return predicted_class(output, next((kind for kind in said if kind != "raw"), "logits"))
+
+
+def _accuracy(predicted: Tensor | None, target: Any, of_classes: bool, is_column: bool) -> dict[str, Tensor]:
+    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
     # Zeros and ones are labels where classes are spoken of; else floats are a regression's, whole numbers or not.
-    labels = class_labels(target) if announced else target
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+    labels = class_labels(target) if of_classes else target
+    if predicted is None or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         return {}
-    of_model = [a for a in announced if module_of(a.forward_func) is model]
-    if any(a.outputs == "raw" for a in (of_model or announced)):
-        return {}
-    one_column = output.dim() == 1 or output.shape[1] == 1
-    if one_column and not bool(((labels == 0) | (labels == 1)).all()):
+    if is_column and not bool(((labels == 0) | (labels == 1)).all()):
         return {}  # a regression of whole numbers
-    judge = announced[0] if announced and isinstance(announced[0], InsertionDeletion) else None
-    if one_column and not of_model and judge is not None and judge.model is model:
-        predicted = judge._predicted_class(inputs)  # whatever the model's column is, this is made of it
-    else:
-        predicted = predicted_class(output, of_model[0].outputs if of_model else "logits")
     return {"accuracy": (predicted == labels).float()}
 
 

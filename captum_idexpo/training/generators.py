@@ -30,6 +30,8 @@ def generators_of(*owners: Any) -> Iterator[Generator]:
         if id(owner) in seen:
             continue
         seen.add(id(owner))
+        if isinstance(owner, random.SystemRandom):
+            continue  # which has no state
         if isinstance(owner, _KINDS):
             yield owner
         elif isinstance(owner, (list, tuple)):
@@ -67,11 +69,9 @@ def state_of(generator: Generator) -> Any:
 
 def set_state(generator: Generator, state: Any) -> None:
     """Puts a generator where `state_of` found it."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
+    if isinstance(generator, random.Random):
         generator.setstate(state)
-    elif isinstance(generator, _Legacy):
+    elif isinstance(generator, (torch.Generator, _Legacy)):
         generator.set_state(state)
     else:
         generator.bit_generator.state = state

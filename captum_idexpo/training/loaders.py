@@ -12,35 +12,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def is_accelerates(loader: Any) -> bool:
+    """Whether a loader is one that accelerate has prepared."""
+    return hasattr(loader, "end_of_dataloader")
+
+
 @contextmanager
 def left(loader: Any) -> Iterator[None]:
     """Ends a loader's pass also where it breaks off; accelerate would go on taking it for the one that is running."""
     try:
         yield
     finally:
-        if hasattr(loader, "end_of_dataloader") and loader in loader.gradient_state.dataloader_references:
+        if is_accelerates(loader) and loader in loader.gradient_state.dataloader_references:
             loader.end()
 
 
 @contextmanager
 def as_in_first_pass(loader: Any) -> Iterator[None]:
     """A pass in the order of the first one: accelerate counts them, for samplers that shuffle anew in each."""
-    n_passes = getattr(loader, "iteration", None)
+    if not is_accelerates(loader):
+        yield
+        return
+    n_passes, loader.iteration = loader.iteration, 0
     try:
-        if n_passes is not None:
-            loader.iteration = 0
         yield
     finally:
-        if n_passes is not None:
-            loader.iteration = n_passes
+        loader.iteration = n_passes
 
 
 def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
-    """A loader's batches and whether one is the last; an iterable of unknown length is looked into only if asked to."""
+    """A loader's batches and whether one is the last; one of unknown length is looked into only if asked to."""
     batches = iter(loader)
-    if hasattr(loader, "end_of_dataloader"):
+    if is_accelerates(loader):
         return ((batch, loader.end_of_dataloader) for batch in batches)
-    if isinstance(loader, Sized):
+    if isinstance(loader, Sized) and not isinstance(loader, DataLoader):  # whose length says nothing of its batches
         return ((batch, number == len(loader)) for number, batch in enumerate(batches, start=1))
     return _looked_ahead(batches) if look_ahead else ((batch, False) for batch in batches)
 
@@ -51,7 +56,8 @@ def is_its_own(loader: DataLoader[Any], accelerator: Accelerator) -> bool:
     Raises:
         ValueError: several processes, which only an ordinary loader can share.
     """
-    if type(loader).__iter__ is DataLoader.__iter__ or hasattr(loader, "end_of_dataloader"):  # accelerate's own
+    known = type(loader).__module__.startswith("torchdata.") or is_accelerates(loader)
+    if known or type(loader).__iter__ is DataLoader.__iter__:
         return False
     if accelerator.num_processes > 1:
         raise ValueError(

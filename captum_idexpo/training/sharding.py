@@ -89,7 +89,8 @@ def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimize
     for part in (loss.regularizers, loss.loss_fn):
         if isinstance(part, nn.Module):
             part.to(accelerator.device)
-            if any(parameter.requires_grad for parameter in part.parameters()):
+            sharded = {id(parameter) for parameter in loss.model.parameters()}  # it may hold the model
+            if any(parameter.requires_grad and id(parameter) not in sharded for parameter in part.parameters()):
                 raise ValueError(
                     "The loss_fn or a regularizer has parameters of its own, whose gradients nobody would average "
                     "beside a sharded model: train them without FSDP, or freeze them."

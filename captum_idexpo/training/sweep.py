@@ -23,7 +23,7 @@ class Sweep(list[Row]):
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
         """The rows that no other row beats in both scores, by descending x; none whose score is NaN."""
-        rows = [row for row in self if not math.isnan(row[x] + row[y])]
+        rows = [row for row in self if not math.isnan(row[x]) and not math.isnan(row[y])]
         rows.sort(key=lambda row: (-row[x], -row[y]))
         best = -math.inf
         front = []
@@ -123,7 +123,7 @@ def sweep(
 
 
 def _side_by_side(run: Callable[..., Mapping[str, float]], missing: list[Settings], devices: Sequence[str]) -> Any:
-    """(settings, scores) as they come in, one setting at a time on each device; an error when all others are in."""
+    """(settings, scores) as they come in, one setting at a time on each device; an error when those that run are in."""
     context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
     with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
         waiting, free = list(missing), list(devices)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Generator as GeneratorType
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -24,7 +25,7 @@ from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.generators import Generator, generators_of
 from captum_idexpo.training.history import History
-from captum_idexpo.training.loaders import is_its_own, left, start_workers, with_last
+from captum_idexpo.training.loaders import is_accelerates, is_its_own, left, start_workers, with_last
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
 from captum_idexpo.training.processes import failing_together
 from captum_idexpo.training.sharding import (
@@ -242,30 +243,48 @@ class ExplanationRegularizedTrainer:
                 f"{found} was written by {len(state['random'])} processes, these are {self.accelerator.num_processes}: "
                 "continue with as many."
             )
-        if self.checkpoint_dir is not None and checkpoint.checkpoints(self.checkpoint_dir):
-            there, _ = checkpoint.load_latest(self.checkpoint_dir)
-            if there["run"]["id"] != state["run"]["id"]:
-                raise checkpoint.CheckpointError(
-                    f"{self.checkpoint_dir} holds checkpoints of another run than {found}, which would be removed: "
-                    "choose another checkpoint_dir."
-                )
-        before = _Weights(self._unwrapped)
+        self._refuse_another_run(found, state["run"]["id"])
+        before, optimizer = _Weights(self._unwrapped), copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
         try:
             self._load(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             before.restore()
+            load_optimizer_state(self.model, self.optimizer, optimizer)
             raise checkpoint.CheckpointError(
                 f"{found} belongs to another model, optimizer, scheduler or set of regularizers: {error}"
             ) from error
         self._resumed = state
 
+    def _kinds(self) -> dict[str, Any]:
+        """What a checkpoint's parts have to be put back into."""
+        has_state = isinstance(self.loss_fn, nn.Module) and len(self.loss_fn.state_dict())
+        return {
+            "list of regularizers": [type(regularizer).__name__ for regularizer in self._regularizers],
+            "number of regularizers and judges": len(self._judged),
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "loss_fn": type(self.loss_fn).__name__ if has_state else None,
+        }
+
+    def _refuse_another_run(self, found: Path, run_id: str) -> None:
+        """Refuses to write beside the checkpoints of another run, which would then be removed."""
+        folder = self.checkpoint_dir
+        if folder is None or folder.resolve() == found.parent.resolve() or not checkpoint.checkpoints(folder):
+            return
+        try:
+            there, _ = checkpoint.load_latest(folder)
+        except checkpoint.CheckpointError:
+            return  # none of them is good
+        if there["run"]["id"] != run_id:
+            raise checkpoint.CheckpointError(
+                f"{folder} holds checkpoints of another run than {found}, which would be removed: choose another "
+                "checkpoint_dir."
+            )
+
     def _load(self, state: dict[str, Any]) -> None:
         """Puts back what a checkpoint holds of the trainer; the run's own part waits for `fit`."""
-        kinds = [type(regularizer).__name__ for regularizer in self._regularizers]
-        if state["kinds"] != kinds:
-            raise ValueError(f"its regularizers are {state['kinds']}, these are {kinds}.")
-        if (self.scheduler is None) != (state["scheduler"] is None):
-            raise ValueError(f"it has {'no' if self.scheduler is not None else 'a'} scheduler's state.")
+        for part, kinds in self._kinds().items():
+            if state["kinds"].get(part) != kinds:
+                raise ValueError(f"its {part} is {state['kinds'].get(part)}, this one's {kinds}.")
         load_weights(self.model, state["model"])
         if isinstance(self.loss_fn, nn.Module):
             self.loss_fn.load_state_dict(state["loss_fn"])
@@ -393,7 +412,7 @@ class ExplanationRegularizedTrainer:
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "loss_fn": self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {},
                 "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
-                "kinds": [type(regularizer).__name__ for regularizer in self._regularizers],
+                "kinds": self._kinds(),
                 "mean_baselines": {k: self._judged[k].baselines for k in self._measured},
                 "run": run.state_dict(),
                 "random": randoms,
@@ -422,24 +441,26 @@ class ExplanationRegularizedTrainer:
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         description = f"epoch {run.epoch}/{epochs}"
         with (
-            self._training_mode(),
             closing(run.batches(loader)) as batches,
             tqdm(batches, desc=description, disable=hidden, initial=run.step) as bar,
         ):
             for batch, is_last in bar:
                 where = f"epoch {run.epoch}, step {run.step + 1}"
-                try:
-                    started = time.perf_counter()
-                    parts = self._step(batch, is_last, where, weights, run)
-                    parts = {**parts, "seconds_per_step": time.perf_counter() - started}
-                except NonFiniteError as error:
-                    self._return_to_good(weights, last_batch, run)
-                    if self.on_non_finite == "stop":
-                        where = "" if where in str(error) else f" ({where})"
-                        raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
-                    warn(f"{error} ({where}) The batch is left out.")
-                    self._drop_gradients()
-                    parts = {"skipped": 1.0}
+                with self._training_mode():  # a loader of one's own may use the model, in another mode
+                    try:
+                        started = time.perf_counter()
+                        parts = self._step(batch, is_last, where, weights, run)
+                        parts = {**parts, "seconds_per_step": time.perf_counter() - started}
+                    except NonFiniteError as error:
+                        self._return_to_good(weights, last_batch, run)
+                        if self.on_non_finite == "stop":
+                            where = "" if where in str(error) else f" ({where})"
+                            raise NonFiniteError(
+                                f"{error}{where} The model is left with its last good weights."
+                            ) from error
+                        warn(f"{error} ({where}) The batch is left out.")
+                        self._drop_gradients()
+                        parts = {"skipped": 1.0}
                 last_batch = batch if "skipped" not in parts else last_batch
                 run.add(parts)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items() if name in run.shown})
@@ -488,6 +509,7 @@ class ExplanationRegularizedTrainer:
                 self._clip_gradients()
                 run.updates += 1
             self.optimizer.step()
+            self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self._drop_gradients()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
@@ -508,7 +530,10 @@ class ExplanationRegularizedTrainer:
         return named
 
     def _clip_gradients(self) -> None:
-        """Of what the optimizer moves; accelerate's own would unscale those of every optimizer that it knows."""
+        """Of what the optimizer owns, or of the whole sharded model.
+
+        With a scaler accelerate's own way would unscale the gradients of every optimizer that it knows.
+        """
         if self.max_grad_norm is None:
             return
         parameters = list(self.model.parameters()) if is_sharded(self.model) else self._owned_parameters()
@@ -536,10 +561,8 @@ class ExplanationRegularizedTrainer:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
-        # The measurement leaves no trace: in no random stream, BatchNorm's statistics nor automatic weight.
-        state, before = run.random_state(), _Weights(self._unwrapped)
         norms = {}
-        with gathered(self.model):
+        with self._without_trace(run), gathered(self.model):
             with self.accelerator.autocast():
                 terms = self._unwrapped.terms(batch)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -548,8 +571,6 @@ class ExplanationRegularizedTrainer:
                     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                     squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
                     norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-        run.set_random_state(state)
-        before.restore_buffers()
         task = norms.get("task", 0.0)
         for name, norm in norms.items():
             if norm > _DWARFS * task > 0:
@@ -559,23 +580,30 @@ class ExplanationRegularizedTrainer:
                 )
         return {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
+    @contextmanager
+    def _without_trace(self, run: _Run) -> Iterator[None]:
+        """Inside, random streams and buffers (BatchNorm's statistics, automatic weights) move for nothing."""
+        state, before = run.random_state(), _Buffers(self._unwrapped)
+        try:
+            yield
+        finally:
+            run.set_random_state(state)
+            before.restore()
+
     def _return_to_good(self, weights: _Weights, last_batch: Any, run: _Run) -> None:
         """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
-        weights.restore_buffers()
+        weights.buffers.restore()
         if last_batch is None or not self._task_loss_is_finite(last_batch, run):
             weights.restore()
 
     @no_graph()
     def _task_loss_is_finite(self, batch: Any, run: _Run) -> bool:
-        """Whether the current weights are good for a finite task loss on a batch, in every process; leaves no trace."""
+        """Whether the current weights are good for a finite task loss on a batch, in every process."""
         from accelerate.utils import send_to_device
 
-        state, before = run.random_state(), _Weights(self._unwrapped)
-        with self.accelerator.autocast(), gathered(self.model):
+        with self._without_trace(run), self.accelerator.autocast(), gathered(self.model):
             inputs, target, _ = unpack_batch(send_to_device(batch, self.accelerator.device))
             finite = self.loss_fn(call_model(self.model, inputs), target).isfinite().all()
-        run.set_random_state(state)
-        before.restore_buffers()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
 
     def _training_mode(self) -> Any:
@@ -622,7 +650,7 @@ class _Run:
     def batches(self, loader: Any) -> GeneratorType[tuple[Any, bool], None, None]:
         """This epoch's batches and whether one is the last; those done before the run was resumed are passed over."""
         done, here = self.step, self._here
-        if hasattr(loader, "iteration"):
+        if is_accelerates(loader):
             loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
         if here is None:
             self._epoch_start = self.random_state()
@@ -700,50 +728,60 @@ class _Run:
             self._here = own["here"]
 
 
-class _Weights:
-    """A copy of a module's parameters and buffers that can be put back, also where the module has others since."""
+class _Buffers:
+    """A module's buffers as they were, to be put back, also where the module has assigned others since."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._parameters: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._owners = list(module.modules())
+        self._kept: dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]] = {}
         self.keep()
 
     @torch.no_grad()
     def keep(self) -> None:
         """Copies them as they are now."""
-        self._parameters = _copied(self._module.named_parameters(), self._parameters)
-        self._buffers = _copied(self._module.named_buffers(), self._buffers)
+        for owner in self._owners:
+            for name, buffer in owner._buffers.items():
+                kept, saved = self._kept.get((owner, name), (None, None))
+                if buffer is not None and saved is not None and kept is buffer and saved.shape == buffer.shape:
+                    saved.copy_(buffer)
+                else:
+                    self._kept[owner, name] = buffer, None if buffer is None else buffer.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies back."""
-        for name, parameter in self._module.named_parameters():
-            parameter.copy_(self._parameters[name])
-        self.restore_buffers()
+        for (owner, name), (kept, saved) in self._kept.items():
+            owner._buffers[name] = kept
+            if kept is None or saved is None:
+                continue
+            if kept.shape != saved.shape:
+                owner._buffers[name] = saved.clone()
+            else:
+                with suppress(RuntimeError):  # an expanded one, which nobody else could write into either
+                    kept.copy_(saved)
+
+
+class _Weights:
+    """A copy of what training moves of a module, parameters and buffers, that can be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._copies = [parameter.detach().clone() for parameter in self._parameters]
+        self.buffers = _Buffers(module)
 
     @torch.no_grad()
-    def restore_buffers(self) -> None:
-        """Puts the buffers' copies back; a module may have assigned other tensors to its names."""
-        for name, copy in self._buffers.items():
-            owner, _, own_name = name.rpartition(".")
-            buffers = self._module.get_submodule(owner)._buffers
-            if _alike(buffers.get(own_name), copy):
-                buffers[own_name].copy_(copy)  # type: ignore[union-attr]
-            else:
-                buffers[own_name] = copy.clone()
+    def keep(self) -> None:
+        """Copies them as they are now."""
+        for parameter, saved in zip(self._parameters, self._copies, strict=True):
+            saved.copy_(parameter)
+        self.buffers.keep()
 
-
-def _copied(tensors: Iterable[tuple[str, Tensor]], copies: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies by name, in the place of earlier ones where they fit."""
-    return {
-        name: copies[name].copy_(tensor) if _alike(copies.get(name), tensor) else tensor.detach().clone()
-        for name, tensor in tensors
-    }
-
-
-def _alike(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the copies back."""
+        for parameter, saved in zip(self._parameters, self._copies, strict=True):
+            parameter.copy_(saved)
+        self.buffers.restore()
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:

@@ -487,17 +487,21 @@ def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
         checkpoint_dir=folder,
         show_progress=False,
     )
-    with pytest.raises(CheckpointError, match="it has a scheduler's state"):
+    with pytest.raises(CheckpointError, match="its scheduler is StepLR, this one's None"):
         without.resume()
     others = [*list(trainer._regularizers)[:1], *list(trainer._regularizers)[:1]]
     other = ExplanationRegularizedTrainer(
         trainer.model, torch.optim.Adam(trainer.model.parameters()), others, scheduler=trainer.scheduler
     )
-    with pytest.raises(CheckpointError, match=r"its regularizers are \['InsertionDeletion', 'Sparsity'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"its list of regularizers is \['InsertionDeletion', 'Sparsity'\], this one"
+    ):
         other.resume(folder)
     trainer.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    groups = [group["lr"] for group in trainer.optimizer.param_groups]
     with pytest.raises(CheckpointError, match="belongs to another model"):
         trainer.resume()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == groups
     for ours, theirs in zip(trainer.model.state_dict().values(), before, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -516,8 +520,10 @@ def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
         trainer, loaders = trainer_of(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"cannot be made .*choose another checkpoint_dir"):
+        before = trainer.model[4].weight.clone()
+        with pytest.raises(CheckpointError, match=r"cannot be written to .*choose another checkpoint_dir"):
             trainer.fit(*loaders)
+        assert torch.equal(trainer.model[4].weight, before)
 
 
 class Tempered(nn.Module):
@@ -590,3 +596,50 @@ def test_a_run_killed_at_an_epochs_end_draws_no_more_than_one_that_was_not(tmp_p
     resumed = trainer(tmp_path)
     resumed.resume()
     assert without_times(resumed.fit([(X, Y)] * 2, epochs=2)) == without_times(expected)
+
+
+def test_a_refused_scheduler_leaves_the_optimizer_as_it_was(folder):
+    trainer, _ = trainer_of(folder)
+    optimizer = torch.optim.Adam(trainer.model.parameters(), lr=0.7)
+    for scheduler, message in (
+        (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3), "its scheduler is StepLR, this one's CosineAnneal"),
+        (Broken(optimizer, 1), "no such state"),
+    ):
+        other = ExplanationRegularizedTrainer(
+            trainer.model, optimizer, trainer._regularizers, scheduler=scheduler, show_progress=False
+        )
+        with pytest.raises(CheckpointError, match=message):
+            other.resume(folder)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.7]
+        assert not optimizer.state
+
+
+class Broken(torch.optim.lr_scheduler.StepLR):
+    def load_state_dict(self, state):
+        raise ValueError("no such state")
+
+
+Broken.__name__ = "StepLR"
+
+
+def test_a_copy_is_resumed_where_nothing_good_is_left(tmp_path, folder):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    kept = shutil.copy(paths(folder)[-1], copies)
+    for path in paths(folder):
+        path.write_bytes(path.read_bytes()[:-100])
+    trainer, loaders = trainer_of(folder)
+    trainer.resume(kept)
+    assert len(trainer.fit(*loaders, epochs=3)) == 3
+
+
+def test_a_loss_of_another_kind_is_refused(tmp_path):
+    def trainer(loss_fn):
+        net = smooth_conv_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        settings = {"checkpoint_dir": tmp_path, "show_progress": False}
+        return ExplanationRegularizedTrainer(net, optimizer, [], loss_fn, **settings)
+
+    trainer(nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))).fit([(X, Y)])
+    with pytest.raises(CheckpointError, match="its loss_fn is CrossEntropyLoss, this one's None"):
+        trainer(nn.functional.cross_entropy).resume()

@@ -121,3 +121,48 @@ def test_a_shuffled_loader_is_read_in_one_order():
     loader = DataLoader(TensorDataset(X, torch.arange(40) % 3), 16, shuffle=True)
     first = trainer.evaluate(loader)
     assert trainer.evaluate(loader) == first
+
+
+def test_a_term_on_raw_outputs_leaves_a_classifier_its_accuracy():
+    torch.manual_seed(0)
+    net, labels = nn.Linear(4, 3), torch.arange(40) % 3
+    judge = InsertionDeletion(KernelShap(net), baselines=0.0, attribute_kwargs={"n_samples": 8})
+    expected = float((net(X).argmax(1) == labels).float().mean())
+    for regularizers in ([Stability(net, outputs="raw")], [judge, Stability(net, outputs="raw")]):
+        assert trainer_of(net, regularizers).evaluate([(X, labels)])["accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n_boxes", [[5, 1, 2, 3], [0, 1, 2, 3], [1, 1, 1, 1]])
+def test_targets_in_a_list_weigh_a_batch_by_its_examples(n_boxes):
+    targets = [{"boxes": torch.ones(n, 4)} for n in n_boxes]
+
+    def loss_fn(output, target):
+        assert len(output) == len(target)
+        return sum(output[k].sum() * len(one["boxes"]) for k, one in enumerate(target)) / len(target)
+
+    torch.manual_seed(0)
+    trainer = trainer_of(nn.Linear(4, 4), [], loss_fn)
+    whole = trainer.evaluate([(X[:4], targets)])["loss"]
+    assert trainer.evaluate([(X[:3], targets[:3]), (X[3:4], targets[3:])])["loss"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_evaluating_leaves_a_loaders_passes_where_they_were():
+    configuration = DataLoaderConfiguration(use_seedable_sampler=True)
+    trainer = trainer_of(nn.Linear(4, 3), accelerator=Accelerator(cpu=True, dataloader_config=configuration))
+    loader = trainer.accelerator.prepare_data_loader(
+        DataLoader(TensorDataset(X, torch.arange(40) % 3), 16, shuffle=True)
+    )
+    loader.iteration = 3
+    trainer.evaluate(loader)
+    assert loader.iteration == 3
+
+    class Stream:
+        iteration = 5
+
+        def __iter__(self):
+            self.iteration += 1
+            yield X, torch.arange(40) % 3
+
+    stream = Stream()
+    trainer.evaluate(stream)
+    assert stream.iteration == 6

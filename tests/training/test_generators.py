@@ -124,3 +124,38 @@ def test_worker_processes_that_persist_draw_one_number_a_run(tmp_path):
     expected = run(None, 3)
     run(tmp_path, 1)
     assert torch.equal(run(tmp_path, 3), expected)
+
+
+def test_a_function_of_an_object_that_draws_is_found_as_loss_too(tmp_path):
+    class Noise:
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(5)
+
+        def loss(self, output, target):
+            noise = torch.randn(output.shape, generator=self.generator)
+            return nn.functional.cross_entropy(output + noise, target)
+
+    def run(folder, epochs):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = {"checkpoint_dir": folder, "show_progress": False}
+        trainer = ExplanationRegularizedTrainer(model, optimizer, [], Noise().loss, **settings)
+        if folder is not None and any(folder.iterdir()):
+            trainer.resume()
+        trainer.fit([(X, Y)] * 2, epochs=epochs)
+        return model.weight.detach()
+
+    expected = run(None, 2)
+    run(tmp_path, 1)
+    assert torch.equal(run(tmp_path, 2), expected)
+
+
+def test_the_systems_own_source_has_no_state():
+    class Holder:
+        transform = None
+
+        def __init__(self):
+            self.generator = random.SystemRandom()
+
+    assert list(generators_of(Holder())) == []

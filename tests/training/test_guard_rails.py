@@ -525,3 +525,85 @@ def test_each_automatic_weight_is_reported():
     row = trainer_of(net, regularizers).fit(loader())[0]
     assert row["stability_weight"] == regularizers[0].weight
     assert row["stability_weight_2"] == regularizers[1].weight != regularizers[0].weight
+
+
+class Queue(nn.Module):
+    """Buffers of every kind: that grow, change their type, begin as None, are expanded."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 3).double()
+        self.register_buffer("seen", torch.zeros(0, 6, dtype=torch.float64))
+        self.register_buffer("kind", torch.zeros(1))
+        self.register_buffer("last", None)
+        self.register_buffer("grid", torch.arange(6.0, dtype=torch.float64).expand(4, 6))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, x.detach()])
+            self.kind = self.kind.double() if self.kind.dtype == torch.float32 else self.kind.float()
+            self.last = x.detach().mean(0)
+        return self.linear(x + 0 * self.grid[0]) + 0 * (0 if self.last is None else self.last.sum())
+
+    def state(self):
+        return [self.seen, self.kind, self.last, self.grid]
+
+
+def test_buffers_of_every_kind_are_put_back():
+    spoiled = [(X[:4], Y[:4]), (X[4:8] * float("nan"), Y[4:8]), (X[4:8] * float("nan"), Y[4:8]), (X[8:], Y[8:])]
+    model, twin = Queue(), Queue()
+    with pytest.warns(UserWarning, match="left out"):
+        trainer_of(model, on_non_finite="skip").fit(spoiled, epochs=2)
+    trainer_of(twin).fit([spoiled[0], spoiled[3]], epochs=2)
+    for ours, theirs in zip(model.state(), twin.state(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    model = Queue()
+    with pytest.raises(NonFiniteError, match="last good weights"):
+        trainer_of(model).fit(spoiled[1:])
+    assert model.last is None
+    assert not len(model.seen)
+
+
+class Exploding(nn.Module):
+    """A loss that learns, whose own gradient is infinite at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, output, target):
+        return nn.functional.cross_entropy(output, target) + self.scale.abs().sqrt()
+
+
+def test_the_gradient_of_what_a_loss_learns_is_checked():
+    net, loss_fn = smooth_net(), Exploding()
+    optimizer = torch.optim.SGD([*net.parameters(), *loss_fn.parameters()], lr=0.1)
+    trainer = ExplanationRegularizedTrainer(net, optimizer, [], loss_fn, show_progress=False)
+    with pytest.raises(NonFiniteError, match=r"gradient of the loss in 'loss_fn\.scale'"):
+        trainer.fit([(X, Y)])
+    assert loss_fn.scale == 0
+
+
+def test_a_loader_may_use_the_model_in_another_mode():
+    net, seen = smooth_conv_net().train(), []
+    net.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+
+    class Labelling:
+        def __iter__(self):
+            for x in IMAGES.split(4):
+                net.eval()
+                yield x, net(x).argmax(1)
+
+    trainer_of(net).fit(Labelling())
+    assert seen[:4] == [False, True] * 2
+
+
+def test_a_train_method_of_another_kind_is_let_alone():
+    class Fitted(nn.Linear):
+        def train(self, loader, epochs):
+            raise AssertionError
+
+    model = Fitted(6, 3).double()
+    trainer_of(model).fit([(X, Y)])

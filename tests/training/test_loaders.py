@@ -157,3 +157,28 @@ def test_several_processes_cannot_share_one():
     assert not is_its_own(DataLoader(DATA), SimpleNamespace(num_processes=2))
     prepared = Accelerator(cpu=True).prepare_data_loader(DataLoader(DATA))
     assert not is_its_own(prepared, SimpleNamespace(num_processes=2))
+
+
+class Quarter(DataLoader):
+    def __iter__(self):
+        yield next(super().__iter__())
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y, strict=True)
+
+
+class Plain(DataLoader):
+    def __iter__(self):
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("make", [lambda: Quarter(DATA, 6), lambda: Plain(Endless(), 8)])
+def test_the_length_of_a_loader_with_a_way_of_its_own_is_not_believed(make):
+    net = smooth_net()
+    before = net[0].weight.clone()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ExplanationRegularizedTrainer(net, optimizer, accelerator=accelerator, show_progress=False).fit(make())
+    assert not torch.equal(net[0].weight, before)
