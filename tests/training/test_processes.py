@@ -55,6 +55,19 @@ if processes > 1:
 loader = DataLoader(TensorDataset(x[:13], y[:13]), batch_size=2)
 result["dispatched"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
 trainer.accelerator.dataloader_config.dispatch_batches = None
+# Whole numbers of a regression, of which one process sees zeros and ones alone.
+column = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(72, 1), torch.nn.Flatten(0)).double()
+torch.nn.init.constant_(column[1].weight, 0.01)
+regression = ExplanationRegularizedTrainer(
+    column,
+    torch.optim.SGD(column.parameters(), lr=0.01),
+    [],
+    lambda output, target: torch.nn.functional.mse_loss(output, target.double()),
+    accelerator=trainer.accelerator,
+    show_progress=False,
+)
+counts = TensorDataset(x[:8], torch.tensor([0, 1, 1, 0, 2, 3, 4, 5]))
+result["counts"] = regression.evaluate(DataLoader(counts, batch_size=8 // processes))
 result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
 result["weight"] = net[0].weight.flatten().tolist()
 
@@ -141,6 +154,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(results):
     assert len(two) == 2
     for process in two:
         assert process["evaluate"] == pytest.approx(one["evaluate"], abs=1e-12)
+        assert process["counts"] == pytest.approx(one["counts"], abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "n_examples"), [("sampled", 13), ("joined", 8), ("stream", 13), ("dispatched", 13)])
