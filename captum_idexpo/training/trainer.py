@@ -144,6 +144,7 @@ class ExplanationRegularizedTrainer:
         check_differentiable_twice(model, loss.regularizers)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
+        self._unwrapped = loss
         self._loss, self.optimizer = prepare(self.accelerator, loss, optimizer)
         check_sharding(model, freeze_batch_norm=freeze_batch_norm)
         self.scheduler = scheduler
@@ -341,10 +342,6 @@ class ExplanationRegularizedTrainer:
     @property
     def _regularizers(self) -> Iterable[Any]:
         return cast(Iterable[Any], self._unwrapped.regularizers)
-
-    @property
-    def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self._loss)
 
     def _automatic_weights(self) -> dict[str, float]:
         """The weights that regularizers set themselves, "<term>_weight", the second of a term "<term>_weight_2"."""
