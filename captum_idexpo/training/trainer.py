@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Generator as GeneratorType
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,11 +21,12 @@ from captum_idexpo._modes import is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
-from captum_idexpo.training.generators import Generator, generators_of
+from captum_idexpo.training.generators import generators_of
 from captum_idexpo.training.history import History
-from captum_idexpo.training.loaders import is_accelerates, is_its_own, left, start_workers, with_last
+from captum_idexpo.training.loaders import is_its_own, start_workers
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
 from captum_idexpo.training.processes import failing_together
+from captum_idexpo.training.run import Run
 from captum_idexpo.training.sharding import (
     check_sharding,
     gathered,
@@ -39,6 +38,7 @@ from captum_idexpo.training.sharding import (
     prepare,
     weights_of,
 )
+from captum_idexpo.training.weights import Buffers, Weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +55,8 @@ class ExplanationRegularizedTrainer:
         regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; none trains plainly.
         loss_fn: (model output, target) -> scalar, the task loss.
         scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
-        accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one.
+        accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its number of
+            passes that accumulate an update's gradient counts as it is now.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
         freeze_batch_norm: keep BatchNorm's statistics while training. Explaining and masking leave them alone anyway.
@@ -245,7 +246,7 @@ class ExplanationRegularizedTrainer:
                 "continue with as many."
             )
         self._refuse_another_run(found, state["run"]["id"])
-        before, optimizer = _Weights(self._unwrapped), copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
+        before, optimizer = Weights(self._unwrapped), copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
         try:
             self._load(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -356,11 +357,11 @@ class ExplanationRegularizedTrainer:
             if isinstance(regularizer.baselines, str):
                 regularizer.baselines = mean_inputs(loader)
 
-    def _start(self, train_loader: Any, val_loader: Any) -> _Run:
+    def _start(self, train_loader: Any, val_loader: Any) -> Run:
         """A new run, or the one that is resumed."""
         owners = (train_loader, val_loader, self._unwrapped, self.loss_fn, self.evaluation)
         generators = list(generators_of(*owners))
-        run = _Run(generators, self.accelerator)
+        run = Run(generators, self.accelerator)
         if self._resumed is not None:
             if self._resumed["run"]["position"][0] > 1:
                 start_workers(train_loader)
@@ -372,11 +373,12 @@ class ExplanationRegularizedTrainer:
                 "choose another checkpoint_dir."
             )
         if self.checkpoint_dir is not None:
-            checkpoint.make(self.checkpoint_dir)  # now, rather than after an epoch
+            with failing_together(self.accelerator):
+                checkpoint.make(self.checkpoint_dir)  # now, rather than after an epoch
         self.history = run.history
         return run
 
-    def _select(self, run: _Run, row: dict[str, float], scores: dict[str, float]) -> None:
+    def _select(self, run: Run, row: dict[str, float], scores: dict[str, float]) -> None:
         """Adds validation scores to a row, keeps the best weights, and ends the run when patience does."""
         for name, value in scores.items():
             if not math.isfinite(value):
@@ -390,12 +392,12 @@ class ExplanationRegularizedTrainer:
         elif run.epoch - run.best_epoch >= self.patience:
             run.finished = True
 
-    def _checkpoint_is_due(self, run: _Run) -> bool:
+    def _checkpoint_is_due(self, run: Run) -> bool:
         """Between two updates, never between the batches that one update accumulates."""
         every = self.checkpoint_every
         return bool(every and run.updates and not run.updates % every and self.accelerator.sync_gradients)
 
-    def _save(self, run: _Run) -> None:
+    def _save(self, run: Run) -> None:
         """Writes a checkpoint, if any are wanted; all processes wait for it."""
         if self.checkpoint_dir is None:
             return
@@ -430,11 +432,11 @@ class ExplanationRegularizedTrainer:
                 accelerator=self.accelerator,
             )
 
-    def _train_epoch(self, loader: Any, run: _Run, epochs: int) -> dict[str, float]:
+    def _train_epoch(self, loader: Any, run: Run, epochs: int) -> dict[str, float]:
         """One pass over the data, or the rest of one; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
-        weights, last_batch = _Weights(self._unwrapped), None
+        weights, last_batch = Weights(self._unwrapped), None
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         description = f"epoch {run.epoch}/{epochs}"
         with (
@@ -481,7 +483,7 @@ class ExplanationRegularizedTrainer:
             )
         return run.means()
 
-    def _step(self, batch: Any, is_last: bool, where: str, weights: _Weights, run: _Run) -> dict[str, float]:
+    def _step(self, batch: Any, is_last: bool, where: str, weights: Weights, run: Run) -> dict[str, float]:
         """One update; the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
@@ -554,7 +556,7 @@ class ExplanationRegularizedTrainer:
         shares = [r.floor_share for r in self._regularizers if getattr(r, "floor_share", None) is not None]
         return {"deletion_floor_share": float(torch.stack(shares).mean())} if shares else {}
 
-    def _gradient_norms(self, batch: Any, run: _Run) -> dict[str, float]:
+    def _gradient_norms(self, batch: Any, run: Run) -> dict[str, float]:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
@@ -578,23 +580,23 @@ class ExplanationRegularizedTrainer:
         return {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
     @contextmanager
-    def _without_trace(self, run: _Run) -> Iterator[None]:
+    def _without_trace(self, run: Run) -> Iterator[None]:
         """Inside, random streams and buffers (BatchNorm's statistics, automatic weights) move for nothing."""
-        state, before = run.random_state(), _Buffers(self._unwrapped)
+        state, before = run.random_state(), Buffers(self._unwrapped)
         try:
             yield
         finally:
             run.set_random_state(state)
             before.restore()
 
-    def _return_to_good(self, weights: _Weights, last_batch: Any, run: _Run) -> None:
+    def _return_to_good(self, weights: Weights, last_batch: Any, run: Run) -> None:
         """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
         weights.buffers.restore()
         if last_batch is None or not self._task_loss_is_finite(last_batch, run):
             weights.restore()
 
     @no_graph()
-    def _task_loss_is_finite(self, batch: Any, run: _Run) -> bool:
+    def _task_loss_is_finite(self, batch: Any, run: Run) -> bool:
         """Whether the current weights are good for a finite task loss on a batch, in every process."""
         from accelerate.utils import send_to_device
 
@@ -620,165 +622,6 @@ class ExplanationRegularizedTrainer:
         if id(loader) not in self._prepared:  # the accelerator keeps every loader that it has prepared
             self._prepared[id(loader)] = (loader, self.accelerator.prepare_data_loader(loader))
         return self._prepared[id(loader)][1]
-
-
-class _Run:
-    """Where a run is, and what it has found so far."""
-
-    def __init__(self, generators: list[Generator], accelerator: Accelerator) -> None:
-        self.generators = generators
-        self._accelerator = accelerator
-        self.history = History()
-        self.id = uuid.uuid4().hex
-        self.epoch, self.step, self.updates = 1, 0, 0
-        self.best_score, self.best_epoch = -math.inf, 0
-        self.best_weights: dict[str, Any] | None = None
-        self.finished = False
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._epoch_start: dict[str, Any] | None = None
-        self._here: dict[str, Any] | None = None
-
-    @property
-    def shown(self) -> list[str]:
-        """The names that a progress bar shows."""
-        return [name for name in self._sums if not name.startswith("seconds") and not name.endswith("_norm")]
-
-    def batches(self, loader: Any) -> GeneratorType[tuple[Any, bool], None, None]:
-        """This epoch's batches and whether one is the last; those done before the run was resumed are passed over."""
-        done, here = self.step, self._here
-        if is_accelerates(loader):
-            loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
-        if here is None:
-            self._epoch_start = self.random_state()
-        else:  # the same order again, then on with the streams of the moment
-            assert self._epoch_start is not None
-            self.set_random_state(self._epoch_start)
-        with left(loader):
-            batches = with_last(loader, look_ahead=self._accelerator.gradient_accumulation_steps > 1)
-            for _ in range(done):
-                next(batches, None)
-            if here is not None:
-                self.set_random_state(here)
-                self._here = None
-            yield from batches
-
-    def add(self, parts: dict[str, float]) -> None:
-        """Counts a step and what it measured."""
-        self.step += 1
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Means over the epoch's steps; of skipped batches the number."""
-        return {name: value if name == "skipped" else value / self._counts[name] for name, value in self._sums.items()}
-
-    def next_epoch(self) -> None:
-        """Ends an epoch."""
-        self.epoch, self.step = self.epoch + 1, 0
-        self._sums, self._counts, self._epoch_start = {}, {}, None
-
-    def random_state(self) -> dict[str, Any]:
-        """This process's random streams."""
-        return checkpoint.random_state(self.generators, self._accelerator.device)
-
-    def set_random_state(self, state: dict[str, Any]) -> None:
-        """Puts them back."""
-        checkpoint.set_random_state(state, self.generators, self._accelerator.device)
-
-    def random_states(self) -> list[dict[str, Any]]:
-        """The random streams of each process, now and at the epoch's start."""
-        own = {"here": self.random_state(), "epoch_start": self._epoch_start}
-        if self._accelerator.num_processes == 1:
-            return [own]
-        gathered: list[Any] = [None] * self._accelerator.num_processes
-        torch.distributed.all_gather_object(gathered, own)
-        return gathered
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run."""
-        return {
-            "id": self.id,
-            "history": [dict(row) for row in self.history],
-            "position": [self.epoch, self.step, self.updates],
-            "best": [self.best_score, self.best_epoch],
-            "best_weights": self.best_weights,
-            "finished": self.finished,
-            "sums": self._sums,
-            "counts": self._counts,
-        }
-
-    def load_state_dict(self, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:
-        """Puts the run where it was."""
-        self.id = state["id"]
-        self.history[:] = state["history"]
-        self.epoch, self.step, self.updates = state["position"]
-        self.best_score, self.best_epoch = state["best"]
-        self.best_weights, self.finished = state["best_weights"], state["finished"]
-        self._sums, self._counts = state["sums"], state["counts"]
-        own = randoms[self._accelerator.process_index]
-        self._epoch_start = own["epoch_start"]
-        if self._epoch_start is None:  # between two epochs
-            self.set_random_state(own["here"])
-        else:
-            self._here = own["here"]
-
-
-class _Buffers:
-    """A module's buffers as they were, to be put back, also where the module has assigned others since."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._owners = list(module.modules())
-        self._kept: dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]] = {}
-        self.keep()
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copies them as they are now."""
-        for owner in self._owners:
-            for name, buffer in owner._buffers.items():
-                kept, saved = self._kept.get((owner, name), (None, None))
-                if buffer is not None and saved is not None and kept is buffer and saved.shape == buffer.shape:
-                    saved.copy_(buffer)
-                else:
-                    self._kept[owner, name] = buffer, None if buffer is None else buffer.detach().clone()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the copies back."""
-        for (owner, name), (kept, saved) in self._kept.items():
-            owner._buffers[name] = kept
-            if kept is None or saved is None:
-                continue
-            if kept.shape != saved.shape:
-                owner._buffers[name] = saved.clone()
-            else:
-                with suppress(RuntimeError):  # an expanded one, which nobody else could write into either
-                    kept.copy_(saved)
-
-
-class _Weights:
-    """A copy of what training moves of a module, parameters and buffers, that can be put back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._copies = [parameter.detach().clone() for parameter in self._parameters]
-        self.buffers = _Buffers(module)
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copies them as they are now."""
-        for parameter, saved in zip(self._parameters, self._copies, strict=True):
-            saved.copy_(parameter)
-        self.buffers.keep()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the copies back."""
-        for parameter, saved in zip(self._parameters, self._copies, strict=True):
-            parameter.copy_(saved)
-        self.buffers.restore()
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:

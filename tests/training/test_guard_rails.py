@@ -399,38 +399,6 @@ def test_a_second_trainer_of_an_accelerator_leaves_the_scale_of_the_firsts_gradi
     torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-3, atol=1e-3)
 
 
-class Centred(nn.Module):
-    """Keeps a mean of its inputs in a buffer that it assigns anew."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(6, 3).double()
-        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
-
-    def forward(self, x):
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return self.linear(x - self.mean)
-
-
-def test_buffers_that_a_model_assigns_anew_are_put_back():
-    spoiled = X.clone()
-    spoiled[5, 0] = float("nan")
-    model, twin = Centred(), Centred()
-    with pytest.raises(NonFiniteError, match="last good weights"):
-        trainer_of(model).fit(loader(spoiled))
-    trainer_of(twin).fit([(X[:4], Y[:4])])
-    assert torch.equal(model.mean, twin.mean)
-    model = Centred()
-    with pytest.warns(UserWarning, match="left out"):
-        trainer_of(model, on_non_finite="skip").fit(loader(spoiled))
-    assert bool(model(X).isfinite().all())
-    measured = Centred()
-    trainer_of(measured, gradient_norms_every=1).fit([(X[:4], Y[:4])])
-    assert torch.equal(measured.mean, twin.mean)
-
-
 def test_gradient_norms_are_measured_before_an_automatic_weight_is_set():
     results = []
     for every in (None, 1):
@@ -525,45 +493,6 @@ def test_each_automatic_weight_is_reported():
     row = trainer_of(net, regularizers).fit(loader())[0]
     assert row["stability_weight"] == regularizers[0].weight
     assert row["stability_weight_2"] == regularizers[1].weight != regularizers[0].weight
-
-
-class Queue(nn.Module):
-    """Buffers of every kind: that grow, change their type, begin as None, are expanded."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(6, 3).double()
-        self.register_buffer("seen", torch.zeros(0, 6, dtype=torch.float64))
-        self.register_buffer("kind", torch.zeros(1))
-        self.register_buffer("last", None)
-        self.register_buffer("grid", torch.arange(6.0, dtype=torch.float64).expand(4, 6))
-
-    def forward(self, x):
-        if self.training:
-            self.seen = torch.cat([self.seen, x.detach()])
-            self.kind = self.kind.double() if self.kind.dtype == torch.float32 else self.kind.float()
-            self.last = x.detach().mean(0)
-        return self.linear(x + 0 * self.grid[0]) + 0 * (0 if self.last is None else self.last.sum())
-
-    def state(self):
-        return [self.seen, self.kind, self.last, self.grid]
-
-
-def test_buffers_of_every_kind_are_put_back():
-    spoiled = [(X[:4], Y[:4]), (X[4:8] * float("nan"), Y[4:8]), (X[4:8] * float("nan"), Y[4:8]), (X[8:], Y[8:])]
-    model, twin = Queue(), Queue()
-    with pytest.warns(UserWarning, match="left out"):
-        trainer_of(model, on_non_finite="skip").fit(spoiled, epochs=2)
-    trainer_of(twin).fit([spoiled[0], spoiled[3]], epochs=2)
-    for ours, theirs in zip(model.state(), twin.state(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.dtype == theirs.dtype
-    model = Queue()
-    with pytest.raises(NonFiniteError, match="last good weights"):
-        trainer_of(model).fit(spoiled[1:])
-    assert model.last is None
-    assert not len(model.seen)
 
 
 class Exploding(nn.Module):
