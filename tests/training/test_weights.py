@@ -125,3 +125,12 @@ def test_buffers_made_under_inference_mode():
     kept.keep()
     kept.restore()
     assert net.grid.tolist() == [1.0, 1.0]
+
+
+def test_a_buffer_that_was_given_another_size_in_place():
+    net = nn.Linear(2, 2)
+    net.register_buffer("queue", torch.ones(2))
+    kept = Buffers(net)
+    net.queue.resize_(3).fill_(5.0)
+    kept.restore()
+    assert net.queue.tolist() == [1.0, 1.0]
