@@ -92,6 +92,12 @@ def no_graph() -> Iterator[None]:
         yield
 
 
+def precision(device: torch.device) -> torch.dtype:
+    """The type in which matrices of single precision are multiplied: autocast's, where it is on."""
+    one = torch.ones(1, 1, device=device, dtype=torch.float32)
+    return (one @ one).dtype
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of its batches (BatchNorm, InstanceNorm)."""
     return isinstance(module, _NormBase)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_idexpo._modes import is_compiled, no_graph
+from captum_idexpo._modes import is_compiled, no_graph, precision
 from captum_idexpo._random import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
@@ -189,8 +189,7 @@ class _Conditions:
         self._modes: dict[nn.Module, bool] = {}
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._streams = streams(self._devices)
-        one = torch.ones(1, 1, device=self._device, dtype=torch.float32)
-        self._precision = (one @ one).dtype  # autocast's, where it is on
+        self._precision = precision(self._device)
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
             self._note(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class _Accumulated(Metric):
     is_differentiable = False
     full_state_update = False
     forward_func: Callable[..., Any]
+    total: Tensor
+    count: Tensor
 
     def __init__(
         self, forward_func: Any, baselines: Any = None, *, metric_kwargs: dict[str, Any] | None = None
@@ -38,11 +40,10 @@ class _Accumulated(Metric):
         super().__init__(**(metric_kwargs or {}))
         self.__dict__["forward_func"] = forward_func  # the user's; no submodule of a metric
         self.baselines = baselines
-        # A MetricCollection takes metrics whose states have the same names and, once, the same values for the same.
-        number = next(_NUMBERS)
-        self._total, self._count = f"total_{number}", f"count_{number}"
-        self.add_state(self._total, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state(self._count, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # A MetricCollection takes metrics for one whose states have once been equal, whatever they score.
+        self.add_state("number", torch.tensor(next(_NUMBERS)), dist_reduce_fx="max")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Accumulated:
         """A copy that scores the same model, as torchmetrics' ``clone``."""
@@ -52,23 +53,13 @@ class _Accumulated(Metric):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
-    @property
-    def total(self) -> Tensor:
-        """The sum of the scores seen, in this process."""
-        return cast(Tensor, getattr(self, self._total))
-
-    @property
-    def count(self) -> Tensor:
-        """How many examples were seen, in this process."""
-        return cast(Tensor, getattr(self, self._count))
-
     def compute(self) -> Tensor:
         """The mean over what was seen."""
         return self.total / self.count
 
     def _add(self, scores: Tensor) -> None:
-        setattr(self, self._total, self.total + scores.double().sum())
-        setattr(self, self._count, self.count + len(scores))
+        self.total += scores.double().sum()
+        self.count += len(scores)
 
 
 class Insertion(_Accumulated):

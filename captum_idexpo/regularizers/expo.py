@@ -25,6 +25,7 @@ from captum_idexpo._evaluation import (
     slices,
 )
 from captum_idexpo._features import FeatureLayout
+from captum_idexpo._modes import precision
 from captum_idexpo._random import source
 from captum_idexpo._sharing import drawn_for
 from captum_idexpo.attr.sampling import lime_masks
@@ -373,8 +374,7 @@ class Stability(_Local):
 
 def _in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Under autocast halves, which an earlier layer returned, in the precision of the model's weights."""
-    one = torch.ones(1, 1, device=tensors[0].device, dtype=torch.float32)
-    if (one @ one).dtype == torch.float32:
+    if precision(tensors[0].device) == torch.float32:
         return tensors
     return tuple(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in tensors)
 

@@ -314,6 +314,7 @@ class ExplanationRegularizedTrainer:
             "loss" (the task's), "accuracy", "insertion", "deletion", "one_minus_deletion" and "valscore" (eq. 15).
             Without an `InsertionDeletion` to judge, only loss, accuracy and valscore; for raw outputs (regression)
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
+            Targets beyond 0 and 1 for a single column are a regression's, too, and have no accuracy.
         """
         return self._evaluate(self._prepare(loader), explain)
 

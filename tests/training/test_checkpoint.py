@@ -643,3 +643,22 @@ def test_a_loss_of_another_kind_is_refused(tmp_path):
     trainer(nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))).fit([(X, Y)])
     with pytest.raises(CheckpointError, match="its loss_fn is CrossEntropyLoss, this one's None"):
         trainer(nn.functional.cross_entropy).resume()
+
+
+def test_worker_processes_that_persist_start_anew_within_the_first_epoch(tmp_path, killed):
+    def trainer_and_loader(folder):
+        net = smooth_conv_net().train()
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        settings = {"checkpoint_dir": folder, "checkpoint_every": 1, "show_progress": False}
+        trainer = ExplanationRegularizedTrainer(net, optimizer, **settings)
+        data = TensorDataset(X, Y)
+        return trainer, DataLoader(data, 5, shuffle=True, num_workers=1, persistent_workers=True)
+
+    whole, loader = trainer_and_loader(None)
+    expected = whole.fit(loader, epochs=2)
+    trainer, loader = trainer_and_loader(tmp_path)
+    killed(trainer, loader, epochs=2, after=2)
+    resumed, loader = trainer_and_loader(tmp_path)
+    resumed.resume()
+    assert without_times(resumed.fit(loader, epochs=2)) == without_times(expected)
