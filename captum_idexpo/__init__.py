@@ -4,7 +4,7 @@
 `regularizers` the loss terms made of them, `training` a loss module and a trainer.
 """
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._core.errors import NonFiniteError
 from captum_idexpo._version import __version__
 from captum_idexpo.training import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
 

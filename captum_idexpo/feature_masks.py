@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError, all_finite
+from captum_idexpo._core.errors import NonFiniteError, all_finite
 
 
 def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:

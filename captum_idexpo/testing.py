@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._random import accelerators, seeded
+from captum_idexpo._core.rng import accelerators, seeded
 
 _STEPS = (1e-5, 1e-6, 1e-7)
 """Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""

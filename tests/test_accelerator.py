@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import captum_idexpo.attr
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo._random import accelerators, kept_streams, seeded
+from captum_idexpo._core.rng import accelerators, kept_streams, seeded
 from captum_idexpo.attr import (
     FeatureAblation,
     KernelShap,

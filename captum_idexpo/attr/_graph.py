@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_idexpo._modes import module_of, no_graph, no_weights_left
-from captum_idexpo._recomputation import leaves_of
+from captum_idexpo._core.memory import leaves_of
+from captum_idexpo._core.modes import module_of, no_graph, no_weights_left
 
 Computation = Callable[[Any], Any]
 """inputs -> attribution: a tensor, or tuples and lists of them."""

@@ -14,24 +14,17 @@ from captum.attr._core.lime import construct_feature_mask
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError, all_finite, warn
-from captum_idexpo._evaluation import (
-    BatchForward,
-    align_baselines,
-    default_rows_per_forward,
-    evaluate_copies,
-    look,
-    masked_copies,
-    slices,
-)
-from captum_idexpo._features import FeatureLayout, as_numbers
-from captum_idexpo._modes import no_graph
-from captum_idexpo._recomputation import MemoryBudget
+from captum_idexpo._core.chunks import look, slices
+from captum_idexpo._core.errors import NonFiniteError, all_finite, warn
+from captum_idexpo._core.features import FeatureLayout, as_numbers, masked_copies
+from captum_idexpo._core.forward import BatchForward, evaluate_copies
+from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.modes import no_graph
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
 
 _VALUES_AT_ONCE = 2**22  # of masks as numbers, or of Gram matrices
-_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}  # of outputs in passes of different sizes, by their largest
 
 
 @dataclass(frozen=True)
@@ -276,42 +269,3 @@ def _check_weights(weights: Tensor) -> None:
         raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")
     if not min(totals) > 0:
         raise ValueError("The similarity of every perturbed copy is 0: raise the kernel_width.")
-
-
-def copies_per_forward(
-    plain: Tensor, perturbed: Tensor | None, together: Callable[[list[int]], Any], tensors: tuple[Tensor, ...]
-) -> int:
-    """How many copies of a batch one forward pass is given: as many as suit the device, or 1 where they do not mix.
-
-    Args:
-        plain: the outputs of the batch alone, ``(B, ...)``.
-        perturbed: those of a perturbed copy alone, if they are known.
-        together: evaluates plain (1) and perturbed (0) copies in one pass, in the order given.
-        tensors: the batch.
-    """
-    n_examples = len(tensors[0])
-    if not plain.dim() or len(plain) != n_examples or not n_examples:
-        return 1
-    if any(len(tensor) != n_examples for tensor in tensors):
-        return 1
-    at_most = default_rows_per_forward(tensors) // n_examples
-    if at_most < 2:
-        return 1
-    # A copy may be moved by those before it or behind it, by the first one's rows or the last one's.
-    order = [0, 1, 1, 0][:at_most]
-    try:
-        with no_graph():
-            mixed = together(order)
-    except Exception:
-        return 1  # it may know batches of one size only
-    if not isinstance(mixed, Tensor) or mixed.shape != (len(order) * n_examples, *plain.shape[1:]):
-        return 1
-    copies = mixed.detach().double().unflatten(0, (len(order), n_examples))
-    alone = torch.stack([copies[0] if perturbed is None else perturbed.detach().double(), plain.detach().double()])
-    # What counts is the size of what is measured, beyond rounding: outputs may have a large offset.
-    rounding = _ROUNDING.get(mixed.dtype, 0.03) * alone.abs().amax()
-    known = slice(1, 3) if perturbed is None else slice(None)
-    off = (copies - alone[order])[known].abs()
-    if not bool((off <= 3e-3 * alone.diff(dim=0).abs().amax() + rounding).all()):
-        return 1  # copies move each other, or an argument was taken for one of each example
-    return at_most

@@ -22,9 +22,9 @@ from captum.attr._core.feature_ablation import _parse_forward_out, process_initi
 from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
-from captum_idexpo._evaluation import align_baselines, with_batch_axis
+from captum_idexpo._core.chunks import copies_per_forward
+from captum_idexpo._core.inputs import align_baselines, with_batch_axis
 from captum_idexpo.attr._graph import by_outputs, note_output
-from captum_idexpo.attr._perturbation import copies_per_forward
 from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from captum.attr import KernelShap as CaptumKernelShap
 from torch import Generator, Tensor
 
-from captum_idexpo._sharing import drawn_for, drawn_for_all
+from captum_idexpo._core.sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.lime import Lime

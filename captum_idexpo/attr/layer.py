@@ -19,7 +19,7 @@ from captum._utils.typing import BaselineType, TargetType
 from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
 from torch import Tensor, nn
 
-from captum_idexpo._checkpointing import refused_inside
+from captum_idexpo._core.checkpointing import refused_inside
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, with_gradients
 from captum_idexpo.attr._usage import logged, part
 from captum_idexpo.attr.ablation import FeatureAblation

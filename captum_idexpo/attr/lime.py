@@ -15,11 +15,11 @@ from captum.attr import Lime as CaptumLime
 from captum.attr._core.lime import default_perturb_func
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._errors import warn
-from captum_idexpo._evaluation import BatchForward
-from captum_idexpo._modes import module_of, no_graph
-from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo._sharing import drawn_for, drawn_for_all
+from captum_idexpo._core.errors import warn
+from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.modes import module_of, no_graph
+from captum_idexpo._core.sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import keeps_graph, require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples

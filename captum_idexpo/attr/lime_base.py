@@ -13,7 +13,7 @@ from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import TargetType
 from torch import Tensor
 
-from captum_idexpo._errors import warn
+from captum_idexpo._core.errors import warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._perturbation import Samples
 from captum_idexpo.attr._usage import logged

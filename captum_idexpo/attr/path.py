@@ -9,7 +9,7 @@ import torch
 from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor
 
-from captum_idexpo._errors import warn
+from captum_idexpo._core.errors import warn
 from captum_idexpo.attr._graph import keeps_graph
 
 Explainer = TypeVar("Explainer", bound="InSteps")

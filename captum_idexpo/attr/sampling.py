@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._order import ascending
-from captum_idexpo._random import source
+from captum_idexpo._core.order import ascending
+from captum_idexpo._core.rng import source
 
 LIME_SAMPLINGS: tuple[str, ...] = ("captum", "independent", "paired", "orthogonal")
 KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")

@@ -17,11 +17,12 @@ from captum.attr._core.shapley_value import _shape_feature_mask
 from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline, _tensorize_baseline
 from torch import Tensor
 
-from captum_idexpo._errors import warn
-from captum_idexpo._evaluation import BatchForward, align_baselines, masked_copies, slices, with_batch_axis
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._core.chunks import copies_per_forward, slices
+from captum_idexpo._core.errors import warn
+from captum_idexpo._core.features import FeatureLayout, masked_copies
+from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.inputs import align_baselines, with_batch_axis
 from captum_idexpo.attr._graph import by_outputs
-from captum_idexpo.attr._perturbation import copies_per_forward
 from captum_idexpo.attr._usage import TensorOrTensors, logged, part
 
 _MANY_COALITIONS = 2**16

@@ -19,7 +19,7 @@ import torch
 from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from torch import Tensor
 
-from captum_idexpo._features import as_numbers
+from captum_idexpo._core.features import as_numbers
 from captum_idexpo.attr._evidence import averaged_ridge
 
 

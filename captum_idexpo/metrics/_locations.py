@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_idexpo._errors import NonFiniteError, all_finite
-from captum_idexpo._evaluation import align_baselines, with_batch_axis
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._core.features import FeatureLayout
+from captum_idexpo._core.inputs import as_tuple, with_batch_axis
 
 
 @dataclass(frozen=True)
@@ -77,61 +75,6 @@ def groups_of(feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout | 
     return FeatureLayout.of_mask(
         tuple(map(with_batch_axis, masks, inputs)) if len(masks) == len(inputs) else masks, inputs
     )
-
-
-def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
-    """A tensor or a tuple of tensors as a tuple; TypeError for anything else, with the cure for a mapping."""
-    formatted: tuple[Tensor, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
-    for tensor in formatted:
-        if isinstance(tensor, Mapping):
-            keys = ", ".join(map(str, tensor))
-            raise TypeError(
-                f"{name} must be a tensor or a tuple of tensors, given: a mapping of {keys}. Let the loader yield the "
-                "tensors that are explained, and wrap the model in a module whose forward method takes these, such "
-                f"as\n    def forward(self, {keys}):\n"
-                f"        return self.model({', '.join(f'{key}={key}' for key in tensor)})"
-            )
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor or a tuple of tensors, given: {type(tensor).__name__}.")
-    return formatted
-
-
-def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Inputs and baselines as tuples that fit each other.
-
-    Raises:
-        ValueError: an empty batch, tensors of different batch sizes, values that are not finite, a baseline that
-            does not fit.
-        TypeError: something else than tensors, or for baselines numbers.
-    """
-    tensors = as_tuple(inputs, "inputs")
-    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1:
-        raise ValueError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
-    if sizes == {0}:
-        raise ValueError("The batch is empty: there is nothing to score.")
-    if baselines is None:
-        baselines = (0,) * len(tensors)
-    elif not isinstance(baselines, tuple):
-        baselines = (baselines,)
-    for baseline in baselines:
-        if not isinstance(baseline, (Tensor, int, float)):
-            raise TypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
-    if len(baselines) == len(tensors):
-        baselines = tuple(map(with_batch_axis, baselines, tensors))
-    aligned = align_baselines(baselines, tensors)
-    if check_finite:
-        require_finite(tensors, "inputs")
-    return tensors, aligned
-
-
-def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
-    """Raises NonFiniteError where a tensor holds NaN or infinity."""
-    for index, tensor in enumerate(tensors):
-        if tensor.is_floating_point() and not all_finite(tensor):
-            rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
-            which = f"{name}[{index}]" if len(tensors) > 1 else name
-            raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
 
 
 def _aligned(map: Tensor, tensor: Tensor) -> Tensor:

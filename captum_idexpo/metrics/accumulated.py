@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_idexpo._modes import no_graph
+from captum_idexpo._core.modes import no_graph
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion
 
 try:

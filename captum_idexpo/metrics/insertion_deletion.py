@@ -24,11 +24,13 @@ import torch
 from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
-from captum_idexpo._evaluation import evaluate_copies, masked_copies
-from captum_idexpo._random import source
-from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo._sharing import drawn_for
-from captum_idexpo.metrics._locations import Locations, check_inputs, groups_of, require_finite
+from captum_idexpo._core.features import masked_copies
+from captum_idexpo._core.forward import evaluate_copies
+from captum_idexpo._core.inputs import check_inputs, require_finite
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.rng import source
+from captum_idexpo._core.sharing import drawn_for
+from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._evaluation import default_rows_per_forward, slices
-from captum_idexpo._modes import no_graph
-from captum_idexpo._random import source
+from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.modes import no_graph
+from captum_idexpo._core.rng import source
 from captum_idexpo.attr.surrogates import LinearRegression, Ridge
 
 

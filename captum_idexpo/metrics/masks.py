@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from captum_idexpo._order import ascending, descending_ranks
+from captum_idexpo._core.order import ascending, descending_ranks
 
 _EXACT = (torch.float32, torch.float64)
 """Types that hold the rank of any location: float32 of 2^24, an image of 4096 x 4096."""

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_idexpo._errors import NonFiniteError, warn
-from captum_idexpo._modes import eval_mode as held_in_eval_mode
-from captum_idexpo._modes import module_of, no_graph
-from captum_idexpo._random import accelerators, kept_streams
-from captum_idexpo.metrics._locations import as_tuple
-from captum_idexpo.metrics._scoring import OUTPUTS, class_labels, require_integers
+from captum_idexpo._core.errors import NonFiniteError, warn
+from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
+from captum_idexpo._core.modes import module_of, no_graph
+from captum_idexpo._core.rng import accelerators, kept_streams
+from captum_idexpo._core.targets import class_labels, require_integers
+from captum_idexpo.metrics._scoring import OUTPUTS
 from captum_idexpo.regularizers._explaining import Explaining
 
 Weight = float | Literal["auto"]

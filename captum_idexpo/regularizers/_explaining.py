@@ -10,8 +10,8 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
-from captum_idexpo._evaluation import BatchForward
-from captum_idexpo._modes import eval_mode, module_of, no_graph
+from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._usage import require_trainable
 
 

@@ -18,20 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._evaluation import (
-    align_baselines,
-    default_rows_per_forward,
-    masked_copies,
-    slices,
-)
-from captum_idexpo._features import FeatureLayout
-from captum_idexpo._modes import precision
-from captum_idexpo._random import source
-from captum_idexpo._sharing import drawn_for
+from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.features import FeatureLayout, masked_copies
+from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.modes import precision
+from captum_idexpo._core.rng import source
+from captum_idexpo._core.sharing import drawn_for
+from captum_idexpo._core.targets import class_labels
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
 from captum_idexpo.metrics._locations import groups_of
-from captum_idexpo.metrics._scoring import TargetScorer, class_labels
+from captum_idexpo.metrics._scoring import TargetScorer
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 
 

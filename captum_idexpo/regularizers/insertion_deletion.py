@@ -21,13 +21,16 @@ import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._errors import warn
-from captum_idexpo._evaluation import BatchForward, default_rows_per_forward, slices, with_batch_axis
-from captum_idexpo._modes import eval_mode as held_in_eval_mode
-from captum_idexpo._modes import module_of, no_graph
-from captum_idexpo._recomputation import MemoryBudget
-from captum_idexpo.metrics._locations import Locations, as_tuple, check_inputs, groups_of, require_finite
-from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, class_labels, predicted_class
+from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.errors import warn
+from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.inputs import as_tuple, check_inputs, require_finite, with_batch_axis
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
+from captum_idexpo._core.modes import module_of, no_graph
+from captum_idexpo._core.targets import class_labels
+from captum_idexpo.metrics._locations import Locations, groups_of
+from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, predicted_class
 from captum_idexpo.metrics.insertion_deletion import (
     InsertionDeletionScores,
     Masking,

@@ -17,9 +17,9 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_idexpo._errors import warn
-from captum_idexpo._evaluation import default_rows_per_forward, slices
-from captum_idexpo._modes import eval_mode as held_in_eval_mode
+from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.errors import warn
+from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._random import source
-from captum_idexpo._sharing import drawn_for
+from captum_idexpo._core.rng import source
+from captum_idexpo._core.sharing import drawn_for
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real

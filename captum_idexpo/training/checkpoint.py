@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from captum_idexpo._errors import warn
-from captum_idexpo._random import accelerators, set_streams, streams
+from captum_idexpo._core.errors import warn
+from captum_idexpo._core.rng import accelerators, set_streams, streams
 from captum_idexpo.training.generators import Generator, kind_of, set_state, state_of
 
 _MAGIC = b"captum-idexpo checkpoint 4\n"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._modes import eval_mode, module_of, no_graph
-from captum_idexpo._random import accelerators, seeded
-from captum_idexpo.metrics._scoring import class_labels, predicted_class
+from captum_idexpo._core.modes import eval_mode, module_of, no_graph
+from captum_idexpo._core.rng import accelerators, seeded
+from captum_idexpo._core.targets import class_labels
+from captum_idexpo.metrics._scoring import predicted_class
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training.loaders import as_in_first_pass, gathered_examples, left
 from captum_idexpo.training.loss import call_model, unpack_batch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from captum_idexpo._errors import NonFiniteError
-from captum_idexpo._sharing import share_of_batch
+from captum_idexpo._core.errors import NonFiniteError
+from captum_idexpo._core.sharing import share_of_batch
 
 _ROW = ("epoch", "loss", "valscore", "skipped", "seconds_per_step")
 """What stands beside the terms in a row of the history."""

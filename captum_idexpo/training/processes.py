@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from captum_idexpo._errors import NonFiniteError
+from captum_idexpo._core.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

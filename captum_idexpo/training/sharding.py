@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from captum_idexpo._modes import is_batch_norm
+from captum_idexpo._core.modes import is_batch_norm
 from captum_idexpo.training.loss import ExplanationRegularizedLoss
 
 if TYPE_CHECKING:

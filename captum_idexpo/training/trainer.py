@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from captum_idexpo._errors import NonFiniteError, warn
-from captum_idexpo._modes import is_compiled, no_graph, training_mode
+from captum_idexpo._core.errors import NonFiniteError, warn
+from captum_idexpo._core.modes import is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_idexpo.metrics._locations import require_finite
+from captum_idexpo._core.inputs import require_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

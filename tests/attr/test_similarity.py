@@ -6,8 +6,7 @@ import pytest
 import torch
 from captum.attr._core.lime import get_exp_kernel_similarity_function
 
-from captum_idexpo._evaluation import masked_copies
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._core.features import FeatureLayout, masked_copies
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from captum_idexpo.metrics._scoring import TargetScorer, class_labels, predicted_class
+from captum_idexpo._core.targets import class_labels
+from captum_idexpo.metrics._scoring import TargetScorer, predicted_class
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, -1.0]], dtype=torch.float64)
 COLUMN = torch.tensor([[0.7], [-1.2]], dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._core.features import FeatureLayout
 
 
 def literal_spread(values, mask, shape):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo._errors import all_finite
+from captum_idexpo._core.errors import all_finite
 from captum_idexpo.attr import IntegratedGradients, Lime, Saliency
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion

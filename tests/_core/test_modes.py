@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo._modes import eval_mode, module_of, training_mode
+from captum_idexpo._core.modes import eval_mode, module_of, training_mode
 
 
 def net():

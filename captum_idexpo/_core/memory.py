@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_idexpo._modes import is_compiled, no_graph, precision
-from captum_idexpo._random import accelerators, kept_streams, set_streams, streams
+from captum_idexpo._core.modes import is_compiled, no_graph, precision
+from captum_idexpo._core.rng import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
 """(examples, copies)"""

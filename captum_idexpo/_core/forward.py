@@ -8,99 +8,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from captum._utils.common import _select_targets
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_leaves
 
-from captum_idexpo._features import FeatureLayout, as_numbers
-from captum_idexpo._modes import is_compiled, module_of
-from captum_idexpo._recomputation import Chunk, MemoryBudget
-
-# On a CPU a layer's output of about two megabytes stays in the caches and is large enough to occupy the cores: mostly
-# within a few percent of the best size, for networks from 64 to 65,000 values, where 400 rows of a ResNet-20 take half
-# as long again. A GPU wants more; its numbers are not measured.
-_VALUES_ON_CPU, _MAX_ROWS_ON_CPU = 2**19, 2**12
-_VALUES_ON_ACCELERATORS, _MAX_ROWS_ON_ACCELERATORS = 2**26, 2**13
-# A network's weights are fetched for a few rows as for many: of wide layers 32, of large images 8, if they fit.
-_ROWS_OF_WIDE_LAYERS = 32
-_ROWS_OF_LARGE_INPUTS = 8
-_VALUES_OF_FEW_ROWS = 2**21
-_LARGEST_OVER_INPUTS = 4  # where nothing is known of a forward function
-ROWS_TO_LOOK_AT = 8
-"""Where a forward function is only looked at, be it for the shape of its output or the size of its graph."""
+from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
+from captum_idexpo._core.memory import Chunk, MemoryBudget
 
 Perturbation = Callable[..., tuple[Tensor, ...]]
 """(examples, copies, *through) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
-
-
-def default_rows_per_forward(inputs: tuple[Tensor, ...], largest_output: int | None = None) -> int:
-    """Rows of one forward pass when the user names none, the same in every run.
-
-    As many as give the largest of a network's tensors 2^19 values on a CPU (up to 4096 rows), 2^26 (8192) on an
-    accelerator. Where that is less, 32 rows of it or eight of the inputs, if they have 2^21 values at most; one row at
-    least.
-
-    Args:
-        inputs: tensors ``(B, ...)``.
-        largest_output: values a row of the largest output of a module; None: unknown, taken for four times the inputs.
-    """
-    on_cpu = inputs[0].device.type == "cpu"
-    budget = _VALUES_ON_CPU if on_cpu else _VALUES_ON_ACCELERATORS
-    most = _MAX_ROWS_ON_CPU if on_cpu else _MAX_ROWS_ON_ACCELERATORS
-    of_inputs = max(1, sum(math.prod(tensor.shape[1:]) for tensor in inputs))
-    largest = _LARGEST_OVER_INPUTS * of_inputs if largest_output is None else max(of_inputs, largest_output)
-    few = min(_ROWS_OF_WIDE_LAYERS, _VALUES_OF_FEW_ROWS // largest)
-    fewer = min(_ROWS_OF_LARGE_INPUTS, _VALUES_OF_FEW_ROWS // of_inputs)
-    return max(1, fewer, few, min(most, budget // largest))
-
-
-def look(
-    forward_func: Callable[..., Any], evaluate: Callable[[], Any], inputs: tuple[Tensor, ...], n_rows: int
-) -> tuple[Any, int]:
-    """Evaluates a few rows: what they return, and how many rows a forward pass had best have.
-
-    A module's layers tell. A forward function that is no module is not looked into, nor a compiled one, which under
-    hooks may be compiled anew.
-
-    Args:
-        forward_func: what `evaluate` calls.
-        evaluate: calls it with ``n_rows`` rows.
-        inputs: tensors ``(B, ...)``.
-    """
-    layers = _layers(module_of(forward_func))
-    sizes: list[int] = []
-
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if module in layers:
-            outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-            sizes.extend(tensor.numel() // n_rows for tensor in outputs if isinstance(tensor, Tensor))
-
-    with register_module_forward_hook(note) if layers else nullcontext():
-        output = evaluate()
-    return output, default_rows_per_forward(inputs, max(sizes, default=None))
-
-
-def _layers(module: nn.Module | None) -> set[nn.Module]:
-    """The modules whose outputs are rows: not those that make a weight; none of a compiled model.
-
-    Of a model's own output only PyTorch's say how large it gets inside; others may call functions.
-    """
-    parts = [] if module is None else list(module.modules())
-    if module is None or any(map(is_compiled, parts)):
-        return set()
-    layers = set(parts)
-    for part in parts:
-        if isinstance(part, ParametrizationList):
-            layers -= set(part.modules())
-    return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
 
 
 class BatchForward:
@@ -260,7 +180,7 @@ def evaluate_copies(
         fitting = memory.admit(n_examples * n_copies)
         max_rows = max_rows if fitting is None else min(max_rows, fitting)
     blocks = [
-        [(examples, copies) for copies in _even_slices(n_copies, max_rows // (examples.stop - examples.start))]
+        [(examples, copies) for copies in even_slices(n_copies, max_rows // (examples.stop - examples.start))]
         for examples in slices(n_examples, max_rows)
     ]
     chunks = [chunk for block in blocks for chunk in block]
@@ -288,115 +208,3 @@ def _keep_freed_memory() -> None:
     This block is never touched, so it costs nothing itself.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
-
-def slices(total: int, size: int) -> Iterator[slice]:
-    """``range(total)`` in slices of the given size; the last one may be shorter."""
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _even_slices(total: int, at_most: int) -> Iterator[slice]:
-    """As few slices as can be, of nearly one size: a short last one would cost most of a long one's time."""
-    n_slices = -(-total // max(1, at_most))
-    return slices(total, -(-total // max(1, n_slices)))
-
-
-def masked_copies(
-    inputs: tuple[Tensor, ...],
-    baselines: tuple[Any, ...],
-    layout: FeatureLayout,
-    keep: Tensor,
-    examples: slice = slice(None),
-) -> tuple[Tensor, ...]:
-    """Copies of the inputs, the baseline standing where a boolean or soft mask says so.
-
-    Args:
-        inputs: each ``(B, ...)``.
-        baselines: each a number or a tensor that broadcasts against its input, aligned by `align_baselines`.
-        layout: where the D features lie in the inputs.
-        keep: ``(k, b, D)``: True (or 1) keeps the feature, False (or 0) puts the baseline.
-        examples: which b examples.
-    """
-    chosen = [
-        baseline[examples]
-        if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) > 1
-        else baseline
-        for baseline, tensor in zip(baselines, inputs, strict=True)
-    ]
-    dtypes = [_copies_dtype(tensor, baseline, keep) for tensor, baseline in zip(inputs, chosen, strict=True)]
-    # A mask of the inputs' type multiplies several times faster than a boolean one chooses; it is smallest before it
-    # is laid out over the inputs.
-    if len(set(dtypes)) == 1:
-        masks = layout.spread(as_numbers(keep, dtypes[0]), examples)
-    else:
-        masks = tuple(map(as_numbers, layout.spread(keep, examples), dtypes))
-    return tuple(
-        _mix(tensor[examples].to(dtype), baseline, mask)
-        for tensor, baseline, mask, dtype in zip(inputs, chosen, masks, dtypes, strict=True)
-    )
-
-
-def _copies_dtype(tensor: Tensor, baseline: Any, keep: Tensor) -> torch.dtype:
-    if tensor.is_floating_point() and not isinstance(baseline, Tensor):
-        return tensor.dtype
-    dtype = torch.result_type(tensor, baseline)
-    return dtype if dtype.is_floating_point or not keep.is_floating_point() else keep.dtype
-
-
-def _mix(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
-    """The tensor where the mask is 1, the baseline where it is 0, both to the last digit; mixtures between."""
-    copies: Tensor = mask * tensor
-    if not isinstance(baseline, Tensor) and baseline == 0:
-        return copies
-    if mask.dtype == torch.bool:
-        return torch.where(mask, tensor, baseline)
-    baseline = baseline.to(mask.dtype) if isinstance(baseline, Tensor) else baseline
-    copies = mask * tensor + (baseline - mask * baseline)
-    return copies
-
-
-def align_baselines(baselines: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Baselines that broadcast against their inputs in slices of the batch.
-
-    As in Captum, a tensor whose leading size is the batch's holds one baseline an example; any other broadcasts.
-
-    Raises:
-        ValueError: the number of baselines or the shape of one does not fit.
-    """
-    if len(baselines) != len(inputs):
-        raise ValueError(
-            f"baselines holds {len(baselines)} values for {len(inputs)} input tensors: give one baseline a tensor."
-        )
-    return tuple(_align_baseline(baseline, tensor) for baseline, tensor in zip(baselines, inputs, strict=True))
-
-
-def with_batch_axis(value: Any, tensor: Tensor) -> Any:
-    """A mask or baseline that lacks the input's leading axes, with axes of size 1 in their place.
-
-    It then broadcasts whatever the batch's size is; Captum would take ``(n, ...)`` for one row an example where n
-    happens to be that size.
-    """
-    if not isinstance(value, Tensor) or not value.dim() or value.dim() >= tensor.dim():
-        return value
-    return value.reshape(*[1] * (tensor.dim() - value.dim()), *value.shape)
-
-
-def _align_baseline(baseline: Any, tensor: Tensor) -> Any:
-    if not isinstance(baseline, Tensor):
-        return baseline
-    aligned = baseline.to(tensor.device)
-    if aligned.is_floating_point() and tensor.is_floating_point():
-        aligned = aligned.to(tensor.dtype)
-    if tensor.dim() and aligned.dim() and len(aligned) == len(tensor) > 1:
-        missing = tensor.dim() - aligned.dim()
-        aligned = aligned.reshape(len(aligned), *[1] * max(missing, 0), *aligned.shape[1:])
-    try:
-        fits = torch.broadcast_shapes(aligned.shape, tensor.shape) == tensor.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"A baseline of shape {tuple(baseline.shape)} does not fit the input of shape {tuple(tensor.shape)}: "
-            "give a number, a tensor of the input's shape, or one with a batch axis of size 1."
-        )
-    return aligned

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_idexpo._order import ascending, descending_ranks
+from captum_idexpo._core.order import ascending, descending_ranks
 
 VALUES = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf])
 NAN = math.nan

@@ -9,8 +9,8 @@ from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 from captum_idexpo import attr
-from captum_idexpo._checkpointing import depends_on_mode, refused_inside
-from captum_idexpo._modes import eval_mode
+from captum_idexpo._core.checkpointing import depends_on_mode, refused_inside
+from captum_idexpo._core.modes import eval_mode
 from captum_idexpo.attr import Lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, SaliencyGuided, Sparsity

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from captum_idexpo._checkpointing import depends_on_mode, refused_inside
+from captum_idexpo._core.checkpointing import depends_on_mode, refused_inside
 
 _IN_TRAINING_MODE = (
     "when the model is in training mode again: turn checkpointing off where it is in eval mode (`if self.training`), "

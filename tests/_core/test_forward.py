@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captum_idexpo._evaluation import (
-    BatchForward,
-    align_baselines,
-    default_rows_per_forward,
-    evaluate_copies,
-    look,
-    masked_copies,
-)
-from captum_idexpo._features import FeatureLayout
+from captum_idexpo._core.chunks import default_rows_per_forward, look
+from captum_idexpo._core.features import FeatureLayout, masked_copies
+from captum_idexpo._core.forward import BatchForward, evaluate_copies
+from captum_idexpo._core.inputs import align_baselines
 from captum_idexpo.attr import KernelShap, Lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion
