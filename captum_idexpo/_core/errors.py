@@ -1,4 +1,4 @@
-"""The package's own exception and how what it speaks of is found; warnings that point at the user's line."""
+"""The package's exceptions, the checks for NaN and infinity, and warnings that point at the caller's line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,28 @@ class NonFiniteError(FloatingPointError, ValueError):
     """NaN or infinity where a number is needed: in inputs, in attributions, in a model's outputs or in a loss."""
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; its sum tells, many times faster, unless that overflows."""
-    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+class InputError(ValueError, AssertionError, IndexError, RuntimeError):
+    """Arguments that do not fit each other: a `ValueError`.
+
+    Captum raises one of the other three types for the same mistake, depending on the class. Code written for Captum
+    that catches one of them also catches this error.
+    """
+
+
+for _error in (NonFiniteError, InputError):
+    _error.__module__ = "captum_idexpo"  # where users import it from, and what a traceback shows
+
+
+def all_finite(value: Tensor | float) -> bool:
+    """Return True if a number, or a tensor, holds neither NaN nor infinity."""
+    if not isinstance(value, Tensor):
+        return math.isfinite(value)
+    # A finite sum proves it, many times faster than a look at each value. The sum may overflow.
+    return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def warn(message: str) -> None:
-    """Warns at the line that calls into this package: by default Python shows a warning once for each line."""
+    """Warn at the line that calls this package, since Python shows a warning once per line by default."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_USERS:

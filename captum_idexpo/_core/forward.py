@@ -17,6 +17,7 @@ from captum._utils.common import _select_targets
 from torch import Tensor, nn
 
 from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
+from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.memory import Chunk, MemoryBudget
 
 Perturbation = Callable[..., tuple[Tensor, ...]]
@@ -53,6 +54,7 @@ class BatchForward:
         elif not isinstance(additional_forward_args, tuple):
             additional_forward_args = (additional_forward_args,)
         self.forward_func = forward_func
+        self.target = target
         # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time. A
         # module's call takes whatever there is.
         is_module = isinstance(forward_func, nn.Module)
@@ -93,6 +95,23 @@ class BatchForward:
             except Exception:
                 output = self.forward_func(*rows, *self.additional_forward_args)
         return self._select(output, examples, n_copies)
+
+    def of_rows(self, rows: Tensor) -> BatchForward:
+        """Return the same forward function bound to the arguments of some examples, whose numbers are given."""
+
+        def chosen(argument: Any) -> Any:
+            return _of_rows(argument, self.n_examples, rows)
+
+        return BatchForward(
+            self.forward_func,
+            tuple(
+                argument if isinstance(argument, list) and not self._repeats_lists else chosen(argument)
+                for argument in self.additional_forward_args
+            ),
+            len(rows),
+            chosen(self.target),
+            lists_of_examples=self._repeats_lists,
+        )
 
     def _select(self, output: Any, examples: slice, n_copies: int) -> Any:
         if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:
@@ -139,6 +158,14 @@ def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) ->
         return some.repeat(n_copies, *[1] * (argument.dim() - 1))
     if isinstance(argument, list) and len(argument) == n_examples:
         return argument[examples] * n_copies
+    return argument
+
+
+def _of_rows(argument: Any, n_examples: int, rows: Tensor) -> Any:
+    if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
+        return argument[rows.to(argument.device)]
+    if isinstance(argument, list) and len(argument) == n_examples:
+        return [argument[row] for row in rows.tolist()]
     return argument
 
 
@@ -197,6 +224,45 @@ def evaluate_copies(
         for block in blocks
     ]
     return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).T
+
+
+def evaluate_batches(
+    evaluate: Callable[[tuple[Tensor, ...], int], Tensor],
+    perturb: Callable[[slice], tuple[Tensor, ...]],
+    n_copies: int,
+    at_a_time: int,
+    plain: Tensor,
+    on_forward: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Evaluate perturbed copies of a whole batch, so many copies at a time, for methods that perturb all rows alike.
+
+    Args:
+        evaluate: (rows, number of copies) -> their outputs, copy by copy.
+        perturb: makes the copies asked for, tensors ``(k, B, ...)``.
+        n_copies: copies to evaluate.
+        at_a_time: copies in one forward pass.
+        plain: the output on the batch itself, of any shape.
+        on_forward: called after each forward pass.
+
+    Returns:
+        ``(n_copies, *plain.shape)``. Follows the ambient gradient mode.
+
+    Raises:
+        InputError: the output does not grow with the number of copies.
+    """
+    outputs = [plain.new_zeros(0, *plain.shape)]
+    for chunk in slices(n_copies, at_a_time):
+        size = chunk.stop - chunk.start
+        output = evaluate(tuple(copies.flatten(0, 1) for copies in perturb(chunk)), size)
+        if output.numel() != size * plain.numel():
+            raise InputError(
+                f"The forward function returned an output of shape {tuple(output.shape)} for {size} copies of a batch "
+                f"on which it returns {tuple(plain.shape)}: pass perturbations_per_eval=1 if it returns one value for "
+                "the whole batch."
+            )
+        outputs.append(output.reshape(size, *plain.shape))
+        on_forward()
+    return torch.cat(outputs)
 
 
 @functools.cache

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from captum_idexpo._core.errors import NonFiniteError, all_finite
+from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite
 
 
 def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
-    """A tensor or a tuple of tensors as a tuple; TypeError for anything else, with the cure for a mapping."""
+    """Return a tensor or a tuple of tensors as a tuple; TypeError for anything else, with the cure for a mapping."""
     formatted: tuple[Tensor, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
     for tensor in formatted:
         if isinstance(tensor, Mapping):
@@ -29,19 +28,19 @@ def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
 
 
 def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Inputs and baselines as tuples that fit each other.
+    """Return inputs and baselines as tuples that fit each other.
 
     Raises:
-        ValueError: an empty batch, tensors of different batch sizes, values that are not finite, a baseline that
-            does not fit.
-        TypeError: something else than tensors, or for baselines numbers.
+        InputError: an empty batch, tensors of different batch sizes, a baseline that does not fit.
+        NonFiniteError: inputs or baselines hold NaN or infinity.
+        TypeError: inputs that are no tensors, baselines that are neither numbers nor tensors.
     """
     tensors = as_tuple(inputs, "inputs")
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1:
-        raise ValueError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
+        raise InputError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
     if sizes == {0}:
-        raise ValueError("The batch is empty: there is nothing to score.")
+        raise InputError("The batch is empty: there is nothing to score.")
     if baselines is None:
         baselines = (0,) * len(tensors)
     elif not isinstance(baselines, tuple):
@@ -49,16 +48,16 @@ def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple
     for baseline in baselines:
         if not isinstance(baseline, (Tensor, int, float)):
             raise TypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
-    if len(baselines) == len(tensors):
-        baselines = tuple(map(with_batch_axis, baselines, tensors))
     aligned = align_baselines(baselines, tensors)
     if check_finite:
         require_finite(tensors, "inputs")
+        if not all(map(all_finite, aligned)):
+            raise NonFiniteError("NaN or infinity in baselines.")
     return tensors, aligned
 
 
 def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
-    """Raises NonFiniteError where a tensor holds NaN or infinity."""
+    """Raise NonFiniteError if a tensor holds NaN or infinity."""
     for index, tensor in enumerate(tensors):
         if tensor.is_floating_point() and not all_finite(tensor):
             rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
@@ -67,47 +66,51 @@ def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
 
 
 def align_baselines(baselines: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Baselines that broadcast against their inputs in slices of the batch.
+    """Return baselines that broadcast against slices of their inputs.
 
-    As in Captum, a tensor whose leading size is the batch's holds one baseline an example; any other broadcasts.
+    A tensor with as many axes as its input has a batch axis of size 1 or B. A tensor with fewer axes has none.
 
     Raises:
-        ValueError: the number of baselines or the shape of one does not fit.
+        InputError: the number of baselines, or the shape of one, does not fit.
     """
     if len(baselines) != len(inputs):
-        raise ValueError(
-            f"baselines holds {len(baselines)} values for {len(inputs)} input tensors: give one baseline a tensor."
+        raise InputError(
+            f"baselines holds {len(baselines)} values for {len(inputs)} input tensors: give one baseline per tensor."
         )
     return tuple(_align_baseline(baseline, tensor) for baseline, tensor in zip(baselines, inputs, strict=True))
 
 
 def with_batch_axis(value: Any, tensor: Tensor) -> Any:
-    """A mask or baseline that lacks the input's leading axes, with axes of size 1 in their place.
+    """Return a mask or baseline with axes of size 1 in place of the leading axes that it lacks.
 
-    It then broadcasts whatever the batch's size is; Captum would take ``(n, ...)`` for one row an example where n
-    happens to be that size.
+    A tensor with fewer axes than the input has no batch axis, whatever the sizes are. Captum reads ``(n, ...)`` as one
+    row per example if n happens to be the batch's size.
     """
-    if not isinstance(value, Tensor) or not value.dim() or value.dim() >= tensor.dim():
+    if not isinstance(value, Tensor) or value.dim() >= tensor.dim():
         return value
     return value.reshape(*[1] * (tensor.dim() - value.dim()), *value.shape)
 
 
+def broadcasts(value: Tensor, tensor: Tensor) -> bool:
+    """Return True if a tensor has the axes of another one, each of the same size or of size 1."""
+    same_axes = value.dim() == tensor.dim()
+    return same_axes and all(size in (1, full) for size, full in zip(value.shape, tensor.shape, strict=True))
+
+
 def _align_baseline(baseline: Any, tensor: Tensor) -> Any:
     if not isinstance(baseline, Tensor):
-        return baseline
+        # Integers, such as token ids, stay integers where the baseline is one, too.
+        whole = isinstance(baseline, float) and baseline.is_integer() and not tensor.is_floating_point()
+        return int(baseline) if whole else baseline
     aligned = baseline.to(tensor.device)
-    if aligned.is_floating_point() and tensor.is_floating_point():
+    if aligned.is_floating_point() and (tensor.is_floating_point() or bool((aligned == aligned.round()).all())):
         aligned = aligned.to(tensor.dtype)
-    if tensor.dim() and aligned.dim() and len(aligned) == len(tensor) > 1:
-        missing = tensor.dim() - aligned.dim()
-        aligned = aligned.reshape(len(aligned), *[1] * max(missing, 0), *aligned.shape[1:])
-    try:
-        fits = torch.broadcast_shapes(aligned.shape, tensor.shape) == tensor.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
+    if not aligned.dim():
+        return aligned
+    aligned = with_batch_axis(aligned, tensor)
+    if not broadcasts(aligned, tensor):
+        raise InputError(
             f"A baseline of shape {tuple(baseline.shape)} does not fit the input of shape {tuple(tensor.shape)}: "
-            "give a number, a tensor of the input's shape, or one with a batch axis of size 1."
+            "give a number, a tensor of the input's shape, or one with a batch axis of size 1 or without one."
         )
     return aligned

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from captum_idexpo._core.checkpointing import depends_on_mode, refused_inside
@@ -101,6 +102,15 @@ def precision(device: torch.device) -> torch.dtype:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of its batches (BatchNorm, InstanceNorm)."""
     return isinstance(module, _NormBase)
+
+
+def depends_on_batch(module: nn.Module) -> bool:
+    """Return True for a module in training mode whose output is random, or depends on the other rows of a pass."""
+    if not module.training:
+        return False
+    chance = getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0)
+    random = isinstance(chance, (int, float)) and chance > 0
+    return is_batch_norm(module) or random or isinstance(module, nn.RReLU)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -2,30 +2,145 @@
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import captum.attr as captum
+import numpy as np
 import torch
-from captum._utils.common import (
-    _expand_additional_forward_args,
-    _expand_target,
-    _format_additional_forward_args,
-    _format_feature_mask,
-    _format_output,
-    _is_tuple,
-    _run_forward,
-)
-from captum._utils.progress import NullProgress
+from captum._utils.common import _is_tuple
+from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import BaselineType, TargetType
-from captum.attr._core.feature_ablation import _parse_forward_out, process_initial_eval
-from captum.attr._utils.common import _format_input_baseline
+from captum.attr._core.feature_ablation import _parse_forward_out
+from captum.attr._utils.common import (
+    _format_and_verify_sliding_window_shapes,
+    _format_and_verify_strides,
+    _format_input_baseline,
+)
 from torch import Tensor
 
-from captum_idexpo._core.chunks import copies_per_forward
-from captum_idexpo._core.inputs import align_baselines, with_batch_axis
+from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
+from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.features import FeatureLayout, MaskedInputs
+from captum_idexpo._core.forward import BatchForward, evaluate_batches
+from captum_idexpo._core.inputs import align_baselines
 from captum_idexpo.attr._graph import by_outputs, note_output
-from captum_idexpo.attr._usage import TensorOrTensors, logged, part
+from captum_idexpo.attr._usage import TensorOrTensors, logged
+
+_log = logging.getLogger(__name__)
+_WINDOWS_AT_ONCE = 256
+
+
+class BatchOutputs:
+    """The outputs that an ablation compares: those on the batch, and those on perturbed copies of it.
+
+    Args:
+        explainer: the attribution, for its name and its forward function.
+        inputs: a tensor ``(B, ...)`` or a tuple of them.
+        target: which output is explained.
+        additional_forward_args: passed to the forward function after the inputs.
+        perturbations_per_eval: copies in one forward pass; None: chosen when they are evaluated.
+
+    Attributes:
+        tensors: the inputs as a tuple.
+        plain: the output on them.
+
+    Raises:
+        AssertionError: as Captum, on arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        explainer: Any,
+        inputs: Any,
+        target: TargetType,
+        additional_forward_args: Any,
+        perturbations_per_eval: int | None,
+    ) -> None:
+        assert perturbations_per_eval is None or (
+            isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
+        ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
+        self._is_tuple = _is_tuple(inputs)
+        self.tensors, _ = _format_input_baseline(inputs, None)
+        self._description = f"{explainer.get_name()} attribution"
+        self._at_a_time = perturbations_per_eval
+        self._forward = BatchForward(explainer.forward_func, additional_forward_args, len(self.tensors[0]), target)
+        self.plain = self._evaluate(repeated_rows(self.tensors), 1)
+        note_output(self.plain)
+
+    def masked(self, inputs: Any, baselines: Any, feature_mask: Any) -> MaskedInputs:
+        """Return the batch in terms of its features, with what replaces them; errors as for `FeatureAblation`."""
+        _, given = _format_input_baseline(inputs, baselines)
+        layout = FeatureLayout.of(feature_mask, self.tensors)
+        return MaskedInputs(self.tensors, align_baselines(given, self.tensors), layout)
+
+    def on_copies(
+        self,
+        perturb: Callable[[slice], tuple[Tensor, ...]],
+        n_copies: int,
+        perturbed: tuple[Tensor, ...],
+        show_progress: bool,
+    ) -> Tensor:
+        """Return the outputs on perturbed copies, ``(n_copies, *plain.shape)``.
+
+        Args:
+            perturb: makes the copies asked for, tensors ``(k, B, ...)``.
+            n_copies: copies to evaluate.
+            perturbed: the batch with every feature perturbed. Copies share forward passes if the outputs on the batch
+                are the same beside it as alone.
+            show_progress: show a progress bar over the forward passes.
+        """
+        at_a_time = self._at_a_time
+        if at_a_time is None:
+
+            def together(order: list[int]) -> Any:
+                pairs = zip(perturbed, self.tensors, strict=True)
+                return self._evaluate(tuple(torch.cat([pair[kind] for kind in order]) for pair in pairs), len(order))
+
+            at_a_time = copies_per_forward(self.plain, together, self.tensors)
+        bar_class: Any = progress if show_progress else NullProgress
+        with bar_class(total=1 + math.ceil(n_copies / at_a_time), desc=self._description) as bar:
+            bar.update()
+            return evaluate_batches(self._evaluate, perturb, n_copies, at_a_time, self.plain, bar.update)
+
+    def laid_out(self, values: Tensor, layout: FeatureLayout) -> tuple[Tensor, ...]:
+        """Return values ``(D, *plain.shape)`` at the positions of their features, ``(*plain.shape, *input.shape[1:])``.
+
+        Raises:
+            InputError: a feature mask per example where the outputs are no examples'.
+        """
+        shape, n_examples = self.plain.shape, len(self.tensors[0])
+        per_example = bool(shape) and shape[0] == n_examples
+        if not per_example and any(index is not None and len(index) > 1 for index in layout.indices):
+            raise InputError(
+                f"feature_mask holds a mask per example, but the output of shape {tuple(shape)} has no row per "
+                "example: give one mask for all, with a batch axis of size 1."
+            )
+        rest = shape[1:] if per_example else shape
+        # Sets of values in the order (further outputs, examples, features).
+        n_sets = n_examples if per_example else 1
+        sets = values.reshape(len(values), n_sets, math.prod(rest)).permute(2, 1, 0)
+        laid_out = []
+        for spread, tensor in zip(layout.spread(sets), self.tensors, strict=True):
+            full = spread.expand(-1, -1, *tensor.shape[1:]).movedim(0, 1)
+            laid_out.append(full.reshape(*shape, *tensor.shape[1:]))
+        return tuple(laid_out)
+
+    def formatted(self, attributions: tuple[Tensor, ...]) -> Any:
+        """Return one attribution per tensor in the form of the user's inputs."""
+        return attributions if self._is_tuple else attributions[0]
+
+    def _evaluate(self, rows: tuple[Tensor, ...], n_copies: int) -> Tensor:
+        output: Tensor = _parse_forward_out(self._forward(rows, n_copies=n_copies))
+        output = output if output.dim() else output[None]
+        return output.to(rows[0].device)  # a number of Python's is on the CPU
+
+
+def as_floats(values: Tensor) -> Tensor:
+    """Return differences of outputs as they are, those of integers in torch's default type."""
+    return values if values.is_floating_point() or values.is_complex() else values.to(torch.get_default_dtype())
 
 
 class FeatureAblation(captum.FeatureAblation):
@@ -59,127 +174,58 @@ class FeatureAblation(captum.FeatureAblation):
         show_progress: bool = False,
         *,
         create_graph: bool = False,
-        **kwargs: Any,
     ) -> TensorOrTensors:
-        """The output on the inputs minus that on the inputs with the feature replaced.
+        """Return the output on the inputs minus that on the inputs with the feature replaced.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             baselines: what stands in place of a feature: None (zero), a number, a tensor that broadcasts to the
-                inputs, or a tuple of these.
-            target: which output is explained, as everywhere in Captum.
+                inputs, or a tuple of these. A tensor with fewer axes than its input has no batch axis.
+            target: int, tensor (B,) or list: the output index to explain; None if there is one output per row.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: integers numbering the features, of the inputs' shape or broadcasting to it; None: every
-                element is a feature.
+            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
+                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
             perturbations_per_eval: features replaced in one forward pass, which then has this many times B rows.
-                None: as many as suit the device, where copies of the batch in one pass give what they give alone;
-                else 1 (one value for the whole batch, arguments that are no example's, dropout).
+                None: chosen automatically; 1 if copies of the batch in one pass influence each other.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
-            kwargs: what subclasses of Captum's class hand their own methods.
 
         Returns:
-            Of the inputs' shape, tuple in, tuple out; without a target, of one leading row an output. dtype that of
-            the outputs.
+            Of the inputs' shape, tuple in, tuple out; without a target, one leading row per output. dtype of the
+            outputs, float32 for integer outputs.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
+            ValueError: baselines or feature masks that do not fit the inputs.
+            TypeError: feature masks that do not hold whole numbers.
             AssertionError, IndexError: as Captum, on arguments that do not fit.
         """
-        compute = partial(
-            self._ablate,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=_format_additional_forward_args(additional_forward_args),
-            feature_mask=feature_mask,
-            perturbations_per_eval=perturbations_per_eval,
-            show_progress=show_progress,
-            **kwargs,
-        )
+
+        def compute(inputs: Any) -> Any:
+            outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
+            masked = outputs.masked(inputs, baselines, feature_mask)
+            features = torch.arange(masked.layout.n_features, device=outputs.tensors[0].device)
+
+            def without_features(chunk: slice) -> tuple[Tensor, ...]:
+                return masked.copies((features[chunk, None] != features)[:, None])
+
+            perturbed = outputs.on_copies(without_features, len(features), masked.emptied(), show_progress)
+            return _one_row_per_output(outputs, as_floats(outputs.plain - perturbed), masked.layout)
+
         attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
-
-    def _ablate(
-        self,
-        inputs: Any,
-        baselines: Any,
-        target: TargetType,
-        additional_forward_args: Any,
-        feature_mask: Any,
-        perturbations_per_eval: int | None,
-        show_progress: bool,
-        **kwargs: Any,
-    ) -> Any:
-        """Captum's computation in the ambient gradient mode, averaged in the outputs' precision."""
-        is_tuple = _is_tuple(inputs)
-        tensors, baselines = _format_input_baseline(inputs, baselines)
-        masks = tuple(map(with_batch_axis, _format_feature_mask(feature_mask, tensors), tensors))
-        assert perturbations_per_eval is None or (
-            isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
-        ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
-        output = _parse_forward_out(_run_forward(self.forward_func, tensors, target, additional_forward_args))
-        note_output(output)
-        if perturbations_per_eval is None:
-            together = partial(self._together, tensors, baselines, target, additional_forward_args)
-            perturbations_per_eval = copies_per_forward(output, None, together, tensors)
-        sums, weights, _, flat_output, n_outputs, dtype = process_initial_eval(output, tensors, self.use_weights)
-        progress: Any = NullProgress()
-        if show_progress:
-            progress = self._attribute_progress_setup(
-                tensors, masks, **kwargs, perturbations_per_eval=perturbations_per_eval
-            )
-            progress.update()
-        with progress:
-            sums, weights = self._attribute_with_cross_tensor_feature_masks(
-                tensors,
-                additional_forward_args,
-                target,
-                baselines,
-                masks,
-                progress,
-                flat_output,
-                output,
-                n_outputs,
-                sums,
-                weights,
-                dtype,
-                perturbations_per_eval,
-                **kwargs,
-            )
-        if self.use_weights:
-            dtype = torch.promote_types(dtype, torch.float32)
-            sums = [total.to(dtype) / weight for total, weight in zip(sums, weights, strict=True)]
-        return _format_output(is_tuple, tuple(sums))
-
-    def _together(
-        self,
-        tensors: tuple[Tensor, ...],
-        baselines: tuple[Any, ...],
-        target: TargetType,
-        additional_forward_args: Any,
-        order: list[int],
-    ) -> Any:
-        """The output, in one pass, on copies of the batch (1) and on copies of which every feature is perturbed (0)."""
-        n, arguments = len(order), additional_forward_args
-        arguments = _expand_additional_forward_args(arguments, n) if arguments else None
-        kinds = zip(self._perturbed(tensors, baselines), tensors, strict=True)
-        copies = tuple(torch.cat([pair[kind] for kind in order]) for pair in kinds)
-        return _run_forward(self.forward_func, copies, _expand_target(target, n), arguments)
-
-    def _perturbed(self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        aligned = align_baselines(baselines, tensors)
-        return tuple(torch.as_tensor(b).to(t).expand_as(t) for b, t in zip(aligned, tensors, strict=True))
 
 
 class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
     """What the output loses when a feature's values are exchanged among the examples, `captum.attr.FeaturePermutation`.
 
     Permutation importance (Fisher et al. 2018, arXiv 1801.01489), per example. The same numbers as Captum's for the
-    same seed of torch's global generator and the same ``perturbations_per_eval``.
+    same seed of torch's global generator and ``perturbations_per_eval=1``.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
-        perm_func: (a tensor, where its feature lies) -> the tensor with the feature exchanged.
+        perm_func: (a tensor, where its feature lies) -> the tensor with the feature exchanged. None: by a random
+            permutation of the examples.
 
     Example:
         >>> import torch
@@ -187,6 +233,11 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
         >>> model = torch.nn.Linear(3, 2)
         >>> FeaturePermutation(model).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
+
+    def __init__(
+        self, forward_func: Callable[..., Any], perm_func: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        captum.FeaturePermutation.__init__(self, forward_func, exchanged if perm_func is None else perm_func)
 
     # FeatureAblation's baselines have no meaning here: Captum's signature lacks them.
     @logged
@@ -199,32 +250,86 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
         *,
+        n_samples: int = 1,
+        baselines: object | None = None,
         create_graph: bool = False,
-        **kwargs: Any,
     ) -> TensorOrTensors:
-        """The output on the inputs minus that with the feature exchanged; arguments as for `FeatureAblation`."""
-        kwargs.pop("baselines", None)
-        if perturbations_per_eval is None and isinstance(inputs, tuple) and len(inputs) > 1:
-            perturbations_per_eval = 1  # of several tensors the order of the draws depends on it
-        attribution: TensorOrTensors = part(FeatureAblation)(
-            self,
-            inputs,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            feature_mask=feature_mask,
-            perturbations_per_eval=perturbations_per_eval,
-            show_progress=show_progress,
-            create_graph=create_graph,
-            **kwargs,
-        )
+        """Return the output on the inputs minus that with the feature exchanged.
+
+        The arguments that are not listed here, the result and the errors are those of `FeatureAblation`.
+
+        Args:
+            n_samples: permutations of each feature; the attribution is the mean over them.
+            baselines: accepted and not used, as in Captum.
+
+        Raises:
+            ValueError: n_samples below 1.
+        """
+        if n_samples < 1:
+            raise InputError(f"n_samples must be at least 1, given: {n_samples}.")
+
+        def compute(inputs: Any) -> Any:
+            outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
+            layout = FeatureLayout.of(feature_mask, outputs.tensors)
+            if min(map(len, outputs.tensors)) < 2:
+                _log.warning("A batch of one example has no other to exchange values with: its attribution is 0.")
+                nothing = outputs.plain.new_zeros(layout.n_features, *outputs.plain.shape)
+                return _one_row_per_output(outputs, as_floats(nothing), layout)
+            regions = _regions(layout) * n_samples
+
+            def with_exchanged_features(chunk: slice) -> tuple[Tensor, ...]:
+                # Feature by feature, so that the random stream does not depend on the chunk size.
+                copies = [self._exchanged_in(outputs.tensors, *region) for region in regions[chunk]]
+                return tuple(map(torch.stack, zip(*copies, strict=True)))
+
+            sheared = tuple(map(_sheared, outputs.tensors))
+            perturbed = outputs.on_copies(with_exchanged_features, len(regions), sheared, show_progress)
+            lost = as_floats(outputs.plain - perturbed).unflatten(0, (n_samples, -1)).mean(dim=0)
+            order = torch.tensor([number for number, _ in regions[: len(lost)]], device=lost.device)
+            return _one_row_per_output(outputs, lost[order.argsort()], layout)
+
+        attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
 
-    def _perturbed(self, tensors: tuple[Tensor, ...], baselines: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Every element's values moved on by another number of examples."""
-        return tuple(map(_sheared, tensors))
+    def _exchanged_in(
+        self, tensors: tuple[Tensor, ...], _number: int, regions: tuple[Tensor | None, ...]
+    ) -> list[Tensor]:
+        return [
+            tensor if region is None else self.perm_func(tensor.clone(), region.to(tensor.device))
+            for tensor, region in zip(tensors, regions, strict=True)
+        ]
+
+
+def exchanged(tensor: Tensor, region: Tensor) -> Tensor:
+    """Exchange a region's values among the examples by a random permutation, drawn as Captum draws it.
+
+    Args:
+        tensor: ``(B, ...)``, of two or more examples.
+        region: booleans that broadcast to the tensor.
+    """
+    in_order = torch.arange(len(tensor))
+    order = torch.randperm(len(tensor))
+    while torch.equal(order, in_order):
+        order = torch.randperm(len(tensor))
+    return torch.where(region, tensor[order.to(tensor.device)], tensor)
+
+
+def _regions(layout: FeatureLayout) -> list[tuple[int, tuple[Tensor | None, ...]]]:
+    """Return each feature's number and, for each tensor, booleans where it lies (None: nowhere), in Captum's order."""
+    masks = layout.masks()
+    numbers = [mask.unique().tolist() for mask in masks]
+    in_order = dict.fromkeys(number for some in numbers for number in some)
+    return [
+        (
+            number,
+            tuple((mask == number) if number in some else None for mask, some in zip(masks, numbers, strict=True)),
+        )
+        for number in in_order
+    ]
 
 
 def _sheared(tensor: Tensor) -> Tensor:
+    """Move each element's values on by another number of examples."""
     rows = torch.arange(len(tensor), device=tensor.device)[:, None]
     columns = torch.arange(tensor[0].numel(), device=tensor.device)
     return tensor.reshape(len(tensor), -1)[(rows + columns) % len(tensor), columns].view_as(tensor)
@@ -264,7 +369,7 @@ class Occlusion(captum.Occlusion, FeatureAblation):
         *,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """The mean, over the windows that cover an element, of what the output loses.
+        """Return the mean, over the windows that cover an element, of what the output loses.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
@@ -274,22 +379,107 @@ class Occlusion(captum.Occlusion, FeatureAblation):
                 `FeatureAblation`.
 
         Returns:
-            Of the inputs' shape, tuple in, tuple out; dtype that of the outputs, at least float32.
+            Of the inputs' shape, tuple in, tuple out; dtype of the outputs, at least float32.
 
         Raises:
             RuntimeError, AssertionError, IndexError: as for `FeatureAblation`.
         """
-        # Captum's body lays out the windows and goes on to FeatureAblation, the one above.
-        compute = partial(
-            captum.Occlusion.attribute.__wrapped__,
-            self,
-            sliding_window_shapes=sliding_window_shapes,
-            strides=strides,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            perturbations_per_eval=perturbations_per_eval,
-            show_progress=show_progress,
-        )
+
+        def compute(inputs: Any) -> Any:
+            outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
+            windows = _Windows(outputs.tensors, sliding_window_shapes, strides)
+            masked = outputs.masked(inputs, baselines, None)
+            everything = masked.layout.n_features * [False]
+            covered = masked.copies(torch.tensor(everything, device=outputs.tensors[0].device)[None, None])
+            perturbed = outputs.on_copies(
+                lambda chunk: masked.without(windows(chunk)),
+                windows.n,
+                tuple(copy[0] for copy in covered),
+                show_progress,
+            )
+            lost = outputs.plain - perturbed
+            return outputs.formatted(windows.means(lost.to(torch.promote_types(lost.dtype, torch.float32)).flatten(1)))
+
         attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
+
+
+class _Windows:
+    """The windows that slide over tensors, in Captum's order: tensor by tensor, along the first axis first.
+
+    Args:
+        tensors: the inputs.
+        shapes: the window of each tensor.
+        strides: how far it moves along each axis.
+
+    Raises:
+        AssertionError: as Captum, on windows and strides that do not fit.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], shapes: Any, strides: Any) -> None:
+        self._tensors = tensors
+        self._shapes = _format_and_verify_sliding_window_shapes(shapes, tensors)
+        self._strides = [
+            stride if isinstance(stride, tuple) else (stride,) * (tensor.dim() - 1)
+            for stride, tensor in zip(_format_and_verify_strides(strides, tensors), tensors, strict=True)
+        ]
+        self._counts = [
+            [self._count(*axis) for axis in zip(tensor.shape[1:], shape, stride, strict=True)]
+            for tensor, shape, stride in zip(tensors, self._shapes, self._strides, strict=True)
+        ]
+        self._stops = np.cumsum([math.prod(counts) for counts in self._counts]).tolist()
+        self.n: int = self._stops[-1]
+
+    @staticmethod
+    def _count(full: int, size: int, stride: int) -> int:
+        assert size <= full, f"Sliding window dimensions {size} cannot exceed input dimensions {full}."
+        assert size == full or stride <= size, (
+            f"Stride dimension {stride} cannot be larger than sliding window shape dimension {size}."
+        )
+        return math.ceil((full - size) / stride) + 1
+
+    def __call__(self, chunk: slice) -> tuple[Tensor | None, ...]:
+        """Return for each tensor booleans ``(k, 1, ...)``, True under the window; None where it has none of them."""
+        numbers = torch.arange(self.n)[chunk]
+        starts = [0, *self._stops]
+        return tuple(
+            self._regions(index, numbers - start, (numbers >= start) & (numbers < stop))
+            for index, (start, stop) in enumerate(zip(starts, self._stops, strict=False))
+        )
+
+    def _regions(self, index: int, numbers: Tensor, own: Tensor) -> Tensor | None:
+        if not own.any():
+            return None
+        tensor = self._tensors[index]
+        regions = own
+        for axis, (size, stride, count) in enumerate(
+            zip(self._shapes[index], self._strides[index], self._counts[index], strict=True), start=1
+        ):
+            start = (numbers % count * stride)[:, None]
+            numbers = numbers // count
+            positions = torch.arange(tensor.shape[axis])
+            along = (positions >= start) & (positions < start + size)
+            regions = regions[..., None] & along.reshape(len(along), *[1] * (axis - 1), -1)
+        return regions[:, None].to(tensor.device)
+
+    def means(self, lost: Tensor) -> tuple[Tensor, ...]:
+        """Return the mean of losses ``(n, outputs)`` over an element's windows, ``(outputs, ...)`` for each tensor."""
+        sums = [lost.new_zeros(lost.shape[1], tensor[:1].numel()) for tensor in self._tensors]
+        covers = [lost.new_zeros(tensor[:1].numel()) for tensor in self._tensors]
+        for chunk in slices(self.n, _WINDOWS_AT_ONCE):
+            for index, regions in enumerate(self(chunk)):
+                if regions is not None:
+                    flat = regions.flatten(1).to(lost.dtype)
+                    sums[index] = sums[index] + lost[chunk].T @ flat
+                    covers[index] += flat.sum(dim=0)
+        return tuple(
+            (total / cover).reshape(-1, *tensor.shape[1:])
+            for total, cover, tensor in zip(sums, covers, self._tensors, strict=True)
+        )
+
+
+def _one_row_per_output(outputs: BatchOutputs, values: Tensor, layout: FeatureLayout) -> Any:
+    laid_out = outputs.laid_out(values, layout)
+    n_outputs = outputs.plain.numel()
+    pairs = zip(laid_out, outputs.tensors, strict=True)
+    return outputs.formatted(tuple(full.reshape(n_outputs, *tensor.shape[1:]) for full, tensor in pairs))

@@ -9,7 +9,7 @@ from captum.attr import KernelShap as CaptumKernelShap
 from torch import Generator, Tensor
 
 from captum_idexpo._core.sharing import drawn_for, drawn_for_all
-from captum_idexpo.attr import sampling as streams
+from captum_idexpo.attr import coalitions
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.lime import Lime
 from captum_idexpo.attr.surrogates import BayesianShapleyRegression, ShapleyRegression, Surrogate
@@ -22,6 +22,9 @@ class KernelShap(Lime, CaptumKernelShap):
     weight of 1e6 (an empty coalition has the baseline's output, all features together the input's) hold exactly: the
     attributions add up to the difference of these outputs. Arguments of `attribute` as for `Lime`.
 
+    With any ``sampling`` but "captum" no coalition is evaluated twice, and the Shapley values are exact if n_samples is
+    at least 2^D, the number of coalitions. A single feature gets the whole difference.
+
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``, of which the target
             is explained, or one value for the whole batch.
@@ -30,7 +33,6 @@ class KernelShap(Lime, CaptumKernelShap):
 
     Raises:
         TypeError: another interpretable model, whose coefficients would be no Shapley values.
-        ValueError: there is only one feature.
 
     Example:
         >>> import torch
@@ -43,7 +45,7 @@ class KernelShap(Lime, CaptumKernelShap):
         True
     """
 
-    _samplings = streams.KERNEL_SHAP_SAMPLINGS
+    _samplings = coalitions.KERNEL_SHAP_SAMPLINGS
 
     def __init__(
         self,
@@ -66,9 +68,12 @@ class KernelShap(Lime, CaptumKernelShap):
         self, problem: Problem, n_samples: int, sampling: str, share_masks: bool, generator: Generator | None
     ) -> Samples:
         n_features = problem.layout.n_features
+        if n_features == 1 or (sampling != "captum" and 2**n_features <= n_samples):
+            masks, weights = coalitions.all_coalitions(n_features, problem.device)
+            return Samples(masks[:, :n_samples], weights[:, :n_samples], surrogate=ShapleyRegression())
 
         def draw(n_sets: int) -> tuple[Tensor, Tensor | None]:
-            return streams.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
+            return coalitions.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
 
         like = (n_samples, n_features)
         drawn = drawn_for_all(lambda: draw(1), *like) if share_masks else drawn_for(problem.n_examples, draw, *like)

@@ -125,6 +125,7 @@ class Lime(CaptumLime):
         """
         name, create_graph = type(self).__name__, create_graph or keeps_graph()
         _check_arguments(name, n_samples, perturbations_per_eval, create_graph, sampling, self._samplings, generator)
+        problem = Problem.of(inputs, baselines, feature_mask)
         surrogate = self._surrogate()
         if surrogate is None:
             if create_graph or share_masks or sampling != "captum":
@@ -135,11 +136,11 @@ class Lime(CaptumLime):
                 )
             by_captum = super().attribute.__wrapped__(
                 self,
-                inputs,
-                baselines,
+                problem.for_user(problem.plain_inputs()),
+                problem.for_user(problem.baselines),
                 target,
                 additional_forward_args,
-                feature_mask,
+                None if feature_mask is None else problem.for_user(problem.layout.masks()),
                 n_samples,
                 perturbations_per_eval or 1,
                 return_input_shape,
@@ -147,23 +148,32 @@ class Lime(CaptumLime):
             )
             return cast(TensorOrTensors, by_captum)
 
-        problem = Problem.of(inputs, baselines, feature_mask)
         forward = BatchForward(
             self.forward_func, additional_forward_args, problem.batch_size, target, lists_of_examples=True
         )
         memory = MemoryBudget.of(memory_budget, create_graph, module_of(self.forward_func))
-        problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval)
+        problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval, share_masks)
+        parts = problem.parts()
+        problems = [part for _, part in parts] or [problem]
+        forwards = [forward.of_rows(rows) for rows, _ in parts] or [forward]
         # Autocast is for the model; weights and systems keep their precision.
         precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
         with torch.enable_grad() if create_graph else no_graph():
             with precisely():
-                samples = self._draw(problem, n_samples, sampling, share_masks, generator)
-            n_forwards = math.ceil(samples.n / max(1, rows_per_forward // problem.n_examples))
+                drawn = [self._draw(part, n_samples, sampling, share_masks, generator) for part in problems]
+            n_forwards = sum(
+                math.ceil(samples.n / max(1, rows_per_forward // part.n_examples))
+                for part, samples in zip(problems, drawn, strict=True)
+            )
             bar_class = progress if show_progress else NullProgress
             with bar_class(total=n_forwards, desc=f"{self.get_name()} attribution") as bar:
-                outputs = problem.evaluate(forward, samples.masks, rows_per_forward, name, bar.update, memory)
+                outputs = [
+                    part.evaluate(of_part, samples.masks, rows_per_forward, name, bar.update, memory)
+                    for part, of_part, samples in zip(problems, forwards, drawn, strict=True)
+                ]
             with precisely():
-                coefficients = samples.fit(surrogate, outputs)
+                fitted = [samples.fit(surrogate, values) for samples, values in zip(drawn, outputs, strict=True)]
+            coefficients = problem.joined(parts, fitted)
             return cast(TensorOrTensors, problem.attribution(coefficients) if return_input_shape else coefficients)
 
     def _surrogate(self) -> Surrogate | None:

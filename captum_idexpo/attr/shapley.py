@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import captum.attr as captum
 import torch
-from captum._utils.common import _format_feature_mask, _format_output, _is_tuple
-from captum._utils.progress import NullProgress, progress
 from captum._utils.typing import BaselineType, TargetType
-from captum.attr._core.feature_ablation import _parse_forward_out
-from captum.attr._core.shapley_value import _shape_feature_mask
-from captum.attr._utils.common import _find_output_mode_and_verify, _format_input_baseline, _tensorize_baseline
 from torch import Tensor
 
-from captum_idexpo._core.chunks import copies_per_forward, slices
-from captum_idexpo._core.errors import warn
-from captum_idexpo._core.features import FeatureLayout, masked_copies
-from captum_idexpo._core.forward import BatchForward
-from captum_idexpo._core.inputs import align_baselines, with_batch_axis
+from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._usage import TensorOrTensors, logged, part
+from captum_idexpo.attr.ablation import BatchOutputs
 
 _MANY_COALITIONS = 2**16
 _VALUES_TO_COMPARE = 2**22
@@ -91,89 +82,29 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
             AssertionError, IndexError: as Captum, on arguments that do not fit.
         """
         if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, given: {n_samples}.")
-        attribution: TensorOrTensors = by_outputs(
-            self,
-            partial(
-                self._explain,
-                baselines=baselines,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                feature_mask=feature_mask,
-                n_samples=n_samples,
-                perturbations_per_eval=perturbations_per_eval,
-                show_progress=show_progress,
-            ),
-            inputs,
-            create_graph,
-        )
+            raise InputError(f"n_samples must be at least 1, given: {n_samples}.")
+
+        def compute(inputs: Any) -> Any:
+            outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
+            masked = outputs.masked(inputs, baselines, feature_mask)
+            coalitions = self._coalitions(masked.layout.n_features, n_samples, outputs.tensors[0].device)
+
+            def members(chunk: slice) -> tuple[Tensor, ...]:
+                return masked.copies(coalitions.members(slice(1 + chunk.start, 1 + chunk.stop))[:, None])
+
+            changed = outputs.on_copies(members, coalitions.n - 1, masked.emptied(), show_progress)
+            with torch.autocast(changed.device.type, enabled=False):
+                # The same for all coalitions, a large offset would cost the differences their last digits.
+                gains = (changed - outputs.plain).to(torch.promote_types(changed.dtype, torch.float32))
+                values = coalitions.values(torch.cat([gains.new_zeros(1, *gains.shape[1:]), gains]).flatten(1))
+            return outputs.formatted(outputs.laid_out(values, masked.layout))
+
+        attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
-
-    def _explain(
-        self,
-        inputs: Any,
-        baselines: Any,
-        target: TargetType,
-        additional_forward_args: Any,
-        feature_mask: Any,
-        n_samples: int,
-        perturbations_per_eval: int | None,
-        show_progress: bool,
-    ) -> Any:
-        is_tuple = _is_tuple(inputs)
-        tensors, given = _format_input_baseline(inputs, baselines)
-        masks = _shape_feature_mask(_format_feature_mask(feature_mask, tensors), tensors)
-        assert perturbations_per_eval is None or (
-            isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
-        ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
-        layout = FeatureLayout.of_mask(masks, tensors)
-        if len(given) == len(tensors):
-            given = tuple(map(with_batch_axis, given, tensors))
-        aligned = align_baselines(_tensorize_baseline(tensors, given), tensors)
-        forward = BatchForward(self.forward_func, additional_forward_args, len(tensors[0]), target)
-
-        def evaluate(members: Tensor) -> Tensor:
-            keep = members[:, None].expand(-1, len(tensors[0]), -1)
-            rows = tuple(copies.flatten(0, 1) for copies in masked_copies(tensors, aligned, layout, keep))
-            output: Tensor = torch.atleast_1d(_parse_forward_out(forward(rows, n_copies=len(keep))))
-            return output.to(tensors[0].device)  # a number of Python's is on the CPU
-
-        coalitions = self._coalitions(layout.n_features, n_samples, tensors[0].device)
-        outputs = self._evaluate(coalitions, evaluate, tensors, masks, perturbations_per_eval, show_progress)
-        with torch.autocast(outputs.device.type, enabled=False):
-            # The same for all coalitions, a large offset would cost the differences their last digits.
-            values = coalitions.values((outputs - outputs[:1]).flatten(1))
-        return _format_output(is_tuple, _laid_out(values, outputs.shape[1:], layout, tensors))
 
     def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> Coalitions:
         orders = [torch.randperm(n_features) for _ in range(n_samples)]  # Captum's draws
         return Coalitions.of_orders(torch.stack(orders).to(device))
-
-    def _evaluate(
-        self,
-        coalitions: Coalitions,
-        evaluate: Callable[[Tensor], Tensor],
-        tensors: tuple[Tensor, ...],
-        masks: tuple[Tensor, ...],
-        perturbations_per_eval: int | None,
-        show_progress: bool,
-    ) -> Tensor:
-        """The outputs of each coalition, ``(M, *outputs)``, in double precision where they are."""
-        empty, full = (evaluate(coalitions.members(slice(k, k + 1))) for k in (0, 1))
-        n_examples = len(tensors[0])
-        _find_output_mode_and_verify(full, n_examples, perturbations_per_eval or 1, masks, allow_multi_outputs=True)
-        first = coalitions.members(slice(2))
-        size = perturbations_per_eval or copies_per_forward(full, empty, lambda order: evaluate(first[order]), tensors)
-        chunks = [slice(2 + chunk.start, 2 + chunk.stop) for chunk in slices(coalitions.n - 2, size)]
-        outputs = [empty[None], full[None]]
-        bar_class = progress if show_progress else NullProgress
-        with bar_class(total=2 + len(chunks), desc=f"{self.get_name()} attribution") as bar:
-            bar.update(2)
-            for chunk in chunks:
-                outputs.append(evaluate(coalitions.members(chunk)).reshape(-1, *full.shape))
-                bar.update()
-        evaluated = torch.cat(outputs)
-        return evaluated.to(torch.promote_types(evaluated.dtype, torch.float32))
 
 
 class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
@@ -231,7 +162,7 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
 
 
 class Coalitions(NamedTuple):
-    """Coalitions of features, the empty and the full one first, and what their outputs say of each feature."""
+    """Coalitions of features, the full one first, and what their outputs say of each feature."""
 
     n: int
     members: Callable[[slice], Tensor]
@@ -247,7 +178,7 @@ class Coalitions(NamedTuple):
         shares = [1 / (n_features * math.comb(n_features - 1, size)) for size in range(n_features)]
 
         def members(chunk: slice) -> Tensor:
-            numbers = _last_second(2**n_features, device)[chunk]
+            numbers = _last_first(2**n_features, device)[chunk]
             return (numbers[:, None] >> features).bitwise_and(1).bool()
 
         def values(outputs: Tensor) -> Tensor:
@@ -268,29 +199,29 @@ class Coalitions(NamedTuple):
             return cls._one_by_one(orders, position)
         # Few enough to see which ones are the same.
         distinct, number = (position[:, None, :] < sizes[:, None]).flatten(0, 1).unique(dim=0, return_inverse=True)
-        order = _last_second(len(distinct), orders.device)
+        order = _last_first(len(distinct), orders.device)
         number = order.argsort()[number].reshape(n_orders, -1)
         return cls(len(distinct), distinct[order].__getitem__, _gains(orders, number))
 
     @classmethod
     def _one_by_one(cls, orders: Tensor, position: Tensor) -> Coalitions:
-        """The empty and the full coalition, which all orders have, as 0 and 1; then the others, made when asked for."""
+        """Return the full and the empty coalition, which all orders have, then the others, made when asked for."""
         n_orders, n_features = orders.shape
         n_inner = n_features - 1
         inner = torch.arange(2, 2 + n_orders * n_inner, device=orders.device).reshape(n_orders, n_inner)
-        number = torch.cat([torch.zeros_like(orders[:, :1]), inner, torch.ones_like(orders[:, :1])], dim=1)
+        number = torch.cat([torch.ones_like(orders[:, :1]), inner, torch.zeros_like(orders[:, :1])], dim=1)
 
         def members(chunk: slice) -> Tensor:
             index = torch.arange(2 + inner.numel(), device=orders.device)[chunk]
-            size = torch.where(index < 2, index * n_features, (index - 2) % max(1, n_inner) + 1)
+            size = torch.where(index < 2, (1 - index) * n_features, (index - 2) % max(1, n_inner) + 1)
             return position[(index - 2).clamp_min(0) // max(1, n_inner)] < size[:, None]
 
         return cls(2 + inner.numel(), members, _gains(orders, number))
 
 
-def _last_second(n: int, device: torch.device) -> Tensor:
-    """0, n - 1, then the numbers between."""
-    return torch.tensor([0, n - 1, *range(1, n - 1)], device=device)
+def _last_first(n: int, device: torch.device) -> Tensor:
+    """Return n - 1, then 0 to n - 2."""
+    return torch.arange(n, device=device).roll(1)
 
 
 def _gains(orders: Tensor, number: Tensor) -> Callable[[Tensor], Tensor]:
@@ -301,21 +232,3 @@ def _gains(orders: Tensor, number: Tensor) -> Callable[[Tensor], Tensor]:
         return outputs.new_zeros(orders.shape[1], outputs.shape[1]).index_add(0, orders.flatten(), gains)
 
     return values
-
-
-def _laid_out(
-    values: Tensor, output_shape: torch.Size, layout: FeatureLayout, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Values ``(D, outputs)`` at each feature's positions: for each tensor, the outputs' shape and then the input's."""
-    n_examples = len(tensors[0])
-    per_example = bool(output_shape) and output_shape[0] == n_examples
-    rest = output_shape[1:] if per_example else output_shape
-    # One set of values an example and further output, in the order (further outputs, examples, features).
-    sets = values.reshape(len(values), n_examples if per_example else 1, -1).permute(2, 1, 0)
-    examples = slice(None) if per_example else slice(0, 1)
-    laid_out = []
-    for spread, tensor in zip(layout.spread(sets, examples), tensors, strict=True):
-        full = spread.expand(-1, -1, *tensor.shape[1:]).movedim(0, 1)
-        shape = (n_examples, *rest) if per_example else tuple(rest)
-        laid_out.append(full.reshape(*shape, *tensor.shape[1:]).contiguous())
-    return tuple(laid_out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_idexpo._core.features import FeatureLayout
-from captum_idexpo._core.inputs import as_tuple, with_batch_axis
+from captum_idexpo._core.inputs import as_tuple
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Locations:
 
     @classmethod
     def of(cls, attributions: Any, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
-        """The locations that attributions of the inputs' shape, or of one channel, speak of, or groups of positions.
+        """Return the locations of attributions of the inputs' shape or of one channel, or the groups of a feature mask.
 
         Raises:
             ValueError: a shape that fits neither the inputs nor their locations.
@@ -64,17 +64,8 @@ class Locations:
 
 
 def groups_of(feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
-    """The groups of a feature mask; None without one.
-
-    Raises:
-        TypeError, ValueError: a mask that holds no integers or does not fit the inputs.
-    """
-    if feature_mask is None:
-        return None
-    masks = feature_mask if isinstance(feature_mask, tuple) else (feature_mask,)
-    return FeatureLayout.of_mask(
-        tuple(map(with_batch_axis, masks, inputs)) if len(masks) == len(inputs) else masks, inputs
-    )
+    """Return the groups of a feature mask, None without one; errors: see `FeatureLayout.of_mask`."""
+    return None if feature_mask is None else FeatureLayout.of_mask(feature_mask, inputs)
 
 
 def _aligned(map: Tensor, tensor: Tensor) -> Tensor:

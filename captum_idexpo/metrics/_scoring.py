@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, default_rows_per_forward, look
+from captum_idexpo._core.chunks import look
 from captum_idexpo._core.errors import NonFiniteError, all_finite, warn
 from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_for_chunks
 from captum_idexpo._core.memory import MemoryBudget
-from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import target_indices
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
@@ -63,12 +62,10 @@ class TargetScorer:
         self._repeated_target = repeated_for_chunks(self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
-        at_most = max_rows or default_rows_per_forward(inputs)
-        seen = slice(0, min(n_examples, at_most, ROWS_TO_LOOK_AT))
-        rows = tuple(tensor[seen] for tensor in inputs)
-        with no_graph():
-            output, default = look(forward_func, lambda: self._output(rows, seen, 1), inputs, len(rows[0]))
-        self.max_rows = max_rows or default
+        together = max_rows is not None and n_examples <= max_rows < 2 * n_examples
+        seen = look(forward_func, self._output, inputs, max_rows, together=together)
+        output: Tensor = seen.output
+        self.max_rows = seen.max_rows
         self.n_columns: int = output[0].numel()
         self.one_column = self.n_columns == 1 and outputs != "raw"
         self._check_target(output)
@@ -97,7 +94,7 @@ class TargetScorer:
             return self(rows, examples, n_copies, score)
 
         def plain(examples: slice, _: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return tuple(tensor[None, examples] for tensor in inputs)
+            return tuple(tensor[None, examples].clone() for tensor in inputs)  # the function may write into its input
 
         return evaluate_copies(evaluate, plain, len(inputs[0]), 1, self.max_rows, through=inputs, memory=memory)
 

@@ -24,7 +24,7 @@ import torch
 from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
-from captum_idexpo._core.features import masked_copies
+from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import check_inputs, require_finite
 from captum_idexpo._core.memory import MemoryBudget
@@ -287,14 +287,18 @@ class Masking:
     The metrics take all steps and the target's probability, a regularizer some steps and logarithms.
     """
 
-    inputs: tuple[Tensor, ...]
-    baselines: tuple[Any, ...]
+    masked: MaskedInputs
     locations: Locations
     scorer: TargetScorer
     schedule: StepSchedule
     masks: HardMasks | SoftMasks
     check_finite: bool
     memory: MemoryBudget | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The batch."""
+        return self.masked.inputs
 
     @classmethod
     def of(
@@ -324,7 +328,8 @@ class Masking:
         max_rows = check_max_rows(max_examples_per_batch)
         scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
         masks = make_masks(locations, scorer.sign(), temperature, tensors)
-        return cls(tensors, aligned, locations, scorer, schedule, masks, check_finite)
+        masked = MaskedInputs(tensors, aligned, locations.layout, finite=check_finite or None)
+        return cls(masked, locations, scorer, schedule, masks, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
         """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
@@ -334,7 +339,7 @@ class Masking:
 
         def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             kept = self.masks(thresholds[copies, examples], examples, values, complement=direction == "deletion")
-            return masked_copies(inputs, self.baselines, self.locations.layout, kept, examples)
+            return self.masked.copies(kept, examples, inputs)
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self.scorer(rows, examples, n_copies, score)

@@ -9,7 +9,7 @@ import torch
 from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
-from captum_idexpo._core.features import masked_copies
+from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import check_inputs, require_finite
 from captum_idexpo._core.rng import source
@@ -76,20 +76,22 @@ def sensitivity_n(
     chosen = _random_subsets(locations, n, n_samples, generator)
     subsets = torch.zeros(n_samples, *values.shape, dtype=torch.bool, device=values.device).scatter_(-1, chosen, True)
 
+    masked = MaskedInputs(tensors, aligned, locations.layout)
+
     def perturb(examples: slice, copies: slice, *_: Tensor) -> tuple[Tensor, ...]:
-        return masked_copies(tensors, aligned, locations.layout, ~subsets[copies, examples], examples)
+        return masked.copies(~subsets[copies, examples], examples)
 
     def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
         return scorer(rows, examples, n_copies, "probability")
 
     n_examples = len(tensors[0])
     unmasked = scorer.unmasked(tensors, "probability")
-    masked = evaluate_copies(evaluate, perturb, n_examples, n_samples, scorer.max_rows)
+    scores = evaluate_copies(evaluate, perturb, n_examples, n_samples, scorer.max_rows)
     if check_finite:
-        require_finite((masked.detach(),), "the forward function's output on masked inputs")
+        require_finite((scores.detach(),), "the forward function's output on masked inputs")
     sums = values.expand(n_samples, -1, -1).gather(-1, chosen).sum(dim=-1).T
-    scale = torch.maximum(unmasked.detach().abs(), masked.detach().abs().amax(dim=1, keepdim=True))
-    return _correlation(sums, unmasked - masked, n * values.detach().abs().amax(dim=1, keepdim=True), scale)
+    scale = torch.maximum(unmasked.detach().abs(), scores.detach().abs().amax(dim=1, keepdim=True))
+    return _correlation(sums, unmasked - scores, n * values.detach().abs().amax(dim=1, keepdim=True), scale)
 
 
 def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Generator | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
-from captum_idexpo._core.features import FeatureLayout, masked_copies
+from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.inputs import align_baselines
 from captum_idexpo._core.modes import precision
 from captum_idexpo._core.rng import source
@@ -27,7 +27,6 @@ from captum_idexpo._core.sharing import drawn_for
 from captum_idexpo._core.targets import class_labels
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
-from captum_idexpo.metrics._locations import groups_of
 from captum_idexpo.metrics._scoring import TargetScorer
 from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 
@@ -160,15 +159,15 @@ class MaskedNeighbors:
         given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
         present = layout.present()
         coordinates = masks if present is None else masks & present[:, None]  # of features that the example has
-        copies = masked_copies(tensors, align_baselines(given, tensors), layout, masks.transpose(0, 1).bool())
+        masked = MaskedInputs(tensors, align_baselines(given, tensors), layout)
+        copies = masked.copies(masks.transpose(0, 1).bool())
         dtype = tensors[0].dtype if tensors[0].is_floating_point() else torch.get_default_dtype()
         return Neighbors(copies, coordinates.to(dtype), self.similarity.weights(masks).to(dtype))
 
     def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:
         whole = tensors if len(tensors) > 1 else tensors[0]
         mask = self.feature_mask(whole) if callable(self.feature_mask) else self.feature_mask
-        groups = groups_of(mask, tensors)
-        return FeatureLayout.of_positions([tensor.shape[1:] for tensor in tensors]) if groups is None else groups
+        return FeatureLayout.of(mask, tensors)
 
 
 Outputs = Callable[[tuple[Tensor, ...], slice, int], Tensor]

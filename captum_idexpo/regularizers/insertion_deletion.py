@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
 from captum_idexpo._core.errors import warn
+from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import as_tuple, check_inputs, require_finite, with_batch_axis
 from captum_idexpo._core.memory import MemoryBudget
@@ -276,7 +277,8 @@ class InsertionDeletion(nn.Module):
         masks = make_masks(locations, sign, temperature, tensors)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
-        return Masking(tensors, aligned, locations, scorer, schedule, masks, check_scores, memory), cells
+        masked = MaskedInputs(tensors, aligned, locations.layout, finite=True)  # checked above
+        return Masking(masked, locations, scorer, schedule, masks, check_scores, memory), cells
 
     def _predicted_class(self, inputs: Any) -> Tensor:
         tensors, _ = check_inputs(inputs, None, check_finite=True)

@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captum_idexpo._core.chunks import default_rows_per_forward, look
-from captum_idexpo._core.features import FeatureLayout, masked_copies
-from captum_idexpo._core.forward import BatchForward, evaluate_copies
-from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.forward import BatchForward, evaluate_batches, evaluate_copies
 from captum_idexpo.attr import KernelShap, Lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion
@@ -98,163 +96,22 @@ def test_arguments_keep_channels_last():
         assert torch.equal(seen[-1], torch.cat([image[1:]] * n_copies))
 
 
-def literal_copies(x, baseline, keep):
-    """(k, b, D) masks over inputs (b, D), entry by entry."""
-    baseline = torch.as_tensor(baseline).expand(x.shape)
-    return [
-        [[float(x[b, d] if kept[b, d] else baseline[b, d]) for d in range(x.shape[1])] for b in range(len(x))]
-        for kept in keep
-    ]
+@pytest.mark.parametrize("at_a_time", [1, 2, 5, 7])
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
+def test_batches_of_copies_give_outputs_copy_by_copy(at_a_time, shape):
+    values = torch.arange(5 * 3.0).view(5, 3)
+    output = {(): lambda x: x.sum(), (3,): lambda x: x, (3, 2): lambda x: torch.stack([x, -x], dim=1)}[shape]
+    if shape == ():
+        at_a_time = 1
+    outputs = evaluate_batches(
+        lambda rows, n: output(*rows), lambda chunk: (values[chunk],), 5, at_a_time, output(values[0])
+    )
+    assert torch.equal(outputs, torch.stack([output(row) for row in values]))
 
 
-@pytest.mark.parametrize(
-    "baseline", [0, 0.0, 9.1, torch.tensor([[10.3, 20.7]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])]
-)
-def test_masks_keep_the_input_or_put_the_baseline(baseline):
-    x, keep = torch.tensor([[1.1, -2.2], [3.3, 1e-9]]), torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]]).bool()
-    layout = FeatureLayout.of_positions([x.shape[1:]])
-    (copies,) = masked_copies((x,), (baseline,), layout, keep)
-    assert copies.tolist() == literal_copies(x, baseline, keep)  # to the last digit
-    (copies,) = masked_copies((x,), (baseline,), layout, keep[:, 1:], slice(1, 2))
-    assert copies.tolist() == [[rows[1]] for rows in literal_copies(x, baseline, keep)]
-    (copies,) = masked_copies((x,), (1.0,), layout, torch.full((1, 2, 2), 0.25))
-    torch.testing.assert_close(copies[0], 1 + 0.25 * (x - 1))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "baseline", "expected"),
-    [
-        (torch.int64, 0, torch.int64),
-        (torch.int64, 7, torch.int64),
-        (torch.int64, 0.5, torch.float32),
-        (torch.bool, torch.tensor([[True, False]]), torch.bool),
-        (torch.float16, 0.5, torch.float16),
-        (torch.float64, torch.zeros(1, 2), torch.float64),
-        (torch.float32, torch.zeros(1, 2, dtype=torch.float64), torch.float32),
-    ],
-)
-def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected):
-    x = torch.ones(1, 2, dtype=dtype)
-    layout = FeatureLayout.of_positions([x.shape[1:]])
-    (copy,) = masked_copies((x,), align_baselines((baseline,), (x,)), layout, torch.tensor([[[True, False]]]))
-    assert copy.dtype == expected
-    last = baseline[0, 1] if isinstance(baseline, torch.Tensor) else baseline
-    assert copy.tolist() == [[[1, last]]]
-
-
-@pytest.mark.parametrize("baseline", [0, 3, torch.zeros(1, 2, dtype=torch.int64)])
-def test_soft_masks_mix_integers_as_numbers(baseline):
-    layout = FeatureLayout.of_positions([torch.Size([2])])
-    (copy,) = masked_copies((torch.ones(1, 2, dtype=torch.int64),), (baseline,), layout, torch.full((1, 1, 2), 0.25))
-    assert copy.tolist() == [[[0.25 + 0.75 * int(torch.as_tensor(baseline).max())] * 2]]
-
-
-@pytest.mark.parametrize(
-    ("shape", "largest", "rows"),
-    [
-        ((3, 32, 32), None, 42),  # 2^19 values, if a layer has four times the inputs'
-        ((3, 32, 32), 2**14, 32),
-        ((3, 32, 32), 100, 170),  # the inputs are the largest
-        ((3, 64, 64), 2**16, 32),  # 2^21 values
-        ((3, 64, 64), 2**17, 16),
-        ((3, 224, 224), 2**20, 8),
-        ((3, 448, 448), 2**22, 3),  # 2^21 input values
-        ((3, 1024, 1024), 2**24, 1),
-        ((5,), 64, 4096),
-        ((0,), None, 4096),
-    ],
-)
-def test_the_default_chunk_holds_a_bounded_number_of_values(shape, largest, rows):
-    assert default_rows_per_forward((torch.zeros(2, *shape), torch.zeros(2, 0)), largest) == rows
-
-
-UNKNOWN = 2**19 // (4 * 192)
-
-
-def looked_at(forward_func):
-    x = torch.zeros(4, 3, 8, 8)
-    output, rows = look(forward_func, lambda: forward_func(x), (x,), len(x))
-    assert output.shape == (4, 2)
-    return rows
-
-
-def test_a_look_finds_the_largest_output():
-    widening = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 2))
-    assert looked_at(widening) == 2**19 // (64 * 64)
-    assert looked_at(widening.forward) == 2**19 // (64 * 64)
-    assert looked_at(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))) == 2**19 // 192
-    assert looked_at(lambda x: widening(x)) == UNKNOWN  # not looked into
-    assert not torch.nn.modules.module._global_forward_hooks
-
-
-class Functional(nn.Module):
-    def forward(self, x):
-        return nn.functional.conv2d(x, torch.ones(64, 3, 1, 1)).mean(dim=(2, 3))[:, :2]
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(24, 512, batch_first=True), nn.Linear(512, 2)
-
-    def forward(self, x):
-        return self.head(self.lstm(x.flatten(2).mT.reshape(len(x), 8, 24))[0][:, -1])
-
-
-def test_a_look_knows_what_it_does_not_see():
-    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(), nn.Linear(64 * 64, 2))
-    assert looked_at(Functional()) == UNKNOWN
-    assert looked_at(torch.jit.trace(net, torch.zeros(4, 3, 8, 8))) == UNKNOWN
-    assert looked_at(nn.Sequential(Functional())) == 2**19 // 192
-    assert looked_at(Recurrent()) == 2**19 // (8 * 512)  # a layer that returns several tensors
-
-
-def test_a_look_leaves_out_what_makes_a_weight():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 2))
-    nn.utils.parametrizations.orthogonal(net[1])  # by way of a matrix of 192 x 192
-    assert looked_at(net) == 2**19 // 192
-
-
-def test_a_look_hears_its_own_model_only():
-    net, other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Linear(1, 10**6)
-    x = torch.zeros(4, 3, 8, 8)
-
-    def evaluate():
-        other(torch.zeros(4, 1))  # as in another thread
-        return net(x)
-
-    assert look(net, evaluate, (x,), len(x))[1] == 2**19 // 192
-
-
-def test_a_look_at_large_inputs_takes_few_rows():
-    rows = []
-
-    def forward(x):
-        rows.append(len(x))
-        return x.flatten(1)[:, :2]
-
-    insertion(forward, torch.zeros(3, 2**21), torch.rand(3, 2**21), target=0, step_size=2**21)
-    assert rows == [1] * (1 + 3)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_look_compiles_nothing_anew(in_place):
-    compilations = []
-
-    def backend(graph, _inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    compiled = net if in_place else torch.compile(net, backend=backend)
-    if in_place:
-        net.compile(backend=backend)
-    compiled(torch.zeros(4, 3, 8, 8))
-    n_compilations = len(compilations)
-    assert looked_at(compiled) == UNKNOWN
-    assert looked_at(nn.Sequential(compiled)) == UNKNOWN
-    assert len(compilations) == n_compilations
+def test_batches_of_copies_whose_output_does_not_grow_are_an_error():
+    with pytest.raises(InputError, match="perturbations_per_eval=1"):
+        evaluate_batches(lambda rows, n: rows[0].sum(), lambda chunk: (torch.zeros(3, 4),), 3, 3, torch.tensor(0.0))
 
 
 PAGES_FETCHED = """

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from captum_idexpo._core.rng import accelerators, kept_streams, seeded, set_streams, source, streams
-from captum_idexpo.attr.sampling import kernel_shap_masks, lime_masks
+from captum_idexpo.attr.coalitions import kernel_shap_masks
+from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.metrics._locations import Locations
 from captum_idexpo.metrics.insertion_deletion import StepSchedule
 from captum_idexpo.metrics.local_fidelity import _normal

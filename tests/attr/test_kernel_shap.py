@@ -10,8 +10,9 @@ import pytest
 import torch
 from sklearn.linear_model import LinearRegression
 
-from captum_idexpo.attr import KernelShap, Lime
-from captum_idexpo.attr.sampling import captum_kernel_shap_masks
+from captum_idexpo.attr import KernelShap, Lime, ShapleyValues
+from captum_idexpo.attr.coalitions import KERNEL_SHAP_SAMPLINGS, captum_kernel_shap_masks
+from captum_idexpo.attr.surrogates import BayesianShapleyRegression
 from tests.attr.test_lime import BASELINES, FEATURE_MASKS, SCALARS, TARGETS, B, TwoInputs, X, assert_same
 from tests.helpers import gradient_error, smooth_net
 
@@ -169,10 +170,51 @@ def test_progress_is_shown(capsys):
     assert "Kernel Shap attribution: 100%" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampling", ["captum", "independent"])
-def test_one_feature_is_an_error(sampling):
-    with pytest.raises(ValueError, match="two at least; given: 1"):
-        KernelShap(smooth_net(1)).attribute(X[:, :1].double(), target=1, sampling=sampling)
+@pytest.mark.parametrize("sampling", KERNEL_SHAP_SAMPLINGS)
+def test_one_feature_gets_the_whole_difference(sampling):
+    net, x = smooth_net(1), X[:, :1].double()
+    expected = (net(x) - net(torch.full_like(x, 0.3)))[:, 1:2].detach()
+    torch.testing.assert_close(KernelShap(net).attribute(x, 0.3, target=1, sampling=sampling), expected)
+
+
+@pytest.mark.parametrize("sampling", KERNEL_SHAP_SAMPLINGS[1:])
+@pytest.mark.parametrize("share_masks", [False, True])
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_few_features_are_exact_with_as_many_samples_as_coalitions(sampling, share_masks, bayesian):
+    net, x, rows = smooth_net(), X[:3].double(), []
+
+    def forward(x):
+        rows.append(x)
+        return net(x)
+
+    regression = BayesianShapleyRegression() if bayesian else None
+    explainer = KernelShap(forward, interpretable_model=regression)
+    mask = torch.tensor([[7, 7, 2, 2, -1, -1]])
+    arguments = {"target": 1, "feature_mask": mask, "sampling": sampling, "share_masks": share_masks}
+    values = explainer.attribute(x, 0.3, n_samples=8, **arguments)
+    torch.testing.assert_close(values, ShapleyValues(net).attribute(x, 0.3, target=1, feature_mask=mask))
+    assert len(torch.cat(rows[2:])) == 3 * 8
+    torch.testing.assert_close(values, explainer.attribute(x, 0.3, n_samples=1000, **arguments))
+
+
+def test_examples_with_different_features():
+    """Each has its own number of features; those that it does not have get 0, alone and in any batch."""
+    net, x = smooth_net(), X.double()
+    mask = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 0, 5, 5, 5], [-3, 2, 2, 2, 2, -3], [4, 4, 4, 4, 4, 4]])
+    arguments = {"target": [0, 1, 2, 1], "n_samples": 8, "sampling": "independent"}
+    explainer = KernelShap(net)
+    values = explainer.attribute(x, 0.3, feature_mask=mask, **arguments)
+    columns = explainer.attribute(x, 0.3, feature_mask=mask, return_input_shape=False, **arguments)
+    assert columns.shape == (4, 6)  # -3, 0, 1, 2, 4, 5
+    assert (columns != 0).tolist() == [
+        [False, True, True, True, False, False],
+        [False, True, False, False, False, True],
+        [True, False, False, True, False, False],
+        [False, False, False, False, True, False],
+    ]
+    for b, target in enumerate(arguments["target"]):
+        alone = ShapleyValues(net).attribute(x[b : b + 1], 0.3, target=target, feature_mask=mask[b : b + 1])
+        torch.testing.assert_close(values[b : b + 1], alone)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

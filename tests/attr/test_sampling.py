@@ -1,24 +1,14 @@
-"""Every design has the distribution it claims (that the captum streams are Captum's, test_lime.py shows)."""
+"""Every design of LIME has the distribution it claims (that the captum stream is Captum's, test_lime.py shows)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from captum_idexpo.attr.sampling import (
-    KERNEL_SHAP_SAMPLINGS,
-    LIME_SAMPLINGS,
-    _orthogonal_rows,
-    _quantiles_of_sizes,
-    captum_kernel_shap_masks,
-    captum_lime_masks,
-    hadamard,
-    kernel_shap_masks,
-    lime_masks,
-)
+from captum_idexpo.attr.sampling import LIME_SAMPLINGS, captum_lime_masks, hadamard, lime_masks
 
 CPU = torch.device("cpu")
-OWN_LIME, OWN_KERNEL_SHAP = LIME_SAMPLINGS[1:], KERNEL_SHAP_SAMPLINGS[1:]
+OWN_LIME = LIME_SAMPLINGS[1:]
 
 
 def generator(seed=0):
@@ -46,29 +36,10 @@ def test_every_lime_mask_is_equally_likely(sampling, n_features, n_samples):
     )
 
 
-@pytest.mark.parametrize("sampling", OWN_KERNEL_SHAP)
-@pytest.mark.parametrize("n_features", [2, 3, 5])
-@pytest.mark.parametrize("n_samples", [7, 24])
-def test_coalitions_have_shapleys_sizes_and_are_uniform_given_these(sampling, n_features, n_samples):
-    masks, weights = kernel_shap_masks(sampling, 60_000 // n_samples, n_samples, n_features, CPU, generator())
-    assert masks.shape == (60_000 // n_samples, n_samples, n_features)
-    assert masks[:, 0].all()
-    assert not masks[:, 1].any()
-    assert (weights is None) == (sampling != "leverage")
-    sizes = torch.tensor([bin(pattern).count("1") for pattern in range(2**n_features)]).double()
-    binomials = torch.tensor([torch.exp(torch.lgamma(torch.tensor(n_features + 1.0)))] * len(sizes)).double()
-    binomials = binomials / ((sizes + 1).lgamma() + (n_features - sizes + 1).lgamma()).exp()
-    expected = torch.where((sizes > 0) & (sizes < n_features), 1 / (sizes * (n_features - sizes) * binomials), 0.0)
-    shares = shares_of_patterns(masks[:, 2:], None if weights is None else weights[:, 2:])
-    torch.testing.assert_close(shares.double(), expected / expected.sum(), atol=0.012, rtol=0)
-
-
 @pytest.mark.parametrize("sampling", ["paired", "orthogonal"])
 def test_pairs_are_complements(sampling):
     masks = lime_masks(sampling, 3, 20, 7, CPU, generator())
     assert torch.equal(masks[:, ::2], ~masks[:, 1::2])
-    masks, _ = kernel_shap_masks(sampling, 3, 20, 7, CPU, generator())
-    assert torch.equal(masks[:, 2::2], ~masks[:, 3::2])
     assert lime_masks(sampling, 3, 21, 7, CPU, generator()).shape == (3, 21, 7)
 
 
@@ -90,32 +61,17 @@ def test_hadamard_matrices(n):
     assert (matrix.abs() == 1).all()
 
 
-def test_sizes_come_in_proportion():
-    masks, weights = kernel_shap_masks("leverage", 4, 2 + 2 * 90, 10, CPU, generator())
-    counts = torch.stack([(masks[:, 2::2].sum(-1) == size).sum(-1) for size in range(1, 10)])
-    assert (counts == 10).all()  # ninety pairs, nine sizes
-    by_size = {int(size): float(weight) for size, weight in zip(masks[0].sum(-1), weights[0], strict=True)}
-    shapley = torch.tensor([1 / (k * (10 - k)) for k in range(1, 10)])
-    for size in range(1, 10):
-        assert by_size[size] == pytest.approx(float(9 * shapley[size - 1] / shapley.sum()), rel=1e-4)
-
-
 @pytest.mark.parametrize("n_samples", [1, 2, 3])
 def test_few_samples(n_samples):
-    for sampling in KERNEL_SHAP_SAMPLINGS:
-        masks, _ = kernel_shap_masks(sampling, 2, n_samples, 3, CPU, None)
-        assert masks.shape == (2, n_samples, 3)
-        assert masks.dtype == torch.bool
     for sampling in LIME_SAMPLINGS:
         assert lime_masks(sampling, 2, n_samples, 3, CPU, None).shape == (2, n_samples, 3)
 
 
-def test_the_captum_streams_are_the_captum_designs():
+def test_the_captum_stream_is_the_captum_design():
     torch.manual_seed(0)
-    expected = captum_lime_masks(2, 9, 4), captum_kernel_shap_masks(2, 9, 4)
+    expected = captum_lime_masks(2, 9, 4)
     torch.manual_seed(0)
-    assert torch.equal(lime_masks("captum", 2, 9, 4, CPU, None), expected[0])
-    assert torch.equal(kernel_shap_masks("captum", 2, 9, 4, CPU, None)[0], expected[1])
+    assert torch.equal(lime_masks("captum", 2, 9, 4, CPU, None), expected)
 
 
 def test_a_generator_leaves_the_global_stream_alone_and_repeats():
@@ -123,19 +79,7 @@ def test_a_generator_leaves_the_global_stream_alone_and_repeats():
     for sampling in OWN_LIME:
         first, second = (lime_masks(sampling, 2, 50, 9, CPU, generator(3)) for _ in range(2))
         assert torch.equal(first, second)
-    for sampling in OWN_KERNEL_SHAP:
-        first, second = (kernel_shap_masks(sampling, 2, 50, 9, CPU, generator(3))[0] for _ in range(2))
-        assert torch.equal(first, second)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_orthogonal_rows_are_orthogonal_and_add_up_to_zero():
-    for n in (3, 9, 20):
-        rows = _orthogonal_rows((2, n, 10), CPU, generator())
-        assert rows.shape == (2, n, 10)
-        torch.testing.assert_close(rows.sum(-1), torch.zeros(2, n), atol=1e-5, rtol=0)
-        block = rows[:, : min(n, 9)]
-        torch.testing.assert_close(block @ block.mT, torch.eye(block.shape[1]).expand(2, -1, -1), atol=1e-5, rtol=0)
 
 
 def test_one_block_of_columns_is_drawn_in_two_halves():
@@ -151,12 +95,3 @@ def test_a_generator_on_mps_is_refused():
 
     with pytest.raises(ValueError, match="give one on the CPU"):
         lime_masks("independent", 1, 2, 3, CPU, OnMps())
-
-
-@pytest.mark.parametrize("all_equal", [False, True])
-@pytest.mark.parametrize("n_features", [2, 3, 64, 1000])
-def test_every_quantile_is_a_size(n_features, all_equal):
-    """Also 1, to which a quantile may be rounded."""
-    points = torch.tensor([0.0, 1.0])
-    sizes = torch.searchsorted(_quantiles_of_sizes(n_features, all_equal), points, right=True)
-    assert sizes.tolist() == [1, n_features - 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from captum.attr._core.lime import get_exp_kernel_similarity_function
 
-from captum_idexpo._core.features import FeatureLayout, masked_copies
+from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 
 
@@ -25,7 +25,8 @@ def test_equals_captums_kernel_on_the_copies(mode, joint, baselines):
         examples = slice(None) if joint else slice(b, b + 1)
         for m in range(7):
             chosen = masks[b : b + 1, m : m + 1]
-            copies = tuple(copy[0] for copy in masked_copies(inputs, baselines, layout, chosen, examples))
+            masked = MaskedInputs(inputs, baselines, layout)
+            copies = tuple(copy[0] for copy in masked.copies(chosen, examples))
             original = tuple(tensor[examples] for tensor in inputs)
             assert float(ours[b, m]) == pytest.approx(float(captums(original, copies, None)), abs=1e-6)
 

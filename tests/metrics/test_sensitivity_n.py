@@ -94,7 +94,7 @@ def test_groups_of_a_feature_mask_are_masked_together():
 
     cells = torch.arange(36).view(1, 1, 6, 6) // 9
     sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=5)
-    for row in torch.cat(seen[2:]):
+    for row in torch.cat(seen[3:]):
         masked = (row == 7.0).all(0).flatten().view(4, 9)
         assert masked.all(1).sum() == 2
         assert masked.any(1).sum() == 2
@@ -111,7 +111,7 @@ def test_groups_that_occur_in_other_examples_only_are_never_drawn():
     cells = (torch.arange(36).view(1, 1, 6, 6) // 9 * 2).repeat(2, 1, 1, 1)
     cells[1] %= 4
     sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=40)
-    for index, row in enumerate(torch.cat(seen[2:])):
+    for index, row in enumerate(torch.cat(seen[3:])):
         masked = (row == 7.0).all(0)
         groups = cells[index % 2, 0]
         assert sum(bool(masked[groups == group].all()) for group in groups.unique()) == 2

@@ -559,8 +559,8 @@ def test_bad_batches_are_named():
         regularizer(X[:0], Y[:0])
     with pytest.raises(ValueError, match="NaN"):
         regularizer(X * math.nan, Y)
-    lime = InsertionDeletion(Lime(NET, Ridge()), baselines=0.0, feature_mask=torch.zeros(1, 1, 6, 6))
-    with pytest.raises(TypeError, match="must hold integers"):
+    lime = InsertionDeletion(Lime(NET, Ridge()), baselines=0.0, feature_mask=torch.full((1, 1, 6, 6), 0.5))
+    with pytest.raises(TypeError, match="must hold whole numbers"):
         lime(X, Y)
     with pytest.raises(TypeError, match="given: a mapping of x"):
         regularizer({"x": X}, Y)

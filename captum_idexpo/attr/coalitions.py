@@ -1,0 +1,269 @@
+"""Which coalitions KernelSHAP evaluates, and how much each counts.
+
+With any sampling but Captum's no coalition is drawn twice. The coalitions of one size form a class. Classes that the
+samples suffice for are taken whole; from the others coalitions are drawn without replacement.
+Weights make up for it: in the limit, and where all coalitions are taken, they are Shapley's kernel.
+
+The designs "paired", "orthogonal" and "leverage" draw pairs of a coalition and its complement, so their classes hold
+pairs. See `captum_idexpo.attr.sampling` for what the designs are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.order import ascending
+from captum_idexpo.attr.sampling import (
+    LIME_SAMPLINGS,
+    coins,
+    noise,
+    permutations,
+    replay_captum_fit,
+    source_of_masks,
+    with_complements,
+)
+
+KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")
+
+
+def kernel_shap_masks(
+    sampling: str, n_sets: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return KernelSHAP's masks (the full, the empty, then coalitions) and their weights ``(n_sets, n_samples)``.
+
+    Args:
+        sampling: one of `KERNEL_SHAP_SAMPLINGS`.
+        n_sets: independent sets of masks.
+        n_samples: masks in each, less than 2^D unless the sampling is Captum's; else use `all_coalitions`.
+        n_features: D, at least 2.
+        device: where the masks are needed.
+        generator: source of the random numbers; not with Captum's sampling.
+
+    Returns:
+        Booleans ``(n_sets, n_samples, D)``; weights None if all are 1.
+
+    Raises:
+        ValueError: there are not so many coalitions; a generator on MPS.
+    """
+    if sampling == "captum":
+        return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
+    if n_samples >= 2**n_features:
+        raise InputError(f"There are no {n_samples} different coalitions, or all of them: use all_coalitions.")
+    at = source_of_masks(device, generator)
+    n_random = max(0, n_samples - 2)
+    plan = _plan(n_random, n_features, sampling != "independent", sampling == "leverage")
+    masks = _drawn(plan, n_sets, sampling in ("orthogonal", "leverage"), at, generator)
+    whole = plan.whole.to(at).expand(n_sets, -1, -1)
+    masks = torch.cat([whole, masks], dim=1)
+    if plan.in_pairs:
+        # Either of a pair may come first, for of the last pair the second may be left out.
+        masks = masks ^ coins((n_sets, masks.shape[1], 1), at, generator)
+        masks = with_complements(masks)[:, :n_random]
+    weights = None
+    if plan.weights is not None:
+        weights = plan.weights.to(at)[masks.sum(dim=-1)]
+        weights = torch.cat([weights.new_ones(n_sets, 2), weights], dim=1)[:, :n_samples].to(device)
+    return _with_end_points(masks)[:, :n_samples].to(device), weights
+
+
+def all_coalitions(n_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return all coalitions ``(1, 2^D, D)``, the full and the empty one first, and Shapley's kernel ``(1, 2^D)``."""
+    sizes = range(1, n_features)
+    none = torch.zeros(0, n_features, dtype=torch.bool, device="cpu")
+    masks = _with_end_points(torch.cat([none, *(_subsets(n_features, size) for size in sizes)]))
+    kernel = [1 / (size * (n_features - size) * math.comb(n_features, size)) for size in sizes]
+    weights = torch.tensor([1.0, *kernel, 1.0], device="cpu")[masks.sum(dim=-1)]
+    return masks[None].to(device), weights[None].to(device)
+
+
+def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
+    """Return KernelSHAP's masks as Captum draws them from torch's global generator, on the CPU."""
+    cpu = torch.device("cpu")  # whatever the default device is
+    sizes = torch.arange(n_features, dtype=torch.float, device=cpu)
+    probabilities = (n_features - 1) / (sizes * (n_features - sizes))
+    probabilities[0] = 0.0
+    probabilities = (probabilities / probabilities.sum())[None]
+    no_sizes, no_noise = torch.zeros(0, dtype=torch.long, device=cpu), torch.zeros(0, n_features, device=cpu)
+    masks = []
+    for _ in range(n_sets):
+        # Captum draws a size, then its noise, sample by sample; no single call has the same stream.
+        draws = [
+            (torch.multinomial(probabilities, 1, True)[0], torch.randn(1, n_features, device=cpu))
+            for _ in range(2, n_samples)
+        ]
+        drawn_sizes = torch.cat([no_sizes, *(size for size, _ in draws)])
+        drawn_noise = torch.cat([no_noise, *(normal for _, normal in draws)])
+        masks.append(_with_end_points(_largest(drawn_noise, drawn_sizes)))
+        replay_captum_fit(n_features)
+    return torch.stack(masks)[:, :n_samples]
+
+
+class _Plan(NamedTuple):
+    """Which coalitions are taken for certain, and how the others are drawn."""
+
+    n_features: int
+    in_pairs: bool
+    whole: Tensor
+    """The classes taken whole, one of each pair: booleans ``(n, D)``."""
+    n_drawn: int
+    """Coalitions (or pairs) to draw, none of them in `whole`."""
+    quantiles: Tensor
+    """Up to which quantile a drawn coalition has at most 0, 1, ... features."""
+    tables: dict[int, Tensor]
+    """The coalitions of small classes from which some are drawn, by size."""
+    weights: Tensor | None
+    """Of a coalition by its size; None: all 1."""
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(n: int, n_features: int, in_pairs: bool, all_sizes_equally: bool) -> _Plan:
+    """Return how n coalitions are chosen.
+
+    Args:
+        n: coalitions, less than 2^D - 2.
+        n_features: D.
+        in_pairs: pairs of complements are drawn, of which one has at most D / 2 features.
+        all_sizes_equally: each size is drawn as often as any other; else by Shapley's distribution.
+    """
+    sizes = range(1, n_features // 2 + 1 if in_pairs else n_features)
+    # The class of half the features holds both of each pair.
+    share = {size: 0.5 if in_pairs and 2 * size == n_features else 1.0 for size in sizes}
+    counts = {size: count * share[size] for size, count in zip(sizes, _binomials(n_features), strict=False)}
+    shapley = {size: share[size] / (size * (n_features - size)) for size in sizes}
+    drawn = dict(share if all_sizes_equally else shapley)
+    left, whole = math.ceil(n / 2) if in_pairs else n, []
+    for size in sorted(sizes, key=lambda size: counts[size] / drawn[size]):
+        # The first class is that in which a coalition is drawn most often.
+        if left * drawn[size] < counts[size] * sum(drawn.values()):
+            break
+        whole.append(size)
+        left -= int(counts[size])
+        del drawn[size]
+    weights = None
+    if whole or all_sizes_equally:
+        per_draw = sum(drawn.values()) / max(1, left)
+        weights = torch.zeros(n_features + 1, device="cpu")
+        for size in sizes:
+            weight = shapley[size] / counts[size] if size in whole else shapley[size] / drawn[size] * per_draw
+            weights[[size, n_features - size if in_pairs else size]] = weight
+        weights /= weights.max().clone()
+    tables = {size: _subsets(n_features, size)[: int(counts[size])] for size in sizes if counts[size] <= n}
+    none = torch.zeros(0, n_features, dtype=torch.bool, device="cpu")
+    return _Plan(
+        n_features,
+        in_pairs,
+        torch.cat([none, *(tables.pop(size) for size in whole)]),
+        left,
+        _quantiles([drawn.get(size, 0.0) for size in range(max(sizes) + 1)]),
+        tables,
+        weights,
+    )
+
+
+def _binomials(n_features: int) -> list[float]:
+    """Return how many coalitions of 1, 2, ... D - 1 features there are, numbers beyond 2^60 as 2^60."""
+    counts, count = [], 1
+    for size in range(1, n_features // 2 + 1):
+        count = min(2**60, count * (n_features - size + 1) // size)
+        counts.append(float(count))
+    return [counts[min(size, n_features - size) - 1] for size in range(1, n_features)]
+
+
+def _quantiles(masses: list[float]) -> Tensor:
+    """Return up to which quantile a number is at most 0, 1, ..., for numbers that have these masses."""
+    cumulated = torch.tensor(masses, dtype=torch.float64, device="cpu").cumsum(0)
+    quantiles = cumulated / cumulated[-1].clone().clamp_min(1e-300)
+    quantiles[cumulated == cumulated[-1]] = torch.inf  # a quantile may be rounded to 1
+    return quantiles
+
+
+def _drawn(plan: _Plan, n_sets: int, orthogonal: bool, device: torch.device, generator: Generator | None) -> Tensor:
+    """Return coalitions ``(n_sets, n, D)``, all different in a set."""
+    n, n_features = plan.n_drawn, plan.n_features
+    shape = (n_sets, n, n_features)
+    sizes = _in_proportion(plan.quantiles.to(device), n_sets, n, generator)
+    scores = _orthogonal_rows(shape, device, generator) if orthogonal else noise(shape, device, generator)
+    masks = _one_of_each_pair(plan, _largest(scores, sizes))
+    from_table = torch.zeros_like(sizes, dtype=torch.bool)
+    for size, table in plan.tables.items():
+        chosen = sizes == size
+        number = (chosen.cumsum(dim=1) - 1)[chosen]
+        order = permutations((n_sets, len(table)), device, generator)
+        masks[chosen] = table.to(device)[order[chosen.nonzero()[:, 0], number]]
+        from_table |= chosen
+    while True:
+        # The other classes are large, so few coalitions come twice: these are drawn again.
+        again = _repeated(masks) & ~from_table
+        n_again = int(again.sum())
+        if not n_again:
+            return masks
+        redrawn = _largest(noise((1, n_again, n_features), device, generator)[0], sizes[again])
+        masks[again] = _one_of_each_pair(plan, redrawn)
+
+
+def _one_of_each_pair(plan: _Plan, masks: Tensor) -> Tensor:
+    """Replace coalitions of half the features by that one of their pair which has the first feature."""
+    if not plan.in_pairs or plan.n_features % 2:
+        return masks
+    half = masks.sum(dim=-1) == plan.n_features // 2
+    return masks ^ (half & ~masks[..., 0])[..., None]
+
+
+def _repeated(masks: Tensor) -> Tensor:
+    """Return which masks ``(n_sets, n, D)`` are equal to an earlier one of their set, ``(n_sets, n)``."""
+    n_features = masks.shape[-1]
+    # Sums of so small integers are exact in any order. That two masks have the same sum by chance does no harm.
+    keys = torch.randint(2**24 // n_features, (n_features,), generator=Generator().manual_seed(0), device="cpu").float()
+    sums, order = (masks.float() @ keys.to(masks.device)).sort(dim=1, stable=True)
+    same = torch.zeros_like(masks[..., 0])
+    same[:, 1:] = sums[:, 1:] == sums[:, :-1]
+    return torch.zeros_like(same).scatter_(1, order, same)
+
+
+def _subsets(n_features: int, size: int) -> Tensor:
+    """Return all coalitions of a size as booleans, those with the first feature first."""
+    # torch.combinations goes through all D^size tuples.
+    members = torch.tensor(list(itertools.combinations(range(n_features), size)), device="cpu")
+    return torch.zeros(len(members), n_features, dtype=torch.bool, device="cpu").scatter_(1, members, True)
+
+
+def _orthogonal_rows(shape: tuple[int, int, int], device: torch.device, generator: Generator | None) -> Tensor:
+    """Blocks of D - 1 orthogonal directions, each uniform on the sphere of vectors that add up to 0."""
+    n_sets, n, n_features = shape
+    size = max(1, min(n_features - 1, n))
+    gauss = torch.randn(n_sets, -(-n // size), n_features, size, device=device, generator=generator)
+    directions = torch.linalg.qr(gauss - gauss.mean(dim=2, keepdim=True)).Q
+    # LAPACK's signs depend on the first coordinates and would favour some features.
+    signs = coins((n_sets, directions.shape[1], size), device, generator)[:, :, None]
+    return torch.where(signs, directions, -directions).mT.flatten(1, 2)[:, :n]
+
+
+def _in_proportion(quantiles: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
+    """n values a set ``(n_sets, n)`` of a distribution over 0, 1, ...: systematic sampling, in random order.
+
+    Each draw by itself has the distribution; each value comes as often as is expected, rounded down or up.
+    """
+    device = quantiles.device
+    start = torch.rand(n_sets, 1, device=device, generator=generator, dtype=torch.float64)
+    points = (torch.arange(n, device=device) + start) / max(n, 1)
+    values = torch.searchsorted(quantiles, points, right=True)
+    return values.gather(1, permutations((n_sets, n), device, generator))
+
+
+def _largest(noise: Tensor, sizes: Tensor) -> Tensor:
+    """Keeps as many of the largest entries of noise ``(..., D)`` as sizes ``(...)`` say."""
+    n_features = noise.shape[-1]
+    return noise > ascending(noise).gather(-1, (n_features - 1 - sizes)[..., None])
+
+
+def _with_end_points(masks: Tensor) -> Tensor:
+    """Puts the full and the empty coalition before the random ones ``(..., n, D)``."""
+    full = masks.new_ones(*masks.shape[:-2], 1, masks.shape[-1])
+    return torch.cat([full, ~full, masks], dim=-2)
