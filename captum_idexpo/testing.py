@@ -1,7 +1,8 @@
-"""For tests of your own attributions and regularizers: is the gradient in the weights the true one?
+"""Checks for tests of your own attributions, regularizers and models.
 
-``requires_grad=True`` and a backward pass that runs prove nothing: an attribution may be attached through some of the
-ways in which the weights move it and take the others for constants. Finite differences tell.
+`assert_trainable` compares the gradient of an attribution with finite differences. ``requires_grad=True`` and a
+backward pass that runs prove nothing: part of what moves the attribution may have been taken for a constant.
+`assert_complete` and `assert_rows_independent` check values, of which a gradient says nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.inputs import check_inputs
 from captum_idexpo._core.rng import accelerators, seeded
 
 _STEPS = (1e-5, 1e-6, 1e-7)
@@ -114,6 +117,136 @@ def assert_trainable(
             measured = tuple(_difference(loss, parameter, direction, step) for step in _STEPS)
             derivatives.append(_Derivative(name, claimed, measured))
     _judge(derivatives, rtol, abs(float(total.detach())))
+
+
+def assert_complete(
+    attribute: Callable[[], Any],
+    forward_func: Callable[..., Tensor],
+    inputs: Tensor | tuple[Tensor, ...],
+    baselines: Any = None,
+    *,
+    rtol: float = 1e-5,
+) -> None:
+    """Check that attributions add up to the output's difference from that on the baselines.
+
+    Completeness (Sundararajan et al. 2017, arXiv 1703.01365) holds for integrated gradients, DeepLIFT without softmax,
+    Shapley values, KernelSHAP, and the layer forms of the first two.
+
+    Args:
+        attribute: takes nothing and returns an attribution: a tensor ``(B, ...)``, or tuples and lists of them, of
+            inputs or of a layer.
+        forward_func: takes the inputs and returns the explained output, one number per example, ``(B,)``.
+        inputs: a tensor ``(B, ...)`` or a tuple of them.
+        baselines: None (zero), numbers, or tensors that broadcast to the inputs.
+        rtol: tolerated error, relative to the largest difference of outputs in the batch. Integrated gradients need
+            ``n_steps`` to match.
+
+    Raises:
+        AssertionError: the attributions do not add up; says by how much and for which examples.
+        ValueError: an output that is not one number per example; baselines that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import IntegratedGradients, Saliency
+        >>> from captum_idexpo.testing import assert_complete
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        >>> x = torch.randn(5, 3, dtype=torch.float64)
+        >>> assert_complete(lambda: IntegratedGradients(model).attribute(x, target=1), lambda x: model(x)[:, 1], x)
+        >>> assert_complete(lambda: Saliency(model).attribute(x, target=1), lambda x: model(x)[:, 1], x)
+        Traceback (most recent call last):
+            ...
+        AssertionError: The attributions of 5 of 5 examples do not add up...
+    """
+    tensors, aligned = check_inputs(inputs, baselines, check_finite=False)
+    plain = tuple(tensor.clone() for tensor in tensors)
+    empty = tuple(
+        torch.as_tensor(baseline, device=tensor.device).to(tensor.dtype).expand_as(tensor).clone()
+        for baseline, tensor in zip(aligned, tensors, strict=True)
+    )
+    with torch.no_grad():
+        differences = _one_per_example(forward_func(*plain)) - _one_per_example(forward_func(*empty))
+    parts = [tensor.detach().to(differences.dtype).flatten(1).sum(dim=1) for tensor in _tensors(attribute())]
+    sums = torch.stack(parts).sum(dim=0)
+    if sums.shape != differences.shape:
+        raise InputError(
+            f"The attribution has {len(sums)} rows and the output {len(differences)}: both need one per example."
+        )
+    errors = (sums - differences).abs()
+    scale = float(differences.abs().max())
+    wrong = ~(errors <= rtol * scale)
+    if bool(wrong.any()):
+        worst = int(errors.nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"The attributions of {int(wrong.sum())} of {len(errors)} examples do not add up to the outputs' "
+            f"differences. The worst is example {worst}: the sum is {float(sums[worst]):.6g}, the difference "
+            f"{float(differences[worst]):.6g} (tolerance {rtol:g} of {scale:.6g})."
+        )
+
+
+def _one_per_example(output: Tensor) -> Tensor:
+    if not output.dim() or output[0].numel() != 1:
+        raise InputError(
+            f"forward_func must return one number per example, the explained output; given: {tuple(output.shape)}. "
+            "Choose the class in it: lambda x: model(x)[:, target]."
+        )
+    return output.flatten()
+
+
+def assert_rows_independent(
+    forward_func: Callable[..., Any], inputs: Tensor | tuple[Tensor, ...], *, rtol: float = 1e-5
+) -> None:
+    """Check that a row's output is the same alone and in any batch.
+
+    LIME, KernelSHAP, the metrics and the regularizers mask each row of a forward pass differently, which presupposes
+    it of the model. The same holds for an explainer: ``lambda x: explainer.attribute(x, target=1)``.
+
+    Args:
+        forward_func: takes the inputs and returns one row per example: a tensor, or tuples and lists of them.
+        inputs: a tensor ``(B, ...)`` or a tuple of them, with at least two examples that differ.
+        rtol: tolerated error, relative to the largest output.
+
+    Raises:
+        AssertionError: a row's output depends on the other rows; says which and by how much.
+        ValueError: fewer than two examples, or an output without a row per example.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.testing import assert_rows_independent
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+        >>> assert_rows_independent(model, x)
+        >>> assert_rows_independent(lambda x: model(x - x.mean(dim=0)), x)
+        Traceback (most recent call last):
+            ...
+        AssertionError: The output of row 0 depends on the other rows...
+    """
+    tensors, _ = check_inputs(inputs, None, check_finite=False)
+    n_examples = len(tensors[0])
+    if n_examples < 2:
+        raise InputError("Give at least two examples that differ: nothing would be checked.")
+    every_row = list(range(n_examples))
+    batches = [[row] for row in every_row] + [every_row[::-1], every_row[: n_examples // 2] * 2, [0, *every_row]]
+    whole = _rows_of(forward_func, tensors, every_row)
+    scale = max(float(output.abs().max()) for output in whole)
+    for rows in batches:
+        for some, output in zip(_rows_of(forward_func, tensors, rows), whole, strict=True):
+            errors = (some - output[rows]).abs().flatten(1).amax(dim=1)
+            wrong = (~(errors <= rtol * scale)).nonzero().flatten().tolist()
+            if wrong:
+                row = rows[wrong[0]]
+                raise AssertionError(
+                    f"The output of row {row} depends on the other rows: in a batch of rows {rows[:8]} it differs by "
+                    f"{float(errors[wrong[0]]):.3g} from that in the whole batch (the largest output is {scale:.3g})."
+                )
+
+
+def _rows_of(forward_func: Callable[..., Any], tensors: tuple[Tensor, ...], rows: list[int]) -> list[Tensor]:
+    outputs = [output.detach() for output in _tensors(forward_func(*(tensor[rows] for tensor in tensors)))]
+    for output in outputs:
+        if output.shape[:1] != (len(rows),):
+            raise InputError(
+                f"forward_func must return one row per example; given: shape {tuple(output.shape)} for {len(rows)}."
+            )
+    return [output if output.is_floating_point() else output.double() for output in outputs]
 
 
 def _check_parameters(parameters: dict[str, nn.Parameter]) -> None:

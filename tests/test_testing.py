@@ -1,4 +1,4 @@
-"""assert_trainable finds what is wrong with Captum's own attributions, and says where."""
+"""The checks find what is wrong, with Captum's own attributions among others, and say where."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import InputXGradient, Lime, Saliency
+from captum_idexpo.attr import InputXGradient, LayerIntegratedGradients, Lime, Saliency, ShapleyValues
 from captum_idexpo.attr.surrogates import Lasso, Ridge
-from captum_idexpo.testing import assert_trainable
+from captum_idexpo.testing import assert_complete, assert_rows_independent, assert_trainable
 from tests.helpers import smooth_conv_net, smooth_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum")
@@ -179,3 +179,63 @@ def test_the_tolerance_of_a_solver_is_told_of_and_statistics_are_put_back():
     assert_trainable(lambda: InputXGradient(model).attribute(x, target=1, create_graph=True), model)
     for buffer, kept in zip(model.buffers(), before, strict=True):
         assert torch.equal(buffer, kept)
+
+
+def test_assert_complete_finds_what_does_not_add_up():
+    net = smooth_net()
+
+    def explained(x):
+        return net(x)[:, 1]
+
+    exact = ShapleyValues(net)
+    assert_complete(lambda: exact.attribute(X, 0.3, target=1), explained, X, 0.3)
+    assert_complete(lambda: exact.attribute(X, X[:1], target=1), explained, X, X[:1])
+    with pytest.raises(AssertionError, match=r"4 of 4 examples do not add up.*sum is"):
+        assert_complete(lambda: exact.attribute(X, 0.3, target=1), explained, X)
+    values = exact.attribute(X, target=1)
+    values[2, 0] += 1e-3
+    with pytest.raises(AssertionError, match=r"1 of 4 examples.*worst is example 2"):
+        assert_complete(lambda: values, explained, X)
+    values[2, 0] = torch.nan
+    with pytest.raises(AssertionError, match="sum is nan"):
+        assert_complete(lambda: values, explained, X)
+
+
+def test_assert_complete_of_layers_and_tuples():
+    net = smooth_conv_net()
+    layers = LayerIntegratedGradients(net, net[4])
+    assert_complete(lambda: layers.attribute(IMAGES, target=1, n_steps=200), lambda x: net(x)[:, 1], IMAGES, rtol=1e-4)
+
+    def forward(a, b):
+        return (a.square().sum(1) * b.sum(1))[:, None]
+
+    inputs, baselines = (X[:, :3], X[:, 3:]), (0.5, X[:1, 3:])
+    assert_complete(lambda: ShapleyValues(forward).attribute(inputs, baselines, target=0), forward, inputs, baselines)
+
+
+def test_assert_complete_names_bad_arguments():
+    net = smooth_net()
+    with pytest.raises(ValueError, match=r"one number per example.*given: \(4, 3\)"):
+        assert_complete(lambda: X, net, X)
+    with pytest.raises(ValueError, match="2 rows and the output 4"):
+        assert_complete(lambda: X[:2], lambda x: x.sum(1), X)
+
+
+def test_assert_rows_independent_finds_rows_that_influence_each_other():
+    net = smooth_net()
+    assert_rows_independent(net, X)
+    assert_rows_independent(lambda x: Saliency(net).attribute(x, target=1), X)
+    assert_rows_independent(lambda a, b: (a + b, b), (X, X.flip(0)))
+    for forward in (
+        lambda x: net(x - x.mean(dim=0)),
+        lambda x: net(x / x.abs().max()),
+        lambda x: net(x) * torch.arange(len(x))[:, None],
+        lambda x: net(x.cumsum(dim=0)),
+        lambda x: net(x) + (len(x) % 2),
+    ):
+        with pytest.raises(AssertionError, match=r"row \d depends on the other rows"):
+            assert_rows_independent(forward, X)
+    with pytest.raises(ValueError, match="at least two examples"):
+        assert_rows_independent(net, X[:1])
+    with pytest.raises(ValueError, match="one row per example"):
+        assert_rows_independent(lambda x: x.sum(), X)

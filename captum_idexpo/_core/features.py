@@ -281,4 +281,5 @@ def _aligned_mask(mask: Any, tensor: Tensor) -> Tensor:
             f"feature_mask of shape {tuple(mask.shape)} does not fit the input of shape {tuple(tensor.shape)}: "
             "give a mask of the input's shape, or one that broadcasts to it."
         )
-    return aligned
+    # The same mask for every example is one mask for all.
+    return aligned[:1] if len(aligned) > 1 and bool((aligned == aligned[:1]).all()) else aligned

@@ -105,11 +105,11 @@ def by_gradients(
             "torch.no_grad() instead."
         )
     if keeps_graph():  # a part of another attribution, which sees to the graph of all
-        return compute(_aliases(inputs, of_inputs))
+        return compute(_copies(inputs, of_inputs))
     if not create_graph:
         with no_weights_left():  # parts of it may be computed under torch.no_grad
-            return _map(compute(_aliases(inputs, of_inputs, detached=True)), Tensor.detach)
-    computed = _with_graph(explainer, lambda given: compute(_aliases(given, of_inputs)), inputs)
+            return _map(compute(_copies(inputs, of_inputs, detached=True)), Tensor.detach)
+    computed = _with_graph(explainer, lambda given: compute(_copies(given, of_inputs)), inputs)
     if with_delta:
         attribution, delta = computed
         return attribution, delta.detach()
@@ -121,13 +121,17 @@ def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: 
 
     `compute` runs with gradients enabled or disabled accordingly. Arguments and errors as for `by_gradients`.
     """
+
+    def of_copies(inputs: Any) -> Any:
+        return compute(_copies(inputs, require_gradient=False))
+
     if keeps_graph():
         with torch.enable_grad():
-            return compute(inputs)
+            return of_copies(inputs)
     if not create_graph:
         with no_graph():
-            return compute(inputs)
-    return _with_graph(explainer, lambda given: compute(_aliases(given, require_gradient=False)), inputs)
+            return of_copies(inputs)
+    return _with_graph(explainer, of_copies, inputs)
 
 
 def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:
@@ -249,20 +253,26 @@ def _keeping() -> Iterator[InnerGradients]:
         _outer.reset(token)
 
 
-def _aliases(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
-    """The same values as tensors of our own, since Captum switches ``requires_grad`` of what it is given."""
+def _copies(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
+    """Return the same values as new tensors.
 
-    aliases: dict[int, Tensor] = {}  # a tensor given twice is one tensor, whose gradient is the sum
+    Captum switches ``requires_grad`` of the tensors that it is given, and a forward function may write into them.
+    """
+    copies: dict[int, Tensor] = {}  # a tensor given twice is one tensor, whose gradient is the sum
 
-    def alias(tensor: Tensor) -> Tensor:
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) in copies:
+            return copies[id(tensor)]
         if tensor.requires_grad and not detached:
-            return tensor
-        alias = tensor.clone() if tensor.is_inference() else tensor.detach()
-        can_require = alias.is_floating_point() or alias.is_complex()
-        alias = alias.requires_grad_() if require_gradient and can_require else alias
-        return aliases.setdefault(id(tensor), alias)
+            new = tensor.clone()
+        else:
+            new = tensor.detach().clone()
+            can_require = new.is_floating_point() or new.is_complex()
+            new = new.requires_grad_() if require_gradient and can_require else new
+        copies[id(tensor)] = new
+        return new
 
-    return _map(inputs, alias)
+    return _map(inputs, copy)
 
 
 def _attached(attribution: Any, anchor: Tensor) -> Any:

@@ -138,11 +138,6 @@ class BatchOutputs:
         return output.to(rows[0].device)  # a number of Python's is on the CPU
 
 
-def as_floats(values: Tensor) -> Tensor:
-    """Return differences of outputs as they are, those of integers in torch's default type."""
-    return values if values.is_floating_point() or values.is_complex() else values.to(torch.get_default_dtype())
-
-
 class FeatureAblation(captum.FeatureAblation):
     """What the output loses when a feature is replaced by its baseline, `captum.attr.FeatureAblation`.
 
@@ -192,7 +187,7 @@ class FeatureAblation(captum.FeatureAblation):
 
         Returns:
             Of the inputs' shape, tuple in, tuple out; without a target, one leading row per output. dtype of the
-            outputs, float32 for integer outputs.
+            outputs.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
@@ -210,7 +205,7 @@ class FeatureAblation(captum.FeatureAblation):
                 return masked.copies((features[chunk, None] != features)[:, None])
 
             perturbed = outputs.on_copies(without_features, len(features), masked.emptied(), show_progress)
-            return _one_row_per_output(outputs, as_floats(outputs.plain - perturbed), masked.layout)
+            return _one_row_per_output(outputs, outputs.plain - perturbed, masked.layout)
 
         attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
@@ -271,11 +266,7 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
         def compute(inputs: Any) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             layout = FeatureLayout.of(feature_mask, outputs.tensors)
-            if min(map(len, outputs.tensors)) < 2:
-                _log.warning("A batch of one example has no other to exchange values with: its attribution is 0.")
-                nothing = outputs.plain.new_zeros(layout.n_features, *outputs.plain.shape)
-                return _one_row_per_output(outputs, as_floats(nothing), layout)
-            regions = _regions(layout) * n_samples
+            regions = _exchangeable(layout, outputs.tensors) * n_samples
 
             def with_exchanged_features(chunk: slice) -> tuple[Tensor, ...]:
                 # Feature by feature, so that the random stream does not depend on the chunk size.
@@ -284,9 +275,13 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
 
             sheared = tuple(map(_sheared, outputs.tensors))
             perturbed = outputs.on_copies(with_exchanged_features, len(regions), sheared, show_progress)
-            lost = as_floats(outputs.plain - perturbed).unflatten(0, (n_samples, -1)).mean(dim=0)
-            order = torch.tensor([number for number, _ in regions[: len(lost)]], device=lost.device)
-            return _one_row_per_output(outputs, lost[order.argsort()], layout)
+            lost = outputs.plain - perturbed
+            if n_samples > 1:
+                lost = lost.to(torch.promote_types(lost.dtype, torch.float32))
+                lost = lost.reshape(n_samples, -1, *outputs.plain.shape).mean(dim=0)
+            numbers = torch.tensor([number for number, _ in regions[: len(lost)]], dtype=torch.long)
+            values = lost.new_zeros(layout.n_features, *outputs.plain.shape)
+            return _one_row_per_output(outputs, values.index_copy(0, numbers.to(lost.device), lost), layout)
 
         attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
         return attribution
@@ -314,11 +309,17 @@ def exchanged(tensor: Tensor, region: Tensor) -> Tensor:
     return torch.where(region, tensor[order.to(tensor.device)], tensor)
 
 
-def _regions(layout: FeatureLayout) -> list[tuple[int, tuple[Tensor | None, ...]]]:
-    """Return each feature's number and, for each tensor, booleans where it lies (None: nowhere), in Captum's order."""
+def _exchangeable(layout: FeatureLayout, tensors: tuple[Tensor, ...]) -> list[tuple[int, tuple[Tensor | None, ...]]]:
+    """Return the features whose values can be exchanged, in Captum's order: tensor by tensor.
+
+    Each is its number and, for each tensor, booleans where it lies (None: nowhere).
+    """
     masks = layout.masks()
     numbers = [mask.unique().tolist() for mask in masks]
-    in_order = dict.fromkeys(number for some in numbers for number in some)
+    alone = {number for tensor, some in zip(tensors, numbers, strict=True) if len(tensor) < 2 for number in some}
+    if alone:
+        _log.warning("A batch of one example has no other to exchange values with: the attribution is 0.")
+    in_order = dict.fromkeys(number for some in numbers for number in some if number not in alone)
     return [
         (
             number,
@@ -331,8 +332,9 @@ def _regions(layout: FeatureLayout) -> list[tuple[int, tuple[Tensor | None, ...]
 def _sheared(tensor: Tensor) -> Tensor:
     """Move each element's values on by another number of examples."""
     rows = torch.arange(len(tensor), device=tensor.device)[:, None]
-    columns = torch.arange(tensor[0].numel(), device=tensor.device)
-    return tensor.reshape(len(tensor), -1)[(rows + columns) % len(tensor), columns].view_as(tensor)
+    columns = torch.arange(tensor[:1].numel(), device=tensor.device)
+    moved = tensor.reshape(len(tensor), len(columns))[(rows + columns) % max(1, len(tensor)), columns]
+    return moved.view_as(tensor)
 
 
 class Occlusion(captum.Occlusion, FeatureAblation):

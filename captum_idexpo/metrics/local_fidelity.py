@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.chunks import default_rows_per_forward, look, slices
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.rng import source
 from captum_idexpo.attr.surrogates import LinearRegression, Ridge
@@ -136,7 +136,7 @@ def point_fidelity(explainer: Explainer, forward_func: Callable[..., Any], input
         True
     """
     _check_rows(inputs)
-    error: Tensor = (explainer(inputs)(inputs) - _columns(forward_func(inputs))).square().mean(dim=1)
+    error: Tensor = (explainer(inputs)(inputs) - _columns(forward_func(inputs.clone()))).square().mean(dim=1)
     return error
 
 
@@ -239,9 +239,10 @@ def _normal(inputs: Tensor, n: int, generator: Generator | None) -> Tensor:
 
 
 def _evaluate(forward_func: Callable[..., Any], points: Tensor) -> Tensor:
-    """Outputs on points ``(B, n, D)``, as ``(B, n, K)``."""
+    """Return the outputs on points ``(B, n, D)``, as ``(B, n, K)``."""
     rows = points.flatten(0, 1)
-    chunks = [_columns(forward_func(rows[chunk])) for chunk in slices(len(rows), default_rows_per_forward((rows,)))]
+    max_rows = look(forward_func, lambda some, examples, n_copies: _columns(forward_func(*some)), (rows,)).max_rows
+    chunks = [_columns(forward_func(rows[chunk])) for chunk in slices(len(rows), max_rows)]
     return torch.cat(chunks).reshape(*points.shape[:2], -1)
 
 

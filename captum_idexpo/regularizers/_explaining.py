@@ -53,7 +53,7 @@ class Explaining:
         arguments = self.arguments.get("additional_forward_args")
         forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
         with no_graph(), eval_mode(module_of(self.explainer.forward_func)):  # a single row has no statistics
-            return bool(forward(tuple(tensor[first] for tensor in tensors), first).numel() == 1)
+            return bool(forward(tuple(tensor[first].clone() for tensor in tensors), first).numel() == 1)
 
     @property
     def of_layer(self) -> bool:

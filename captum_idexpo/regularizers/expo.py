@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.chunks import look, slices
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.inputs import align_baselines
 from captum_idexpo._core.modes import precision
@@ -201,35 +201,50 @@ class _Local(Regularizer):
         self.generator = generator
         self.max_examples_per_batch = max_examples_per_batch
 
-    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> Outputs:
-        """All outputs of rows, or the target's probability if they are masked."""
+    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Outputs, int]:
+        """Return what gives all outputs of rows, or the target's probability if they are masked; rows of a pass."""
+        max_rows = self.max_examples_per_batch
         if not isinstance(self.neighborhood, MaskedNeighbors):
-            return lambda rows, examples, n_copies: self.forward_func(*rows).reshape(len(rows[0]), -1)
+
+            def all_outputs(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+                output: Tensor = self.forward_func(*rows)
+                return output.reshape(len(rows[0]), -1)
+
+            together = max_rows is not None and len(tensors[0]) <= max_rows < 2 * len(tensors[0])
+            return all_outputs, look(self.forward_func, all_outputs, tensors, max_rows, together=together).max_rows
         if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
             target = None  # a regression's target names no column
-        max_rows = self.max_examples_per_batch
         scorer = TargetScorer(self.forward_func, tensors, class_labels(target), None, self.outputs, max_rows=max_rows)
-        return lambda rows, examples, n_copies: scorer(rows, examples, n_copies, "probability")[:, None]
 
-    def _evaluate(self, outputs: Outputs, copies: tuple[Tensor, ...]) -> Tensor:
-        """Outputs of the copies ``(n, B, ...)``, as ``(B, n, K)``."""
-        n_copies, n_examples = copies[0].shape[:2]
-        rows = self.max_examples_per_batch or default_rows_per_forward(tuple(copy[0] for copy in copies))
+        def probabilities(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return scorer(rows, examples, n_copies, "probability")[:, None]
 
-        def outputs_of(part: slice, examples: slice) -> Tensor:
-            chunk = tuple(copy[part, examples] for copy in copies)
-            n_chosen = part.stop - part.start
-            values = outputs(tuple(copy.flatten(0, 1) for copy in chunk), examples, n_chosen)
-            return values.reshape(n_chosen, examples.stop - examples.start, -1)
+        return probabilities, scorer.max_rows
 
+    def _evaluate(self, tensors: tuple[Tensor, ...], target: Any, *copies: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return the outputs ``(B, n, K)`` on each of some sets of copies ``(n, B, ...)`` of a batch."""
         # Differences of neighbouring outputs are smaller than what half precision resolves.
-        with torch.autocast(copies[0].device.type, enabled=False):
-            blocks = [
-                torch.cat([outputs_of(part, examples) for part in slices(n_copies, max(1, rows // n_examples))])
-                for examples in slices(n_examples, rows)
-            ]
-        values = torch.cat(blocks, dim=1).transpose(0, 1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))  # squares of halves would vanish
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            outputs, max_rows = self._outputs(tensors, target)
+            return [_outputs_on(some, outputs, max_rows) for some in copies]
+
+
+def _outputs_on(copies: tuple[Tensor, ...], outputs: Outputs, max_rows: int) -> Tensor:
+    """Return the outputs of copies ``(n, B, ...)``, as ``(B, n, K)``."""
+    n_copies, n_examples = copies[0].shape[:2]
+
+    def outputs_of(part: slice, examples: slice) -> Tensor:
+        chunk = tuple(copy[part, examples] for copy in copies)
+        n_chosen = part.stop - part.start
+        values = outputs(tuple(copy.flatten(0, 1) for copy in chunk), examples, n_chosen)
+        return values.reshape(n_chosen, examples.stop - examples.start, -1)
+
+    blocks = [
+        torch.cat([outputs_of(part, examples) for part in slices(n_copies, max(1, max_rows // n_examples))])
+        for examples in slices(n_examples, max_rows)
+    ]
+    values = torch.cat(blocks, dim=1).transpose(0, 1)
+    return values.to(torch.promote_types(values.dtype, torch.float32))  # squares of halves would vanish
 
 
 class Fidelity(_Local):
@@ -303,7 +318,7 @@ class Fidelity(_Local):
                 "use GaussianNeighbors(one_dimensional=True), which needs 3."
             )
         neighbors = self.neighborhood.draw(tensors, n, self.generator)
-        values = self._evaluate(self._outputs(tensors, target), neighbors.tensors)
+        (values,) = self._evaluate(tensors, target, neighbors.tensors)
         return weighted_mean(residuals(neighbors, values).square(), neighbors.weights)
 
 
@@ -362,9 +377,8 @@ class Stability(_Local):
         tensors = _in_single(as_tensors(inputs))
         assert self.n_neighbors is not None
         neighbors = self.neighborhood.draw(tensors, self.n_neighbors, self.generator)
-        outputs = self._outputs(tensors, target)
-        values = self._evaluate(outputs, neighbors.tensors)
-        here = self._evaluate(outputs, tuple(tensor[None] for tensor in tensors))
+        plain = tuple(tensor[None].clone() for tensor in tensors)  # the model may write into its input
+        values, here = self._evaluate(tensors, target, neighbors.tensors, plain)
         return weighted_mean((values - here).square(), neighbors.weights)
 
 

@@ -285,7 +285,7 @@ class InsertionDeletion(nn.Module):
         forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
         max_rows = check_max_rows(self.max_examples_per_batch) or default_rows_per_forward(tensors)
         classes = [
-            predicted_class(forward(tuple(tensor[examples] for tensor in tensors), examples), self.outputs)
+            predicted_class(forward(tuple(tensor[examples].clone() for tensor in tensors), examples), self.outputs)
             for examples in slices(len(tensors[0]), max_rows)
         ]
         return torch.cat(classes)

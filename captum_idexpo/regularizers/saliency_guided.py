@@ -82,7 +82,8 @@ class SaliencyGuided(Regularizer):
         tensors = as_tensors(inputs)
         require_real(tensors)
         replaced = self._replaced(tensors, self.explained_target(self._explaining, tensors, target))
-        log_p = log_probabilities(self.forward_func(*tensors), self.outputs)
+        plain = tuple(tensor.clone() for tensor in tensors)  # the model may write into its input
+        log_p = log_probabilities(self.forward_func(*plain), self.outputs)
         log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 

@@ -123,10 +123,15 @@ def unpack_batch(batch: Any) -> tuple[Any, Any, Any]:
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """The model's output for a tensor, a tuple of positional or a mapping of keyword arguments."""
+    """Return the model's output for a tensor, a tuple of positional or a mapping of keyword arguments."""
+    # The model may write into its input, which the regularizers need as it was.
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return model(**{name: _copied(value) for name, value in inputs.items()})
+    return model(*map(_copied, inputs)) if isinstance(inputs, tuple) else model(_copied(inputs))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _regularize(regularizer: Any, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def test_no_shape_and_no_constant_gives_nan(n_features, n_samples, sampling):
         assert phi.isfinite().all()
         (gradient,) = torch.autograd.grad(phi.square().sum(), outputs)
         assert gradient.isfinite().all()
-        if 1 < n_features and n_samples < 2**n_features:
+        if n_features > 1 and n_samples < 2**n_features:
             coalitions, weights = kernel_shap_masks(sampling, 2, n_samples, n_features, CPU, None)
             weights = torch.ones(2, n_samples) if weights is None else weights
             phi = BayesianShapleyRegression().solve(coalitions, outputs, weights)
