@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.features import as_numbers
 from captum_idexpo._core.order import ascending
 from captum_idexpo.attr.sampling import (
     LIME_SAMPLINGS,
@@ -59,12 +60,12 @@ def kernel_shap_masks(
     at = source_of_masks(device, generator)
     n_random = max(0, n_samples - 2)
     plan = _plan(n_random, n_features, sampling != "independent", sampling == "leverage")
-    masks = _drawn(plan, n_sets, sampling in ("orthogonal", "leverage"), at, generator)
-    whole = plan.whole.to(at).expand(n_sets, -1, -1)
-    masks = torch.cat([whole, masks], dim=1)
+    drawn = _drawn(plan, n_sets, sampling in ("orthogonal", "leverage"), at, generator)
+    masks = torch.cat([plan.whole.to(at).expand(n_sets, -1, -1), *drawn], dim=1)
     if plan.in_pairs:
-        # Either of a pair may come first, for of the last pair the second may be left out.
-        masks = masks ^ coins((n_sets, masks.shape[1], 1), at, generator)
+        if n_random % 2:  # the last pair loses one
+            masks = masks[:, permutations((masks.shape[1],), at, generator)]
+        masks = masks ^ coins((n_sets, masks.shape[1], 1), at, generator)  # either of a pair may come first
         masks = with_complements(masks)[:, :n_random]
     weights = None
     if plan.weights is not None:
@@ -114,8 +115,8 @@ class _Plan(NamedTuple):
     """The classes taken whole, one of each pair: booleans ``(n, D)``."""
     n_drawn: int
     """Coalitions (or pairs) to draw, none of them in `whole`."""
-    quantiles: Tensor
-    """Up to which quantile a drawn coalition has at most 0, 1, ... features."""
+    quantiles: list[float]
+    """The share of the drawn coalitions that have at most 0, 1, ... features."""
     tables: dict[int, Tensor]
     """The coalitions of small classes from which some are drawn, by size."""
     weights: Tensor | None
@@ -176,36 +177,44 @@ def _binomials(n_features: int) -> list[float]:
     return [counts[min(size, n_features - size) - 1] for size in range(1, n_features)]
 
 
-def _quantiles(masses: list[float]) -> Tensor:
-    """Return up to which quantile a number is at most 0, 1, ..., for numbers that have these masses."""
-    cumulated = torch.tensor(masses, dtype=torch.float64, device="cpu").cumsum(0)
-    quantiles = cumulated / cumulated[-1].clone().clamp_min(1e-300)
-    quantiles[cumulated == cumulated[-1]] = torch.inf  # a quantile may be rounded to 1
-    return quantiles
+def _quantiles(masses: list[float]) -> list[float]:
+    """Return the share of the draws that have at most 0, 1, ... features, from the mass of each size."""
+    total = sum(masses)
+    quantiles = [share / total if total else 1.0 for share in itertools.accumulate(masses)]
+    last = max((size for size, mass in enumerate(masses) if mass), default=0)
+    return quantiles[:last] + [1.0] * (len(masses) - last)  # which rounding may have missed
 
 
-def _drawn(plan: _Plan, n_sets: int, orthogonal: bool, device: torch.device, generator: Generator | None) -> Tensor:
-    """Return coalitions ``(n_sets, n, D)``, all different in a set."""
-    n, n_features = plan.n_drawn, plan.n_features
-    shape = (n_sets, n, n_features)
-    sizes = _in_proportion(plan.quantiles.to(device), n_sets, n, generator)
-    scores = _orthogonal_rows(shape, device, generator) if orthogonal else noise(shape, device, generator)
-    masks = _one_of_each_pair(plan, _largest(scores, sizes))
-    from_table = torch.zeros_like(sizes, dtype=torch.bool)
+def _drawn(
+    plan: _Plan, n_sets: int, orthogonal: bool, device: torch.device, generator: Generator | None
+) -> list[Tensor]:
+    """Return the coalitions that are not taken for certain, ``(n_sets, n, D)`` in parts, all different in a set."""
+    start = torch.rand((), device=device, generator=generator)
+    counts = _in_proportion(plan.quantiles, plan.n_drawn, float(start))
+    parts = []
     for size, table in plan.tables.items():
-        chosen = sizes == size
-        number = (chosen.cumsum(dim=1) - 1)[chosen]
-        order = permutations((n_sets, len(table)), device, generator)
-        masks[chosen] = table.to(device)[order[chosen.nonzero()[:, 0], number]]
-        from_table |= chosen
-    while True:
-        # The other classes are large, so few coalitions come twice: these are drawn again.
-        again = _repeated(masks) & ~from_table
+        order = permutations((n_sets, len(table)), device, generator)[:, : counts[size]]
+        parts.append(table.to(device)[order])
+    of_others = [size for size, count in enumerate(counts) if size not in plan.tables for _ in range(count)]
+    left = torch.tensor(of_others, dtype=torch.long, device=device).expand(n_sets, -1)
+    shape = (*left.shape, plan.n_features)
+    if orthogonal:  # all sizes in each block of directions
+        left = left.gather(1, permutations(shape[:2], device, generator))
+    scores = _orthogonal_rows(shape, device, generator) if orthogonal else noise(shape, device, generator)
+    masks = _one_of_each_pair(plan, _largest(scores, left))
+    # These classes are large, so few coalitions come twice. They are drawn again.
+    in_order = ascending(_keys(masks))
+    sets = (in_order[:, 1:] == in_order[:, :-1]).any(dim=1).nonzero().flatten()
+    while len(sets):
+        some = masks[sets]
+        again = _repeated(some)
         n_again = int(again.sum())
         if not n_again:
-            return masks
-        redrawn = _largest(noise((1, n_again, n_features), device, generator)[0], sizes[again])
-        masks[again] = _one_of_each_pair(plan, redrawn)
+            break
+        redrawn = _largest(noise((n_again, plan.n_features), device, generator), left[sets][again])
+        some[again] = _one_of_each_pair(plan, redrawn)
+        masks[sets] = some
+    return [*parts, masks]
 
 
 def _one_of_each_pair(plan: _Plan, masks: Tensor) -> Tensor:
@@ -218,13 +227,22 @@ def _one_of_each_pair(plan: _Plan, masks: Tensor) -> Tensor:
 
 def _repeated(masks: Tensor) -> Tensor:
     """Return which masks ``(n_sets, n, D)`` are equal to an earlier one of their set, ``(n_sets, n)``."""
-    n_features = masks.shape[-1]
-    # Sums of so small integers are exact in any order. That two masks have the same sum by chance does no harm.
-    keys = torch.randint(2**24 // n_features, (n_features,), generator=Generator().manual_seed(0), device="cpu").float()
-    sums, order = (masks.float() @ keys.to(masks.device)).sort(dim=1, stable=True)
+    keys, order = _keys(masks).sort(dim=1, stable=True)
     same = torch.zeros_like(masks[..., 0])
-    same[:, 1:] = sums[:, 1:] == sums[:, :-1]
+    same[:, 1:] = keys[:, 1:] == keys[:, :-1]
     return torch.zeros_like(same).scatter_(1, order, same)
+
+
+def _keys(masks: Tensor) -> Tensor:
+    """Return a number for each mask, the same for equal ones; others have the same rarely, which does no harm."""
+    return as_numbers(masks, torch.float32) @ _weights_of_keys(masks.shape[-1]).to(masks.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights_of_keys(n_features: int) -> Tensor:
+    # Sums of so small integers are exact in any order.
+    weights = torch.randint(2**24 // n_features, (n_features,), generator=Generator().manual_seed(0), device="cpu")
+    return weights.float()
 
 
 def _subsets(n_features: int, size: int) -> Tensor:
@@ -245,16 +263,11 @@ def _orthogonal_rows(shape: tuple[int, int, int], device: torch.device, generato
     return torch.where(signs, directions, -directions).mT.flatten(1, 2)[:, :n]
 
 
-def _in_proportion(quantiles: Tensor, n_sets: int, n: int, generator: Generator | None) -> Tensor:
-    """n values a set ``(n_sets, n)`` of a distribution over 0, 1, ...: systematic sampling, in random order.
-
-    Each draw by itself has the distribution; each value comes as often as is expected, rounded down or up.
-    """
-    device = quantiles.device
-    start = torch.rand(n_sets, 1, device=device, generator=generator, dtype=torch.float64)
-    points = (torch.arange(n, device=device) + start) / max(n, 1)
-    values = torch.searchsorted(quantiles, points, right=True)
-    return values.gather(1, permutations((n_sets, n), device, generator))
+def _in_proportion(quantiles: list[float], n: int, start: float) -> list[int]:
+    """Return how many of n draws have each size, by systematic sampling: as expected, rounded down or up."""
+    # The draws are the points (start + i) / n; so many lie below each quantile.
+    below = [min(n, max(0, math.ceil(n * quantile - start))) for quantile in quantiles]
+    return [after - before for before, after in zip([0, *below], below, strict=False)]
 
 
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:

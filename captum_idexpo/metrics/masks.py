@@ -14,6 +14,10 @@ _EXACT = (torch.float32, torch.float64)
 """Types that hold the rank of any location: float32 of 2^24, an image of 4096 x 4096."""
 
 
+_ROUNDING = 16
+"""Differences of so many units in the last place count as rounding."""
+
+
 class HardMasks:
     """The s locations of highest attribution; ties go to the earlier position: ``masks(masks.thresholds(steps))``.
 
@@ -73,7 +77,10 @@ class SoftMasks:
         self._n_locations = _count(present, ordered)
         self._smallest = ordered.gather(1, self._n_locations - 1)
         self._spread = ordered[:, :1] - self._smallest
-        self._n_gaps = (ordered[:, 1:] < ordered[:, :-1]).logical_and_(ordered[:, 1:].isfinite()).sum(1, keepdim=True)
+        # Values that differ by rounding are one: else the count, and T with it, would depend on the chunk size.
+        largest = torch.maximum(ordered[:, :1].abs(), self._smallest.abs())
+        distinct = ordered[:, :-1] - ordered[:, 1:] > _ROUNDING * torch.finfo(ordered.dtype).eps * largest
+        self._n_gaps = distinct.logical_and_(ordered[:, 1:].isfinite()).sum(1, keepdim=True)
         # A map so flat that 1 / (mean gap) overflows counts as constant.
         slope = temperature * self._n_gaps / self._spread
         self._slope = torch.where(slope.isfinite(), slope, 0.0)

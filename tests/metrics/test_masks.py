@@ -67,3 +67,15 @@ def test_numbers_of_locations_are_no_thresholds(kind):
 
 def test_half_precision_is_ranked_in_single():
     assert after(SoftMasks(torch.randn(1, 4).half()), torch.tensor([[2]])).dtype == torch.float32
+
+
+def test_values_that_differ_by_rounding_are_one():
+    """Else the temperature, which counts distinct values, would depend on the size of a forward pass."""
+    values = torch.tensor([[0.3, 0.1, 0.3, 0.7, 0.1]], dtype=torch.float64)
+    rounded = values * (1 + 2e-16 * torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+    assert not torch.equal(values, rounded)
+    steps = torch.tensor([[1], [3], [5]])
+    exact, near = (SoftMasks(given) for given in (values, rounded))
+    torch.testing.assert_close(near(near.thresholds(steps)), exact(exact.thresholds(steps)), rtol=1e-12, atol=0)
+    constant = SoftMasks(0.3 + 1e-17 * torch.arange(5, dtype=torch.float64)[None])
+    assert constant(constant.thresholds(steps)).eq(0.5).all()
