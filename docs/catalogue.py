@@ -107,6 +107,61 @@ NOT_OFFERED = {
     "RemoteLLMAttribution": "as LLMAttribution, on another machine",
 }
 
+DIFFERENCES = [
+    (
+        "A baseline or feature mask with fewer axes than its input, whose first size happens to be the batch's "
+        "(``(3, 1, 1)`` for three images)",
+        "KernelShap and Lime read one row per example",
+        "a tensor with fewer axes has no batch axis, so the last batch of a loader is read as the others are",
+    ),
+    (
+        "Gaps in the numbers of a feature mask (``[[0, 999]]``)",
+        "each missing number is a feature: wrong values in KernelShap and Lime, 2^1000 coalitions in ShapleyValues",
+        "numbers are names; only those that occur are features",
+    ),
+    (
+        "Examples with different features",
+        "features that an example does not have get coefficients, which change those of the others",
+        "each example is explained in terms of its own; absent features get 0",
+    ),
+    (
+        "Fewer masks than input tensors",
+        "zeros for the tensors without a mask",
+        "an error; so are more masks, booleans and fractions",
+    ),
+    (
+        "NaN or infinity in a feature that is masked",
+        "spreads, since it is multiplied by 0",
+        "is gone; an attention mask of minus infinity may be ablated with any ``perturbations_per_eval``",
+    ),
+    (
+        "Integers with a fractional baseline in ShapleyValues and ShapleyValueSampling",
+        "the baseline is rounded",
+        "the copies are floats",
+    ),
+    (
+        "A forward function that writes into its input (``x.mul_(2)``, a first layer ``ReLU(inplace=True)``)",
+        "the user's tensor changes, and with it the next evaluation",
+        "no class hands out the user's tensors",
+    ),
+    (
+        "KernelShap with one feature",
+        "an error",
+        "the feature gets the whole difference",
+    ),
+    (
+        "FeaturePermutation of several tensors with ``perturbations_per_eval`` above 1",
+        "draws other permutations than with 1",
+        "draws the same ones",
+    ),
+    (
+        "Keyword arguments that FeatureAblation and FeaturePermutation do not have (``feature_masks=``)",
+        "ignored",
+        "a TypeError; ``n_samples`` of FeaturePermutation is the mean over so many permutations",
+    ),
+]
+"""(the case, what Captum 0.9 does, what this package does)"""
+
 HEAD = """All attributions
 ================
 
@@ -117,6 +172,15 @@ baselines; those marked with ∇ take a gradient through each row besides. Ablat
 rows on seeing whether copies can share a forward pass, unless ``perturbations_per_eval`` is given. With
 ``create_graph=True`` the backward pass of
 the loss goes through all of them once more.
+"""
+
+NUMBERS = """
+Where the numbers differ
+------------------------
+
+For the same seed the numbers are Captum's. Where Captum's number breaks the method's own definition, the right one is
+returned:
+
 """
 
 TAIL = """
@@ -146,6 +210,12 @@ def page() -> str:
             )
             for entry in entries
         ]
+    parts += [
+        NUMBERS,
+        ".. list-table::\n   :header-rows: 1\n   :widths: 36 32 32\n\n",
+        _row("case", "Captum 0.9", "here"),
+    ]
+    parts += [_row(*difference) for difference in DIFFERENCES]
     parts += [TAIL, ".. list-table::\n   :header-rows: 1\n   :widths: 30 70\n\n", _row("class", "why")]
     parts += [_row(f"``{name}``", reason) for name, reason in NOT_OFFERED.items()]
     return "".join(parts)

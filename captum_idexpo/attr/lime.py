@@ -97,12 +97,13 @@ class Lime(CaptumLime):
                 the inputs, or a tuple of these.
             target: which output is explained, as everywhere in Captum.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: integers numbering the features from 0, of the inputs' shape or broadcasting to it; None:
-                every element is a feature.
+            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
+                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
             n_samples: M, masked copies an example.
             perturbations_per_eval: masked copies of each example in one forward pass, so that it has this many times
                 B rows. None: as many as suit the model's largest layer and the device.
-            return_input_shape: spread the coefficients over the inputs; else return them, ``(B, D)``.
+            return_input_shape: spread the coefficients over the inputs; else return them, ``(B, D)``, in ascending
+                order of the numbers in the feature mask. Features that an example does not have get 0.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the graph of the forward function; else it is detached.
             sampling: "captum" draws Captum's masks from torch's global generator; "independent" draws masks of the
@@ -119,9 +120,12 @@ class Lime(CaptumLime):
             tuple in, tuple out; dtype that of the outputs, at least float32.
 
         Raises:
-            RuntimeError: create_graph where no graph can exist; baselines that do not broadcast to the inputs.
-            ValueError: an unknown sampling; a generator with Captum's stream; outputs that are not finite.
-            AssertionError, IndexError: as Captum, on a target or feature mask that does not fit.
+            RuntimeError: create_graph where no graph can exist.
+            ValueError: an unknown sampling; a generator with Captum's stream; outputs that are not finite; baselines
+                or feature masks that do not fit; rows of a forward pass that influence each other, unless they are
+                masked alike (share_masks=True, perturbations_per_eval=1).
+            TypeError: feature masks that do not hold whole numbers.
+            AssertionError, IndexError: as Captum, on a target that does not fit.
         """
         name, create_graph = type(self).__name__, create_graph or keeps_graph()
         _check_arguments(name, n_samples, perturbations_per_eval, create_graph, sampling, self._samplings, generator)

@@ -1,14 +1,18 @@
 """Which features the perturbed copies of LIME and KernelSHAP keep: the random masks.
 
-* "captum": Captum's own stream, draw by draw, so that equal seeds give Captum's numbers;
-* "independent": the same distribution in a single draw on the inputs' device;
-* "paired": each mask is followed by its complement, which cancels every interaction of even order;
+* "captum": Captum's own stream, draw by draw, so that equal seeds give Captum's numbers.
+* "independent": Captum's distribution, drawn at once on the inputs' device.
+* "paired": each mask is followed by its complement, which cancels every interaction of even order.
 * "orthogonal": pairs made of blocks whose columns (LIME: Hadamard matrices) or rows (KernelSHAP) are orthogonal, so
-  that features take less from each other; KernelSHAP's coalition sizes in exact proportion;
+  that features disturb each other less.
 * "leverage" (KernelSHAP): as "orthogonal", but all coalition sizes equally often and weighted back to Shapley's
   distribution, the leverage scores of Musco and Witter (2024, arXiv 2410.01917).
 
-Every design has the same limit of infinitely many samples. Masks are ``(n_sets, n_samples, D)``, bool.
+Every design has the same limit of infinitely many samples. But for "captum", KernelSHAP evaluates no coalition twice:
+sizes come in exact proportion, and sizes with few coalitions are taken whole (`captum_idexpo.attr.coalitions`). With
+as many samples as coalitions, 2^D, its values are exact.
+
+Masks are booleans ``(n_sets, n_samples, D)``.
 """
 
 from __future__ import annotations

@@ -61,11 +61,11 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             baselines: what stands in place of a missing feature: None (zero), a number, a tensor that broadcasts to the
-                inputs, or a tuple of these.
+                inputs, or a tuple of these. A tensor with fewer axes than its input has no batch axis.
             target: which output is explained, as everywhere in Captum.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: integers numbering the features from 0, of the inputs' shape or broadcasting to it; None:
-                every element is a feature.
+            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
+                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
             n_samples: orders drawn.
             perturbations_per_eval: coalitions of each example in one forward pass, which then has this many times B
                 rows. None: as for `FeatureAblation`.
