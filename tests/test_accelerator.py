@@ -33,7 +33,8 @@ from captum_idexpo.attr import (
     ShapleyValues,
     ShapleyValueSampling,
 )
-from captum_idexpo.attr.sampling import KERNEL_SHAP_SAMPLINGS, LIME_SAMPLINGS
+from captum_idexpo.attr.coalitions import KERNEL_SHAP_SAMPLINGS
+from captum_idexpo.attr.sampling import LIME_SAMPLINGS
 from captum_idexpo.attr.surrogates import BayesianRidge, BayesianShapleyRegression, Lasso, LinearRegression, Ridge
 from captum_idexpo.metrics import (
     LocalLinearModels,
