@@ -55,6 +55,12 @@ def test_no_coalition_comes_twice(sampling, n_features, n_samples, seed):
     assert weights is None or (weights.shape == masks.shape[:2] and bool((weights > 0).all()))
 
 
+@pytest.mark.parametrize("sampling", OWN)
+def test_neither_does_the_complement_of_one_with_half_the_features(sampling):
+    masks, _ = kernel_shap_masks(sampling, 500, 102, 10, CPU, generator())
+    assert all(len(of_set.unique(dim=0)) == 102 for of_set in masks)
+
+
 @pytest.mark.parametrize("n_features", [64, 65, 1500])
 @pytest.mark.parametrize("sampling", OWN)
 def test_many_features(sampling, n_features):
