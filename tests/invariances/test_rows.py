@@ -190,6 +190,6 @@ def test_halves_that_round_differently_in_another_place_are_not_refused():
 
     def forward(x):  # vectorised kernels end with rows that they add up in another order
         last = torch.arange(len(x)) >= len(x) // 2
-        return (model(x) * torch.where(last, 1 + 2**-9, 1)[:, None]).bfloat16()
+        return ((model(x) + 10) * torch.where(last, 1 + 2**-9, 1)[:, None]).bfloat16()
 
-    insertion_deletion(forward, x, x, target=0)
+    insertion_deletion(forward, x, x, target=0, outputs="raw")
