@@ -181,33 +181,44 @@ def _independent(
     both = output
     if n_copies == 1:
         both = evaluate(repeated_rows(inputs, n_half, 2), slice(0, n_half), 2)
-    if _agree(both, output[:n_half].repeat(2, *[1] * (output.dim() - 1)), output):
+    known = output[:n_half].repeat(2, *[1] * (output.dim() - 1))
+    if _agree(both, known, output):
         return True
     # A forward function that draws random numbers, or calls a module in training mode, tells nothing.
     in_training: list[nn.Module] = []
+    tensors = [*inputs, output]
 
-    def note(module: nn.Module, _inputs: Any) -> None:
+    def note(module: nn.Module, arguments: Any) -> None:
         if depends_on_batch(module):
             in_training.append(module)
+        tensors.extend(argument for argument in arguments if isinstance(argument, Tensor))
 
     with register_module_forward_pre_hook(note):
         again = evaluate(repeated_rows(inputs, n_seen, n_copies), slice(0, n_seen), n_copies)
-    return bool(in_training) or not _agree(again, output, output)
+    if in_training or not _agree(again, output, output):
+        return True
+    in_halves = precision(output.device) != torch.float32 or any(map(_is_half, tensors))
+    return in_halves and _agree(both, known, output, _ROUNDING_OF_HALVES)
 
 
-def _agree(some: Tensor, known: Tensor, output: Tensor) -> bool:
-    """Return True if outputs are the same but for rounding, on the scale of all outputs seen. NaN is like anything."""
+def _agree(some: Tensor, known: Tensor, output: Tensor, rounding: float = 1e-5) -> bool:
+    """Return True if outputs are the same but for rounding, on the scale of all outputs seen. NaN is like anything.
+
+    A float64 output, too, may come from a float32 model.
+    """
     if some.shape != known.shape:
         return False
     wide = torch.promote_types(output.dtype, torch.float32)
     off, output = (some.to(wide) - known.to(wide)).abs(), output.to(wide)
-    rounding = 1e-5 * output.abs().amax()  # a float64 output may come from a float32 model
-    if not bool((off > rounding).any()):
+    rounding_off = rounding * output.abs().amax()
+    if not bool((off > rounding_off).any()):
         return True
-    if some.dtype.itemsize < 4 or precision(some.device) != torch.float32:
-        rounding = rounding / 1e-5 * _ROUNDING_OF_HALVES
     spread = (output.amax(dim=0) - output.amin(dim=0)).amax()
-    return not bool((off > _NEGLIGIBLE * spread + rounding).any())
+    return not bool((off > _NEGLIGIBLE * spread + rounding_off).any())
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
