@@ -105,15 +105,16 @@ class Regularizer(nn.Module):
             annotations: what a loader yields third, see `RightForTheRightReasons`; else not used.
 
         Returns:
-            A scalar by name. Under `torch.no_grad` it has the same value and no graph.
+            A scalar by name. Under `torch.no_grad` it has the same value and no graph. An evaluation before an
+            automatic weight is set gives 0.
 
         Raises:
-            RuntimeError: an automatic weight that was never set.
+            RuntimeError: an automatic weight that was never set, in training.
         """
         penalty = self._held_penalty(inputs, target, annotations)
         if not self.needs_calibration:
             return {self.term: self.weight * penalty}
-        if not self._waits:
+        if not self._waits and self._in_training:
             raise RuntimeError(
                 f"The weight of {type(self).__name__} is 'auto' and not set yet: before each step call "
                 "`regularizer.calibrate(task_loss, inputs, target)`, which does nothing once it is set; "
@@ -122,10 +123,14 @@ class Regularizer(nn.Module):
         self._waits = False
         return {self.term: 0.0 * penalty}
 
-    @no_graph()
-    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
-        """Sets an automatic weight from the first batch: ``ratio * task_loss / penalty``, once.
+    @property
+    def _in_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
+    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
+        """Set an automatic weight from the first batch of the training: ``ratio * task_loss / penalty``, once.
+
+        An evaluation, in eval mode or under `torch.no_grad`, sets nothing.
         Over several processes both are means over all of them. A penalty of next to nothing (a batch without
         annotations, a model that is linear before it is trained) or a task loss of 0 leaves the weight to the next
         batch, for which this has to be called again; the term counts for nothing with this one.
@@ -134,9 +139,11 @@ class Regularizer(nn.Module):
             NonFiniteError: the task loss or the penalty is NaN or infinite.
             ValueError: the task loss is negative, so that there is no share of it.
         """
-        if not self.needs_calibration:
+        if not self.needs_calibration or not self._in_training:
             return
-        both = torch.stack([task_loss.detach().float(), self._held_penalty(inputs, target, annotations).float()])
+        with no_graph():
+            penalty_now = self._held_penalty(inputs, target, annotations)
+        both = torch.stack([task_loss.detach().float(), penalty_now.float()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)
         task, penalty = both.tolist()

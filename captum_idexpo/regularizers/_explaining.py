@@ -12,7 +12,7 @@ from torch import Tensor
 
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
-from captum_idexpo.attr._usage import require_trainable
+from captum_idexpo.attr._trainable import require_trainable
 
 
 class Explaining:

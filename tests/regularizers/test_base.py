@@ -260,6 +260,23 @@ def test_a_function_whose_mode_cannot_be_held_is_warned_of():
         Stability("model")
 
 
+@pytest.mark.parametrize("how", ["eval", "no_grad"])
+def test_an_evaluation_sets_no_automatic_weight(how):
+    """Lightning evaluates before it trains."""
+    model = smooth_net()
+    regularizer = RightForTheRightReasons(model, weight="auto", ratio=0.5)
+    loss = ExplanationRegularizedLoss(model, [regularizer])
+    if how == "eval":
+        total, _ = loss.eval()((X, Y, A))
+    else:
+        with torch.no_grad():
+            total, _ = loss((X, Y, A))
+    torch.testing.assert_close(total, torch.nn.functional.cross_entropy(model(X), Y).detach(), check_dtype=False)
+    assert regularizer.needs_calibration
+    loss.train()((X, Y, A))
+    assert not regularizer.needs_calibration
+
+
 def test_an_automatic_weight_of_what_is_not_finite_or_has_no_share_is_an_error():
     model = smooth_net()
     with pytest.raises(NonFiniteError, match="no ratio"):
