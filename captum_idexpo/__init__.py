@@ -4,8 +4,15 @@
 `regularizers` the loss terms made of them, `training` a loss module and a trainer.
 """
 
-from captum_idexpo._core.errors import InputError, NonFiniteError
+from captum_idexpo._core.errors import InputError, InputTypeError, NonFiniteError
 from captum_idexpo._version import __version__
 from captum_idexpo.training import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
 
-__all__ = ["ExplanationRegularizedLoss", "ExplanationRegularizedTrainer", "InputError", "NonFiniteError", "__version__"]
+__all__ = [
+    "ExplanationRegularizedLoss",
+    "ExplanationRegularizedTrainer",
+    "InputError",
+    "InputTypeError",
+    "NonFiniteError",
+    "__version__",
+]

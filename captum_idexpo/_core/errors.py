@@ -24,7 +24,11 @@ class InputError(ValueError, AssertionError, IndexError, RuntimeError):
     """
 
 
-for _error in (NonFiniteError, InputError):
+class InputTypeError(InputError, TypeError):
+    """An argument of a type that is not accepted: a `TypeError`, and what Captum raises for the same mistake."""
+
+
+for _error in (NonFiniteError, InputError, InputTypeError):
     _error.__module__ = "captum_idexpo"  # where users import it from, and what a traceback shows
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.memory import Chunk, MemoryBudget
+from captum_idexpo._core.targets import captum_target, require_tensor
 
 Perturbation = Callable[..., tuple[Tensor, ...]]
 """(examples, copies, *through) -> for each input tensor, the perturbed copies ``(n_copies, n_examples, ...)``."""
@@ -37,7 +38,8 @@ class BatchForward:
         lists_of_examples: lists as long as a batch of several examples go with these, as in Captum's LIME.
 
     Raises:
-        AssertionError: as Captum, where there is not one target for each example or one for all.
+        InputError: there is not one target for each example or one for all.
+        InputTypeError: the target does not hold integers; the output is no tensor.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class BatchForward:
         elif not isinstance(additional_forward_args, tuple):
             additional_forward_args = (additional_forward_args,)
         self.forward_func = forward_func
-        self.target = target
+        self.target = target = captum_target(target, n_examples)
         # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time. A
         # module's call takes whatever there is.
         is_module = isinstance(forward_func, nn.Module)
@@ -64,12 +66,7 @@ class BatchForward:
         self._repeats_lists = lists_of_examples and n_examples > 1
         numbers = (a for a in additional_forward_args if isinstance(a, Tensor) and a.dim() == 1)
         self._may_be_shared = n_examples == 1 and any(len(number) == 1 for number in numbers)
-        n_targets = target.numel() if isinstance(target, Tensor) else len(target) if isinstance(target, list) else 1
-        # As many as a chunk has rows would pass for one a row.
-        assert n_targets in (1, n_examples), (
-            f"target holds {n_targets} numbers for a batch of {n_examples}: give one for each example, or one for all."
-        )
-        if isinstance(target, Tensor) and n_targets == 1 and not target.is_floating_point():
+        if isinstance(target, Tensor) and target.numel() == 1:
             target = target.reshape(())  # which Captum reads as a number
         self._target = repeated_for_chunks(target, n_examples)
         self._classes: KeptForChunk | None = None
@@ -114,6 +111,7 @@ class BatchForward:
         )
 
     def _select(self, output: Any, examples: slice, n_copies: int) -> Any:
+        require_tensor(output, numbers=True)
         if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:
             # Captum's choice, but without a target for each copy.
             classes = self._classes(examples, n_copies)

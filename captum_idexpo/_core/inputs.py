@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite
+from captum_idexpo._core.errors import InputError, InputTypeError, NonFiniteError, all_finite
 
 
 def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
@@ -16,14 +16,17 @@ def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
     for tensor in formatted:
         if isinstance(tensor, Mapping):
             keys = ", ".join(map(str, tensor))
-            raise TypeError(
+            raise InputTypeError(
                 f"{name} must be a tensor or a tuple of tensors, given: a mapping of {keys}. Let the loader yield the "
                 "tensors that are explained, and wrap the model in a module whose forward method takes these, such "
                 f"as\n    def forward(self, {keys}):\n"
                 f"        return self.model({', '.join(f'{key}={key}' for key in tensor)})"
             )
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor or a tuple of tensors, given: {type(tensor).__name__}.")
+            cure = " Leave it out, or give it to the forward function by a lambda." if tensor is None else ""
+            raise InputTypeError(
+                f"{name} must be a tensor or a tuple of tensors, given: {type(tensor).__name__}.{cure}"
+            )
     return formatted
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from captum_idexpo._core.errors import InputError, InputTypeError
 
 
 def class_labels(target: Any) -> Any:
@@ -58,3 +61,60 @@ def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor
     if len({len(row) for row in rows}) != 1:
         raise ValueError("target is a list of tuples of different lengths: give as many numbers for each example.")
     return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def captum_target(target: Any, n_examples: int) -> Any:
+    """Return a target of an attribution as Captum reads it: integers of other types as int64, columns as rows.
+
+    Raises:
+        InputTypeError: booleans, fractions, or objects that are neither numbers nor tensors.
+        InputError: a tensor that has not one number per example.
+    """
+    if isinstance(target, list) and len(target) not in (1, n_examples):
+        raise InputError(
+            f"target is a list of {len(target)} for {n_examples} examples: give one for each, or one number for all."
+        )
+    if target is None or isinstance(target, (list, tuple)):
+        return target
+    if _is_integer(target):
+        return int(target)
+    if not isinstance(target, Tensor):
+        cure = "torch.as_tensor(target)" if hasattr(target, "__array__") else "an integer"
+        raise InputTypeError(
+            "target must be an integer, a tuple of integers, a tensor, a list or None; given: "
+            f"{type(target).__name__}. Pass {cure}."
+        )
+    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+        raise InputTypeError(
+            f"target must hold integers, the numbers of outputs; given: {target.dtype} of shape {tuple(target.shape)}. "
+            "Pass target.long() for labels; no target for an output per example, such as a regression's."
+        )
+    if target.dim() == 2 and target.shape[1] == 1:
+        target = target.squeeze(1)
+    if target.dim() > 1 or target.numel() not in (1, n_examples):
+        raise InputError(
+            f"target of shape {tuple(target.shape)} does not fit {n_examples} examples: give ({n_examples},), or one "
+            "number for all."
+        )
+    return target.long()
+
+
+def require_tensor(output: Any, numbers: bool = False) -> None:
+    """Raise InputTypeError if a forward function returns something else than a tensor.
+
+    Args:
+        output: what it returned.
+        numbers: one of Python's will do.
+    """
+    if isinstance(output, (Tensor, torch.futures.Future)) or (numbers and isinstance(output, (int, float))):
+        return
+    given, cure = type(output).__name__, ""
+    if isinstance(output, (Mapping, tuple, list)) and len(output):
+        first = next(iter(output)) if isinstance(output, Mapping) else 0
+        given = f"a {given}" + (f" of {', '.join(map(str, output))}" if isinstance(output, Mapping) else "")
+        cure = f" Choose the explained part in it: lambda *inputs: model(*inputs)[{first!r}]."
+    raise InputTypeError(f"The forward function must return a tensor, given: {given}.{cure}")
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -89,7 +89,7 @@ def test_a_target_of_one_element_is_a_number():
 def test_arguments_keep_channels_last():
     seen = []
     image = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
-    batch = BatchForward(lambda x, image: seen.append(image), image, 3)
+    batch = BatchForward(lambda x, image: seen.append(image) or x, image, 3)
     for n_copies in (1, 2, 200):
         batch((torch.zeros(2 * n_copies, 1),), slice(1, 3), n_copies)
         assert seen[-1].is_contiguous(memory_format=torch.channels_last)
