@@ -1,6 +1,7 @@
 """Captum's attributions, trainable: the same classes, arguments and numbers, with a graph into the model's weights."""
 
 from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation, Occlusion
+from captum_idexpo.attr.dataloader import DataLoaderAttribution
 from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from captum_idexpo.attr.gradients import GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from captum_idexpo.attr.guided import Deconvolution, GuidedBackprop, GuidedGradCam
@@ -10,6 +11,7 @@ from captum_idexpo.attr.layer import (
     LayerActivation,
     LayerConductance,
     LayerFeatureAblation,
+    LayerFeaturePermutation,
     LayerGradCam,
     LayerGradientShap,
     LayerGradientXActivation,
@@ -17,6 +19,7 @@ from captum_idexpo.attr.layer import (
 )
 from captum_idexpo.attr.lime import Lime, id_expo_lime
 from captum_idexpo.attr.lime_base import LimeBase
+from captum_idexpo.attr.lrp import LRP, LayerLRP
 from captum_idexpo.attr.neuron import (
     NeuronConductance,
     NeuronDeconvolution,
@@ -32,6 +35,8 @@ from captum_idexpo.attr.shapley import ShapleyValues, ShapleyValueSampling
 from captum_idexpo.attr.similarity import MaskSimilarity
 
 __all__ = [
+    "LRP",
+    "DataLoaderAttribution",
     "Deconvolution",
     "DeepLift",
     "DeepLiftShap",
@@ -49,10 +54,12 @@ __all__ = [
     "LayerDeepLift",
     "LayerDeepLiftShap",
     "LayerFeatureAblation",
+    "LayerFeaturePermutation",
     "LayerGradCam",
     "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerLRP",
     "Lime",
     "LimeBase",
     "MaskSimilarity",

@@ -4,8 +4,9 @@ Captum's classes lose the graph in few ways, each of which is met once:
 
 * gradients are taken inside without ``create_graph``: `InnerGradients` adds it to every inner `torch.autograd.grad`;
 * bodies run under `torch.no_grad`: the classes here have bodies of their own that ask `keeps_graph`;
-* layers are evaluated without gradients: `with_gradients` lets the forward function have them all the same;
-* chunks of a path integral are detached (`path.InSteps`); hooks fire again in the backward pass (`_hooks.HookedOnce`).
+* layers are evaluated without gradients: `_trainable.ForwardFunction` enables them all the same;
+* chunks of a path integral are detached (`gradients.InSteps`);
+* hooks fire again in the backward pass: `_hooks.change_gradient` sets hooks that leave nothing behind.
 """
 
 from __future__ import annotations
@@ -144,18 +145,6 @@ def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:
     if anchor is None:
         raise no_graph_error(name)
     return _attached(computed, anchor)
-
-
-def with_gradients(forward_func: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward function that is evaluated with gradients, wherever it is called, if a graph is to be kept."""
-    if not keeps_graph():
-        return forward_func
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.enable_grad():
-            return forward_func(*args, **kwargs)
-
-    return forward
 
 
 @contextmanager

@@ -1,44 +1,46 @@
-"""Attributions that change the backward pass by hooks: once, for the inner gradient, never again for the loss's."""
+"""Rules that change the gradients of modules during one call."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
-Explainer = TypeVar("Explainer", bound="HookedOnce")
+from torch import Tensor, nn
+
+Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, gradient with respect to its input, that with respect to its output) -> the input's changed gradient."""
 
 
-class HookedOnce:
-    """An explainer whose backward hooks act during its own call only.
+def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
+    """Let a rule change the gradient of a module, until the handles are removed.
 
-    Captum removes its hooks from the modules; those on tensors stay in the graph, where they would fire again in the
-    backward pass of a loss and change its gradient, too. Here they belong to a copy of the explainer that lives for
-    one call, and rest when that is over.
+    The module's input is copied, so that the rule changes the gradient on the way through the module alone. Another
+    module that has this one's output as its input gets a copy, too, so rules of modules that follow each other do not
+    meet in one tensor. Removed handles leave nothing in the graph: the backward pass of a loss is not changed.
+
+    Args:
+        module: takes one tensor and returns one.
+        rule: changes its gradient.
+        handles: gets the hooks' handles, those of tensors among them, when the module is called.
     """
+    calls: list[list[Tensor]] = []  # of the module that have begun, with the gradient of each one's output
 
-    _active = False
+    def enter(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        of_output: list[Tensor] = []
+        calls.append(of_output)
+        if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].requires_grad:
+            return None
+        entered = arguments[0].clone()
 
-    @contextmanager
-    def for_one_call(self: Explainer) -> Iterator[Explainer]:
-        """A copy of this explainer, active inside; Captum's note that it sets hooks, and removes them, is left out."""
-        explainer = copy.copy(self)
-        explainer._active = True
-        explainer._forget()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r"\s*Setting (forward, )?backward hooks")
-                yield explainer
-        finally:
-            explainer._active = False
-            explainer._forget()
+        def changed(gradient: Tensor) -> Tensor | None:
+            return rule(module, gradient, of_output.pop()) if of_output else None
 
-    def _forget(self) -> None:
-        """Starts without handles and values of another call."""
-        raise NotImplementedError
+        handles.append(entered.register_hook(changed))
+        return (entered, *arguments[1:])
 
-    def _backward_hook(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
-        """Captum's change of a gradient, while active."""
-        return super()._backward_hook(module, grad_input, grad_output) if self._active else None  # type: ignore[misc]
+    def leave(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        of_output = calls.pop()
+        if isinstance(output, Tensor) and output.requires_grad:
+            handles.append(output.register_hook(of_output.append))
+
+    handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

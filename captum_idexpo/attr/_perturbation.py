@@ -17,7 +17,7 @@ from captum_idexpo._core.chunks import look, repeated_rows, slices
 from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs, as_numbers
 from captum_idexpo._core.forward import BatchForward, evaluate_copies
-from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.inputs import align_baselines, as_tuple
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
@@ -49,8 +49,9 @@ class Problem:
         Raises:
             InputError: inputs, baselines and masks do not fit each other.
             TypeError: feature masks that do not hold whole numbers.
-            AssertionError: as Captum, inputs that are no tensors.
+            InputTypeError: inputs that are no tensors.
         """
+        as_tuple(inputs, "inputs")
         is_tuple = _is_tuple(inputs)
         tensors, formatted_baselines = _format_input_baseline(inputs, baselines)
         batch_size = len(tensors[0])

@@ -25,9 +25,9 @@ from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_batches
-from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.inputs import align_baselines, as_tuple
 from captum_idexpo.attr._graph import by_outputs, note_output
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._trainable import TensorOrTensors, logged
 
 _log = logging.getLogger(__name__)
 _WINDOWS_AT_ONCE = 256
@@ -62,6 +62,7 @@ class BatchOutputs:
         assert perturbations_per_eval is None or (
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
+        as_tuple(inputs, "inputs")
         self._is_tuple = _is_tuple(inputs)
         self.tensors, _ = _format_input_baseline(inputs, None)
         self._description = f"{explainer.get_name()} attribution"
@@ -466,8 +467,9 @@ class _Windows:
 
     def means(self, lost: Tensor) -> tuple[Tensor, ...]:
         """Return the mean of losses ``(n, outputs)`` over an element's windows, ``(outputs, ...)`` for each tensor."""
-        sums = [lost.new_zeros(lost.shape[1], tensor[:1].numel()) for tensor in self._tensors]
-        covers = [lost.new_zeros(tensor[:1].numel()) for tensor in self._tensors]
+        sizes = [math.prod(tensor.shape[1:]) for tensor in self._tensors]
+        sums = [lost.new_zeros(lost.shape[1], size) for size in sizes]
+        covers = [lost.new_zeros(size) for size in sizes]
         for chunk in slices(self.n, _WINDOWS_AT_ONCE):
             for index, regions in enumerate(self(chunk)):
                 if regions is not None:
@@ -475,7 +477,7 @@ class _Windows:
                     sums[index] = sums[index] + lost[chunk].T @ flat
                     covers[index] += flat.sum(dim=0)
         return tuple(
-            (total / cover).reshape(-1, *tensor.shape[1:])
+            (total / cover).reshape(lost.shape[1], *tensor.shape[1:])
             for total, cover, tensor in zip(sums, covers, self._tensors, strict=True)
         )
 

@@ -2,128 +2,227 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import captum.attr as captum
 import torch
 import torch.nn.functional as F
-from captum._utils.typing import BaselineType, TargetType
+from captum.attr._utils.common import _format_callable_baseline
 from torch import Tensor, nn
 
-from captum_idexpo.attr._graph import asks_for_graph, by_gradients
-from captum_idexpo.attr._hooks import HookedOnce
-from captum_idexpo.attr._usage import logged
+from captum_idexpo._core.errors import InputError, warn
+from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo.attr._graph import keeps_graph
+from captum_idexpo.attr._hooks import change_gradient
+from captum_idexpo.attr._trainable import ForwardFunction, Tap, Trainable
+from captum_idexpo.attr.gradients import OF_A_DISTRIBUTION, WITH_DELTA, detached
+from captum_idexpo.attr.guided import quietly
+from captum_idexpo.attr.layer import PER_ACTIVATION_WITH_DELTA, OfLayer
 
-_POOLS: dict[type[nn.Module], tuple[Callable[..., Any], Callable[..., Any]]] = {
-    nn.MaxPool1d: (F.max_pool1d, F.max_unpool1d),
-    nn.MaxPool2d: (F.max_pool2d, F.max_unpool2d),
-    nn.MaxPool3d: (F.max_pool3d, F.max_unpool3d),
+_POOLS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.MaxPool1d: F.max_pool1d,
+    nn.MaxPool2d: F.max_pool2d,
+    nn.MaxPool3d: F.max_pool3d,
 }
+# Modules without parameters or statistics of the batch, and those that are linear in their input.
+_LINEAR = (
+    nn.Linear,
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.Fold,
+    nn.Unfold,
+)
+_LARGE = 0.01
+"""Attributions that miss this share of the largest difference of outputs are warned of."""
 
 
-class RescaleRule(HookedOnce):
+class RescaleRule(Trainable):
     """DeepLIFT's multipliers of non-linear modules, with a graph.
 
     Captum's rules take inputs and outputs of these modules for constants, and MaxPool's runs without gradients. Modules
     have to be used once each, and to be of the types that Captum knows.
     """
 
+    _parameters: ClassVar[dict[str, str]] = {
+        "baselines": "what the inputs are compared with: None (zero), a number, a tensor of the inputs' shape or with "
+        "a batch axis of size 1, or a tuple of these."
+    }
+    _modules_only = True
+    _complete = False
+    """The attributions have to add up to the outputs' difference."""
+    _of_outputs = True
+    """They explain the model's outputs, not a neuron."""
     eps: float
+    model: nn.Module
+    _seen: dict[nn.Module, list[Tensor]]
+    _uncovered: dict[nn.Module, None]
+    _outputs: Tensor | None
+    _pass: int
+    forward_handles: list[Any]
+    backward_handles: list[Any]
+    multiplies_by_inputs: bool
 
-    def _forget(self) -> None:
-        self.forward_handles: list[Any] = []
-        self.backward_handles: list[Any] = []
-        self._seen: dict[nn.Module, list[Tensor]] = {}
-        self._pass = torch._C._current_graph_task_id()
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        with super()._one_call(arguments) as explainer, quietly():
+            explainer.forward_handles, explainer.backward_handles = [], []
+            explainer._seen, explainer._uncovered, explainer._outputs = {}, {}, None
+            explainer._pass = torch._C._current_graph_task_id()
+            # Set before Captum's hook, which takes the output apart.
+            check = self._output_check(arguments if self._of_outputs else {})
+            handle = self.model.register_forward_hook(lambda _module, _arguments, output: check(output))
+            tap = getattr(explainer, "layer", None)
+            explainer.forward_func = ForwardFunction(self.model)  # for the delta, without a tap
+            try:
+                # Before the rules, since the layer's input comes before its rule.
+                with tap.in_place() if isinstance(tap, Tap) else nullcontext():
+                    yield explainer
+            finally:
+                handle.remove()
+                explainer._seen.clear()
 
-    def _forward_pre_hook(self, module: nn.Module, inputs: Any) -> None:
-        self._see(module, inputs)
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        result = super()._compute(inputs, arguments)
+        contributions = self.multiplies_by_inputs and arguments["custom_attribution_func"] is None
+        if contributions and self._outputs is not None:
+            self._warn_of_gap(result[0] if arguments["return_convergence_delta"] else result)
+        return result
 
-    def _forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        self._see(module, outputs)
+    def _construct_forward_func(self, *arguments: Any) -> Callable[[], Tensor]:
+        """Captum's forward pass of inputs and baselines, whose output is noted."""
+        forward: Any = super()._construct_forward_func(*arguments)  # type: ignore[misc]
+
+        def noted() -> Tensor:
+            tap = getattr(self, "layer", None)
+            with tap.called_once() if isinstance(tap, Tap) else nullcontext():
+                output: Tensor = forward()
+            self._outputs = output.detach() if self._complete and self._of_outputs else None
+            return output
+
+        noted.__dict__.update(vars(forward))  # the devices of a DataParallel
+        return noted
+
+    def _register_hooks(self, module: nn.Module, attribute_to_layer_input: bool = True) -> None:
+        """Set the rule of a module; Captum calls this for each module of the model."""
+        handles = self.forward_handles
+        if self._can_register_hook(module):  # type: ignore[attr-defined]
+            handles.append(module.register_forward_pre_hook(self._see))
+            change_gradient(module, self._rule, handles)
+            handles.append(module.register_forward_hook(lambda module, _, output: self._see(module, output)))
+        if self._has_a_gap(module):
+            handles.append(module.register_forward_hook(lambda module, *_: self._uncovered.update({module: None})))
+
+    def _has_a_gap(self, module: nn.Module) -> bool:
+        """Return True if no rule covers a module, or one under which contributions do not add up."""
+        if isinstance(module, nn.Softmax):
+            return True
+        ruled = self._can_register_hook(module)  # type: ignore[attr-defined]
+        return not (ruled or list(module.children()) or isinstance(module, _LINEAR))
 
     def _see(self, module: nn.Module, tensors: Any) -> None:
         if torch._C._current_graph_task_id() != self._pass:
             return  # the backward pass computes a checkpointed part again
         # A copy, since the module may work in place.
-        self._seen.setdefault(module, []).append((tensors[0] if isinstance(tensors, tuple) else tensors).clone())
+        tensor = tensors[0] if isinstance(tensors, tuple) else tensors
+        self._seen.setdefault(module, []).append(tensor.clone())
 
-    def _backward_hook(self, module: nn.Module, grad_input: Tensor, grad_output: Tensor) -> Tensor | None:
-        if not self._active:
-            return None
-        if len(self._seen.get(module, [])) != 2:
-            raise RuntimeError(
+    def _rule(self, module: nn.Module, grad_input: Tensor, grad_output: Tensor) -> Tensor:
+        seen = self._seen.pop(module, [])
+        if len(seen) != 2:
+            raise InputError(
                 f"{module} is used more than once in the forward pass, where DeepLIFT has no rule: give each use a "
                 "module of its own."
             )
-        inputs, outputs = self._seen.pop(module)
-        return _multiplied(module, inputs, outputs, grad_input, grad_output, self.eps)
+        inputs, outputs = seen
+        wide = torch.promote_types(grad_output.dtype, torch.float32)  # squares and quotients of halves overflow
+        inputs, outputs = inputs.to(wide), outputs.to(wide)
+        return _multiplied(module, inputs, outputs, grad_input.to(wide), grad_output.to(wide), self.eps).to(
+            grad_input.dtype
+        )
 
-    def _attribute(
-        self,
-        attribute: Callable[..., Any],
-        inputs: Any,
-        create_graph: bool,
-        return_convergence_delta: bool,
-        **arguments: Any,
-    ) -> Any:
-        """One of Captum's bodies, with the rules of this class."""
-        with self.for_one_call() as explainer:
-            compute = partial(attribute, explainer, return_convergence_delta=return_convergence_delta, **arguments)
-            # The hooks of modules before a layer, too, want tensors that require gradient.
-            return by_gradients(
-                self, compute, inputs, create_graph, of_inputs=True, with_delta=return_convergence_delta
-            )
+    def _warn_of_gap(self, attribution: Any) -> None:
+        """Warn if the attributions do not add up, since a part of the model has no rule."""
+        assert self._outputs is not None
+        tensors = as_tuple(attribution, "attribution")
+        sums = torch.stack([tensor.detach().reshape(len(tensor), -1).sum(dim=1) for tensor in tensors]).sum(dim=0)
+        output, reference = self._outputs.chunk(2)
+        if not len(sums) or output.numel() % len(sums):
+            return
+        difference = (output - reference).reshape(len(sums), -1).mean(dim=1)  # over the baselines
+        gap, scale = (sums - difference).abs().max(), difference.abs().max()
+        rounding = 16 * torch.finfo(output.dtype).eps * output.abs().max()
+        if not bool(gap > _LARGE * scale + rounding):
+            return
+        names = dict.fromkeys(type(module).__name__ for module in self._uncovered)
+        what = ", ".join(names) if names else "functions that are no modules (torch.nn.functional, products)"
+        warn(
+            f"The attributions of {type(self).__name__} miss the outputs' difference by up to {float(gap):.3g} of "
+            f"{float(scale):.3g}: DeepLIFT has no rule that adds up for {what}. Use modules that it has one for (ReLU, "
+            "ELU, LeakyReLU, Softplus, Sigmoid, Tanh, MaxPool), or IntegratedGradients, which adds up for any model."
+        )
 
 
 def _multiplied(
     module: nn.Module, inputs: Tensor, outputs: Tensor, grad_input: Tensor, grad_output: Tensor, eps: float
 ) -> Tensor:
-    """The output's gradient times the module's multipliers; of the first half of the rows and of their baselines."""
+    """Return the output's gradient times the module's multipliers, for inputs and their baselines alike."""
     delta_in = inputs.chunk(2)[0] - inputs.chunk(2)[1]
     delta_in = torch.cat([delta_in, delta_in])
     # Where nothing changes the gradient stands in. Dividing by 1 there keeps the quotient's own gradient finite.
-    unchanged = delta_in.abs() < eps
+    unchanged = (delta_in.abs() < eps) | (delta_in == 0)
     divisor = torch.where(unchanged, 1, delta_in)
     if type(module) in _POOLS:
         return torch.where(unchanged, grad_input, _unpooled(module, inputs, outputs, grad_output) / divisor)
     delta_out = outputs.chunk(2)[0] - outputs.chunk(2)[1]
-    multiplied = torch.where(unchanged, grad_input, grad_output * torch.cat([delta_out, delta_out]) / divisor)
+    multiplied = torch.where(unchanged, grad_input, grad_output * (torch.cat([delta_out, delta_out]) / divisor))
     if isinstance(module, nn.Softmax):
-        return multiplied - multiplied.sum() / multiplied.numel()  # Captum's normalisation, over all rows
+        axis = module.dim if module.dim is not None else 0 if inputs.dim() in (1, 3) else 1  # as torch chooses it
+        return multiplied - multiplied.mean(dim=axis, keepdim=True)
     return multiplied
 
 
 def _unpooled(module: Any, inputs: Tensor, outputs: Tensor, grad_output: Tensor) -> Tensor:
-    """What a pool's outputs gained over those of the baselines, given back to where the maxima were."""
-    pool, unpool = _POOLS[type(module)]
+    """Return what a pool's outputs gained over those of the baselines, given back to where the maxima were."""
     output, reference = outputs.chunk(2)
     greater = torch.maximum(output, reference)
     gained = torch.cat([greater - reference, output - greater])
+    settings = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
     with torch.no_grad():
-        _, indices = pool(
-            inputs,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.ceil_mode,
-            True,
-        )
-    spread = unpool(
-        grad_output * gained, indices, module.kernel_size, module.stride, module.padding, list(inputs.shape)
-    )
-    both = spread.chunk(2)[0] + spread.chunk(2)[1]
+        _, indices = _POOLS[type(module)](inputs, *settings, return_indices=True)
+    n_axes = inputs.dim() - 2
+    # Overlapping windows may share their maximum, so gains add up.
+    spread = torch.zeros_like(inputs).flatten(-n_axes)
+    spread = spread.scatter_add(-1, indices.flatten(-n_axes), (grad_output * gained).flatten(-n_axes))
+    of_inputs, of_baselines = spread.view_as(inputs).chunk(2)
+    both = of_inputs + of_baselines
     return torch.cat([both, both])
 
 
 class DeepLift(RescaleRule, captum.DeepLift):
     """DeepLIFT with the rescale rule (Shrikumar et al. 2017, arXiv 1704.02685), `captum.attr.DeepLift`.
 
-    Captum's attribution requires gradient, too, but its multipliers are constants. Where a MaxPool's input equals its
-    baseline, the gradient of that very example stands in; Captum takes the first example's for all.
+    Captum's attribution requires gradient, too, but its multipliers are constants. Its attributions do not add up where
+    non-linear modules follow each other or pooling windows overlap; these do. There is no rule for GELU, SiLU,
+    LayerNorm and the like, where plain gradients are taken, nor one that adds up for Softmax: a warning says so if the
+    gap is large.
 
     Args:
         model: a module whose non-linear modules are used once each.
@@ -142,51 +241,65 @@ class DeepLift(RescaleRule, captum.DeepLift):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        return_convergence_delta: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """What each input contributes to the output's difference from that on the baselines.
+    _summary = "Return what each input contributes to the output's difference from that on the baselines."
+    _returns = WITH_DELTA
+    _of_inputs = True
+    _complete = True
 
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            baselines: what the inputs are compared with: None (zero), a number, a tensor that broadcasts, or a tuple of
-                these.
-            target: which output is explained, as everywhere in Captum.
-            additional_forward_args: passed to the forward function after the inputs.
-            return_convergence_delta: also return by how much the attribution misses the outputs' difference, ``(B,)``,
-                detached.
-            custom_attribution_func: (multipliers, inputs, baselines) -> attributions, tuples of tensors.
-            create_graph: attach the attribution to the model's graph; else it is detached.
 
-        Returns:
-            Of the inputs' shape, tuple in, tuple out; or a pair of that and the convergence delta.
+class OverBaselines(RescaleRule):
+    """The mean of DeepLIFT over a distribution of baselines, ``internal_batch_size`` rows at a time."""
 
-        Raises:
-            RuntimeError: create_graph where no graph can exist; a module used twice; `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on arguments that do not fit.
-        """
-        return self._attribute(
-            super().attribute.__wrapped__,
-            inputs,
-            create_graph,
-            return_convergence_delta,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            custom_attribution_func=custom_attribution_func,
+    _parameters: ClassVar[dict[str, str]] = {
+        **OF_A_DISTRIBUTION,
+        "internal_batch_size": "rows of a forward pass, of which two or three baselines of the batch need 4 to 6 B; "
+        "None: all at once.",
+    }
+    _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        arguments = dict(arguments)
+        n_rows, baselines = arguments.pop("internal_batch_size", None), arguments.pop("baselines")
+        baselines = _format_callable_baseline(baselines, inputs)
+        if n_rows is None or not isinstance(baselines[0], Tensor):
+            return super()._compute(inputs, {**arguments, "baselines": baselines})
+        n_examples, n_baselines = len(as_tuple(inputs, "inputs")[0]), len(baselines[0])
+        parts = []
+        for chunk in _chunks_of_baselines(n_baselines, n_rows, n_examples):
+            some = tuple(baseline[chunk] for baseline in baselines)
+            part = super()._compute(inputs, {**arguments, "baselines": some})
+            share = len(some[0]) / n_baselines
+            parts.append((share, part if keeps_graph() else detached(part)))
+        if not arguments["return_convergence_delta"]:
+            return _mean(parts)
+        deltas = torch.cat([delta.view(n_examples, -1) for _, (_, delta) in parts], dim=1)
+        return _mean([(share, attribution) for share, (attribution, _) in parts]), deltas.flatten()
+
+
+def _chunks_of_baselines(n_baselines: int, n_rows: int, n_examples: int) -> list[slice]:
+    """Return slices of at least two baselines, as Captum needs them, whose passes have at most ``n_rows`` rows."""
+    at_a_time = max(2, n_rows // (2 * n_examples))
+    if n_rows < 4 * n_examples:
+        warn(
+            f"internal_batch_size={n_rows} is less than two baselines of {n_examples} examples: {4 * n_examples} rows "
+            "are evaluated at a time."
         )
+    n_chunks = min(-(-n_baselines // at_a_time), max(1, n_baselines // 2))
+    ends = [n_baselines * number // n_chunks for number in range(n_chunks + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-class DeepLiftShap(RescaleRule, captum.DeepLiftShap):
+def _mean(parts: list[tuple[float, Any]]) -> Any:
+    """Return the sum of attributions, each times its share."""
+    if isinstance(parts[0][1], tuple):
+        columns = zip(*(part for _, part in parts), strict=True)
+        return tuple(
+            _mean([(share, tensor) for (share, _), tensor in zip(parts, column, strict=True)]) for column in columns
+        )
+    return sum(share * tensor for share, tensor in parts)
+
+
+class DeepLiftShap(OverBaselines, captum.DeepLiftShap):
     """DeepLIFT's mean over a distribution of baselines (Lundberg, Lee 2017, arXiv 1705.07874).
 
     `captum.attr.DeepLiftShap`.
@@ -205,35 +318,13 @@ class DeepLiftShap(RescaleRule, captum.DeepLiftShap):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        target: TargetType = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean contribution over baselines, tensors ``(n, ...)`` with n > 1 or a callable that returns them.
-
-        The other arguments, the result and the errors as for `DeepLift`; the convergence delta is ``(B * n,)``.
-        """
-        return self._attribute(
-            super().attribute.__wrapped__,
-            inputs,
-            create_graph,
-            return_convergence_delta,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            custom_attribution_func=custom_attribution_func,
-        )
+    _summary = "Return the mean contribution of each input over a distribution of baselines."
+    _returns = WITH_DELTA
+    _of_inputs = True
+    _complete = True
 
 
-class LayerDeepLift(RescaleRule, captum.LayerDeepLift):
+class LayerDeepLift(RescaleRule, OfLayer, captum.LayerDeepLift):
     """DeepLIFT of a layer's activations, `captum.attr.LayerDeepLift`.
 
     Args:
@@ -248,40 +339,11 @@ class LayerDeepLift(RescaleRule, captum.LayerDeepLift):
         >>> LayerDeepLift(model, model[0]).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """What each activation contributes to the output's difference from that on the baselines.
-
-        Arguments and errors as for `DeepLift` and `LayerGradCam`. Returns one value an activation, and the convergence
-        delta if asked for.
-        """
-        return self._attribute(
-            super().attribute.__wrapped__,
-            inputs,
-            asks_for_graph(create_graph, grad_kwargs),
-            return_convergence_delta,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            attribute_to_layer_input=attribute_to_layer_input,
-            custom_attribution_func=custom_attribution_func,
-            grad_kwargs=grad_kwargs,
-        )
+    _summary = "Return what each activation contributes to the output's difference from that on the baselines."
+    _returns = PER_ACTIVATION_WITH_DELTA
 
 
-class LayerDeepLiftShap(RescaleRule, captum.LayerDeepLiftShap):
+class LayerDeepLiftShap(OverBaselines, OfLayer, captum.LayerDeepLiftShap):
     """DeepLIFT of a layer's activations, the mean over a distribution of baselines, `captum.attr.LayerDeepLiftShap`.
 
     Args:
@@ -299,31 +361,5 @@ class LayerDeepLiftShap(RescaleRule, captum.LayerDeepLiftShap):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        target: TargetType = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean contribution of each activation over baselines, tensors ``(n, ...)`` with n > 1 or a callable.
-
-        The other arguments, the result and the errors as for `LayerDeepLift`.
-        """
-        return self._attribute(
-            super().attribute.__wrapped__,
-            inputs,
-            create_graph,
-            return_convergence_delta,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            attribute_to_layer_input=attribute_to_layer_input,
-            custom_attribution_func=custom_attribution_func,
-        )
+    _summary = "Return the mean contribution of each activation over a distribution of baselines."
+    _returns = PER_ACTIVATION_WITH_DELTA

@@ -1,27 +1,38 @@
-"""Attributions made of gradients in the inputs, trainable."""
+"""Attributions made of gradients with respect to the inputs, trainable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import captum.attr as captum
 import torch
 from captum._utils.common import _format_tensor_into_tuples, _is_tuple
-from captum._utils.typing import BaselineType, TargetType
 from captum.attr._core.gradient_shap import InputBaselineXGradient
 from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
+from captum.attr._utils.approximation_methods import approximation_parameters
 from captum.attr._utils.common import _format_callable_baseline, _validate_noise_tunnel_type
 from torch import Tensor
 
-from captum_idexpo.attr._graph import by_gradients, by_outputs, keeps_graph
-from captum_idexpo.attr._usage import TensorOrTensors, logged, part, require_trainable
-from captum_idexpo.attr.path import InSteps
+from captum_idexpo._core.chunks import slices
+from captum_idexpo._core.errors import InputError, warn
+from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.targets import captum_target
+from captum_idexpo.attr._graph import by_outputs, keeps_graph
+from captum_idexpo.attr._trainable import Trainable, captums_method, logged, part, read_inputs, require_trainable
+
+OF_A_DISTRIBUTION = {
+    "baselines": "the distribution of baselines, tensors ``(n, ...)``, or a callable that returns them.",
+    "return_convergence_delta": "also return by how much the attributions miss the outputs' differences, one number "
+    "per example and baseline or sample, detached.",
+}
+WITH_DELTA = "Of the inputs' shape, tuple in, tuple out; or a pair of that and the convergence delta."
 
 
-class Saliency(captum.Saliency):
-    """The gradient of the target in the inputs (Simonyan et al. 2013, arXiv 1312.6034), `captum.attr.Saliency`.
+class Saliency(Trainable, captum.Saliency):
+    """The gradient of the target (Simonyan et al. 2013, arXiv 1312.6034), `captum.attr.Saliency`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -38,44 +49,11 @@ class Saliency(captum.Saliency):
         True
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        target: TargetType = None,
-        abs: bool = True,
-        additional_forward_args: object | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The gradient of the target in the inputs.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: which output is explained, as everywhere in Captum.
-            abs: return absolute values.
-            additional_forward_args: passed to the forward function after the inputs.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            Of the inputs' shape, tuple in, tuple out.
-
-        Raises:
-            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on a target that does not fit.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self,
-            target=target,
-            abs=abs,
-            additional_forward_args=additional_forward_args,
-        )
-        attribution: TensorOrTensors = by_gradients(self, compute, inputs, create_graph, of_inputs=True)
-        return attribution
+    _summary = "Return the gradient of the target with respect to the inputs."
+    _of_inputs = True
 
 
-class InputXGradient(captum.InputXGradient):
+class InputXGradient(Trainable, captum.InputXGradient):
     """The gradient times the input (Shrikumar et al. 2016, arXiv 1605.01713), `captum.attr.InputXGradient`.
 
     Captum's attribution requires gradient, too, but its gradient takes the inner one for a constant.
@@ -95,21 +73,64 @@ class InputXGradient(captum.InputXGradient):
         True
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The inputs times the gradient of the target in them; arguments, result and errors as for `Saliency`."""
-        compute = partial(
-            super().attribute.__wrapped__, self, target=target, additional_forward_args=additional_forward_args
+    _summary = "Return the inputs times the gradient of the target with respect to them."
+    _of_inputs = True
+
+
+class InSteps(Trainable):
+    """A path integral whose steps are evaluated ``internal_batch_size`` rows at a time.
+
+    As in Captum, but each chunk keeps its graph, where Captum detaches all but the first.
+    """
+
+    _steps_shared_by_chunks = 0
+    """1 if consecutive steps are compared, so that each chunk starts with the last step of the one before."""
+    _internal_batch_size: int | None = None
+
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        with super()._one_call(arguments) as explainer:
+            explainer._internal_batch_size = arguments["internal_batch_size"]
+            yield explainer
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        # Captum's own way to chunk, which cuts the graph, is not taken.
+        return super()._compute(inputs, {**arguments, "internal_batch_size": None})
+
+    def _attribute(self, *, inputs: tuple[Tensor, ...], n_steps: int, method: str, **arguments: Any) -> Any:
+        """Run Captum's computation over all steps at once, or sum it over chunks of them."""
+        attribute: Any = super()._attribute  # type: ignore[misc]
+        if self._internal_batch_size is None or "step_sizes_and_alphas" in arguments:
+            return attribute(inputs=inputs, n_steps=n_steps, method=method, **arguments)
+        shared = self._steps_shared_by_chunks
+        size = _steps_at_a_time(self._internal_batch_size, len(inputs[0]), 1 + shared)
+        step_sizes, alphas = (function(n_steps + shared) for function in approximation_parameters(method))
+        total: Any = None
+        for start in range(0, n_steps, size - shared):
+            chunk = attribute(
+                inputs=inputs,
+                n_steps=len(alphas[start : start + size]) - shared,
+                method=method,
+                step_sizes_and_alphas=(step_sizes[start : start + size], alphas[start : start + size]),
+                **arguments,
+            )
+            total = _added(total, chunk if isinstance(chunk, tuple) else (chunk,))
+        return total if isinstance(chunk, tuple) else total[0]
+
+
+def _added(total: tuple[Tensor, ...] | None, chunk: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the sum so far, which holds on to the chunks' graphs only if they are wanted."""
+    chunk = chunk if keeps_graph() else tuple(tensor.detach() for tensor in chunk)
+    return chunk if total is None else tuple(map(torch.add, total, chunk))
+
+
+def _steps_at_a_time(internal_batch_size: int, n_examples: int, at_least: int) -> int:
+    if internal_batch_size < at_least * n_examples:
+        warn(
+            f"internal_batch_size={internal_batch_size} is less than {at_least} steps of {n_examples} examples: "
+            f"{at_least * n_examples} rows are evaluated at a time.",
         )
-        attribution: TensorOrTensors = by_gradients(self, compute, inputs, create_graph, of_inputs=True)
-        return attribution
+    return max(at_least, internal_batch_size // n_examples)
 
 
 class IntegratedGradients(InSteps, captum.IntegratedGradients):
@@ -134,55 +155,12 @@ class IntegratedGradients(InSteps, captum.IntegratedGradients):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        return_convergence_delta: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The integral of the gradient from the baselines to the inputs.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            baselines: where the path starts: None (zero), a number, a tensor that broadcasts, or a tuple of these.
-            target: which output is explained, as everywhere in Captum.
-            additional_forward_args: passed to the forward function after the inputs.
-            n_steps: gradients taken of each example.
-            method: the quadrature: "gausslegendre" or "riemann_left", "_right", "_middle", "_trapezoid".
-            internal_batch_size: rows of a forward pass; None: all at once.
-            return_convergence_delta: also return by how much the attribution misses the outputs' difference, ``(B,)``,
-                detached.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            Of the inputs' shape, tuple in, tuple out; or a pair of that and the convergence delta.
-
-        Raises:
-            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on arguments that do not fit.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self.in_steps_of(internal_batch_size),
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            n_steps=n_steps,
-            method=method,
-            return_convergence_delta=return_convergence_delta,
-        )
-        return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
+    _summary = "Return the integral of the gradient from the baselines to the inputs."
+    _between_inputs = True
+    _returns = WITH_DELTA
 
 
-class NoiseTunnel(captum.NoiseTunnel):
+class NoiseTunnel(Trainable, captum.NoiseTunnel):
     """Mean, mean square or variance of an attribution under noise, `captum.attr.NoiseTunnel`.
 
     SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), its square (Hooker et al. 2018, arXiv 1806.10758) and VarGrad
@@ -203,51 +181,40 @@ class NoiseTunnel(captum.NoiseTunnel):
         True
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        nt_type: str = "smoothgrad",
-        nt_samples: int = 5,
-        nt_samples_batch_size: int | None = None,
-        stdevs: float | tuple[float, ...] = 1.0,
-        draw_baseline_from_distrib: bool = False,
-        *,
-        create_graph: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The attribution of noisy copies of the inputs, summarised.
+    _summary = "Return the attribution of noisy copies of the inputs, summarised."
+    _between_inputs = True
+    _returns = "What the attribution method returns."
 
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            nt_type: "smoothgrad" (mean), "smoothgrad_sq" (mean of squares) or "vargrad" (variance).
-            nt_samples: copies of each example.
-            nt_samples_batch_size: copies at a time; None: all.
-            stdevs: the noise's standard deviation, a float or one for each tensor.
-            draw_baseline_from_distrib: draw the baseline of each copy from the baselines given.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-            kwargs: the attribution method's own arguments (target, baselines, ...).
-
-        Returns:
-            What the attribution method returns.
-
-        Raises:
-            TypeError: create_graph with an attribution method that has none.
-            RuntimeError, AssertionError: as the attribution method.
-        """
+    def _refuse(self, create_graph: bool) -> None:
         if create_graph:
             require_trainable(self.attribution_method)
-        compute = partial(
-            self._smooth,
-            nt_type=nt_type,
-            sizes=_sizes(nt_samples, nt_samples_batch_size),
-            stdevs=stdevs,
-            draw_baselines=draw_baseline_from_distrib,
-            arguments=kwargs,
+
+    def _read(self, arguments: dict[str, Any]) -> None:
+        """Check the inputs and the target; the other arguments are the attribution method's."""
+        tensors = read_inputs(arguments["inputs"])
+        if "target" in arguments:
+            arguments["target"] = captum_target(arguments["target"], len(tensors[0]))
+
+    def _explain(self, inputs: Any, create_graph: bool, arguments: dict[str, Any]) -> Any:
+        if self.is_gradient_method:
+            return super()._explain(inputs, create_graph, arguments)
+        self._refuse(create_graph)
+        return by_outputs(self, lambda inputs: self._compute(inputs, arguments), inputs, create_graph)
+
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[NoiseTunnel]:
+        yield self  # the attribution method makes a copy of itself
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        own = inspect.signature(captums_method(NoiseTunnel)).parameters
+        return self._smooth(
+            inputs,
+            arguments["nt_type"],
+            _sizes(arguments["nt_samples"], arguments["nt_samples_batch_size"]),
+            arguments["stdevs"],
+            arguments["draw_baseline_from_distrib"],
+            {name: value for name, value in arguments.items() if name not in own},
         )
-        if not self.is_gradient_method:
-            return by_outputs(self, compute, inputs, create_graph)
-        return by_gradients(self, compute, inputs, create_graph, with_delta=self._returns_delta(kwargs))
 
     def _smooth(
         self,
@@ -270,6 +237,7 @@ class NoiseTunnel(captum.NoiseTunnel):
                     expanded = dict(arguments)
                     self._expand_partial(size, expanded, tensors, draw_baselines)
                 noisy = self._add_noise_to_inputs(size, tensors, stdevs)
+                noisy = tuple(map(_as_precise, noisy, tensors))  # Captum's noise is of float32
                 parts, is_attribution_tuple, delta = self._compute_partial_attribution(
                     noisy, expanded, is_tuple, returns_delta
                 )
@@ -289,6 +257,10 @@ class NoiseTunnel(captum.NoiseTunnel):
         return bool(self.is_delta_supported and arguments.get("return_convergence_delta"))
 
 
+def _as_precise(noisy: Tensor, tensor: Tensor) -> Tensor:
+    return noisy.to(tensor.dtype) if tensor.is_floating_point() else noisy
+
+
 def _sizes(n_samples: int, at_a_time: int | None) -> list[int]:
     """How many samples each chunk has."""
     size = n_samples if at_a_time is None else min(n_samples, at_a_time)
@@ -296,7 +268,7 @@ def _sizes(n_samples: int, at_a_time: int | None) -> list[int]:
     return [size] * (n_samples // size) + [rest] * (rest > 0)
 
 
-class GradientShap(captum.GradientShap):
+class GradientShap(Trainable, captum.GradientShap):
     """Expected gradients between baselines and inputs (Lundberg, Lee 2017; Erion et al. 2021, arXiv 1906.10670).
 
     `captum.attr.GradientShap`. As in Captum, noise and the choice of baselines come from torch's and NumPy's global
@@ -316,59 +288,107 @@ class GradientShap(captum.GradientShap):
         >>> attribution.square().sum().backward()
     """
 
+    _summary = "Return the mean of the gradient at random points between inputs and baselines."
+    _between_inputs = True
+    _returns = WITH_DELTA
+    _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
+    _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        between = InputBaselineXGradient(self.forward_func, self.multiplies_by_inputs)
+        between.gradient_func = self.gradient_func
+        return smoothed_over_baselines(between, inputs, **arguments)
+
+
+def smoothed_over_baselines(
+    between: Any, inputs: Any, baselines: Any, n_samples: int, internal_batch_size: int | None, **arguments: Any
+) -> Any:
+    """Return the mean of an attribution over noise and baselines, as GradientShap and its layer form take it."""
+    distribution = _format_callable_baseline(baselines, inputs)
+    if not isinstance(distribution[0], Tensor):
+        raise InputError(f"baselines must be a distribution, tensors (n, ...) of n baselines, given: {baselines!r}.")
+    if internal_batch_size is not None:
+        between = RowsAtATime(between, internal_batch_size)
+    return part(NoiseTunnel)(
+        NoiseTunnel(between),
+        inputs,
+        nt_samples=n_samples,
+        draw_baseline_from_distrib=True,
+        baselines=distribution,
+        **arguments,
+    )
+
+
+class RowsAtATime(captum.GradientAttribution):
+    """An attribution between inputs and baselines, a number of rows at a time.
+
+    All noise and baselines have been drawn, and NumPy's generator gives the points between in the same order whatever
+    the number.
+
+    Args:
+        attribution: one of Captum's; row by row independent.
+        n_rows: of a forward pass.
+    """
+
+    def __init__(self, attribution: Any, n_rows: int) -> None:
+        if n_rows < 1:
+            raise InputError(f"internal_batch_size must be at least 1, given: {n_rows}.")
+        super().__init__(attribution.forward_func)
+        self._attribution = attribution
+        self._n_rows = n_rows
+
+    def has_convergence_delta(self) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether attributions add up to the outputs' difference."""
+        return bool(self._attribution.multiplies_by_inputs)
+
     @logged
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        n_samples: int = 5,
-        stdevs: float | tuple[float, ...] = 0.0,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
+        inputs: Any,
+        baselines: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
-        *,
-        create_graph: bool = False,
+        **arguments: Any,
     ) -> Any:
-        """The mean of the gradient at random points between inputs and baselines.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            baselines: the distribution of baselines, tensors ``(n, ...)``, or a callable that returns them.
-            n_samples: points drawn for each example.
-            stdevs: standard deviation of the noise added to the inputs.
-            target: which output is explained, as everywhere in Captum.
-            additional_forward_args: passed to the forward function after the inputs.
-            return_convergence_delta: also return by how much the attributions miss the outputs' differences,
-                ``(B * n_samples,)``, detached.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            Of the inputs' shape, tuple in, tuple out; or a pair of that and the convergence delta.
-
-        Raises:
-            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on arguments that do not fit.
-        """
-        between = InputBaselineXGradient(self.forward_func, self.multiplies_by_inputs)
-        between.gradient_func = self.gradient_func
-        compute = partial(
-            smoothed_over_baselines,
-            between,
-            baselines=baselines,
-            nt_samples=n_samples,
-            stdevs=stdevs,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            return_convergence_delta=return_convergence_delta,
-        )
-        return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
+        """Return the attribution, and the convergence deltas if asked for; Captum has repeated all rows."""
+        tensors = as_tuple(inputs, "inputs")
+        found = []
+        for rows in slices(len(tensors[0]), self._n_rows):
+            of_rows = part(type(self._attribution))(
+                self._attribution,
+                _rows(inputs, rows),
+                _rows(baselines, rows),
+                target=target[rows] if _one_per_row(target) else target,
+                additional_forward_args=_rows(additional_forward_args, rows),
+                return_convergence_delta=return_convergence_delta,
+                **arguments,
+            )
+            found.append(of_rows if keeps_graph() else detached(of_rows))
+        return _joined(found)
 
 
-def smoothed_over_baselines(between: Any, inputs: Any, baselines: Any, **arguments: Any) -> Any:
-    """The mean of an attribution over noise and baselines, as GradientShap and its layer form take it."""
-    distribution = _format_callable_baseline(baselines, inputs)
-    assert isinstance(distribution[0], Tensor), (
-        f"baselines must be a distribution, tensors (n, ...) of n baselines, given: {baselines!r}."
-    )
-    tunnel = NoiseTunnel(between)
-    return part(NoiseTunnel)(tunnel, inputs, draw_baseline_from_distrib=True, baselines=distribution, **arguments)
+def _one_per_row(target: Any) -> bool:
+    return isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
+
+
+def _rows(values: Any, rows: slice) -> Any:
+    if isinstance(values, tuple):
+        return tuple(_rows(value, rows) for value in values)
+    return values[rows] if isinstance(values, Tensor) else values
+
+
+def detached(values: Any) -> Any:
+    """Return tensors, or tuples of them, without a graph."""
+    return tuple(map(detached, values)) if isinstance(values, tuple) else values.detach()
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(_joined(list(column)) for column in zip(*values, strict=True))
+    return torch.cat(values)

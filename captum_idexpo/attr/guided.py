@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from functools import partial
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import captum.attr as captum
-from captum._utils.typing import TargetType
 from torch import Tensor, nn
 
-from captum_idexpo.attr._graph import by_gradients
-from captum_idexpo.attr._hooks import HookedOnce
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._hooks import change_gradient
+from captum_idexpo.attr._trainable import Trainable
 from captum_idexpo.attr.layer import LayerGradCam
 
 
-class ModifiedRelu(HookedOnce):
+class ModifiedRelu(Trainable):
     """What `GuidedBackprop` and `Deconvolution` share."""
 
-    def _forget(self) -> None:
-        self.backward_hooks: list[Any] = []
+    _modules_only = True
+    _of_inputs = True
+    backward_hooks: list[Any]
+    use_relu_grad_output: bool
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The changed gradient of the target in the inputs; arguments, result and errors as for `Saliency`."""
-        with self.for_one_call() as explainer:
-            compute = partial(
-                super().attribute.__wrapped__,  # type: ignore[misc]
-                explainer,
-                target=target,
-                additional_forward_args=additional_forward_args,
-            )
-            attribution: TensorOrTensors = by_gradients(self, compute, inputs, create_graph, of_inputs=True)
-            return attribution
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        with super()._one_call(arguments) as explainer, quietly():
+            explainer.backward_hooks = []
+            yield explainer
+
+    def _register_hooks(self, module: nn.Module) -> None:
+        if isinstance(module, nn.ReLU):
+            change_gradient(module, self._rule, self.backward_hooks)
+
+    def _rule(self, _module: nn.Module, grad_input: Tensor, grad_output: Tensor) -> Tensor:
+        return (grad_output if self.use_relu_grad_output else grad_input).relu()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out Captum's warning that it sets hooks, which it removes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*Setting (forward, )?backward hooks")
+        yield
 
 
 class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
@@ -57,6 +61,8 @@ class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
         >>> GuidedBackprop(model).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
 
+    _summary = "Return the guided gradient of the target with respect to the inputs."
+
 
 class Deconvolution(ModifiedRelu, captum.Deconvolution):
     """The gradient with ReLU applied to it in place of ReLU's own (Zeiler, Fergus 2014, arXiv 1311.2901).
@@ -73,8 +79,10 @@ class Deconvolution(ModifiedRelu, captum.Deconvolution):
         >>> Deconvolution(model).attribute(torch.randn(5, 3), target=1, create_graph=True).sum().backward()
     """
 
+    _summary = "Return the deconvolved gradient of the target with respect to the inputs."
 
-class GuidedGradCam(captum.GuidedGradCam):
+
+class GuidedGradCam(Trainable, captum.GuidedGradCam):
     """Guided backpropagation times Grad-CAM of a layer (Selvaraju et al. 2017, arXiv 1610.02391).
 
     `captum.attr.GuidedGradCam`.
@@ -95,45 +103,19 @@ class GuidedGradCam(captum.GuidedGradCam):
         >>> map.sum().backward()
     """
 
+    _summary = "Return the guided gradient, times the upsampled positive part of Grad-CAM."
+    _returns = (
+        "Of the inputs' shape, tuple in, tuple out; as in Captum an empty tensor for an input that the map cannot be "
+        "brought to."
+    )
+    _modules_only = True
+    _of_inputs = True
+
     def __init__(self, model: nn.Module, layer: nn.Module, device_ids: list[int] | None = None) -> None:
         super().__init__(model, layer, device_ids)
         self.grad_cam = LayerGradCam(model, layer, device_ids)
         self.guided_backprop = GuidedBackprop(model)
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        interpolate_mode: str = "nearest",
-        attribute_to_layer_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The guided gradient of the target in the inputs, times the upsampled positive part of Grad-CAM.
-
-        Args:
-            inputs: a tensor ``(B, C, ...)`` or a tuple of them.
-            target: which output is explained, as everywhere in Captum.
-            additional_forward_args: passed to the forward function after the inputs.
-            interpolate_mode: how the map is upsampled, see `torch.nn.functional.interpolate`.
-            attribute_to_layer_input: take the map of the layer's input.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            Of the inputs' shape, tuple in, tuple out; as in Captum an empty tensor for an input that the map cannot be
-            brought to.
-
-        Raises:
-            RuntimeError, AssertionError, IndexError: as for `Saliency`.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            interpolate_mode=interpolate_mode,
-            attribute_to_layer_input=attribute_to_layer_input,
-        )
-        return by_gradients(self, compute, inputs, create_graph, of_inputs=True)
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        yield copy.copy(self)  # its two parts make copies of themselves

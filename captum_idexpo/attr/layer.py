@@ -1,35 +1,90 @@
-"""Attributions of a layer, trainable."""
+"""Attributions of layers, trainable."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import captum.attr as captum
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _format_tensor_into_tuples,
-)
+from captum._utils.common import _format_additional_forward_args, _format_output, _format_tensor_into_tuples
 from captum._utils.gradient import _forward_layer_eval
-from captum._utils.typing import BaselineType, TargetType
 from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
-from torch import Tensor, nn
+from torch import nn
 
 from captum_idexpo._core.checkpointing import refused_inside
-from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, with_gradients
-from captum_idexpo.attr._usage import logged, part
-from captum_idexpo.attr.ablation import FeatureAblation
-from captum_idexpo.attr.gradients import IntegratedGradients, smoothed_over_baselines
-from captum_idexpo.attr.path import InSteps
+from captum_idexpo.attr._graph import keeps_graph
+from captum_idexpo.attr._trainable import Tap, Trainable, part
+from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation
+from captum_idexpo.attr.gradients import OF_A_DISTRIBUTION, InSteps, IntegratedGradients, smoothed_over_baselines
 
 Layers = nn.Module | list[nn.Module]
+PER_ACTIVATION = "One value per activation, a tuple if the layer has several tensors, a list for a list of layers."
+PER_ACTIVATION_WITH_DELTA = "One value per activation; or a pair of that and the convergence delta."
+OF_A_LAYERS_FEATURES = {
+    "layer_baselines": "what stands in place of a feature: None (zero), a number, a tensor that broadcasts to the "
+    "activations, or a tuple of these.",
+    "layer_mask": "whole numbers, equal ones for the activations of one feature; None: every activation is a feature.",
+    "perturbations_per_eval": "features replaced in one forward pass; None: chosen automatically.",
+}
 
 
-class LayerGradCam(captum.LayerGradCam):
+class OfLayer(Trainable):
+    """An attribution of a layer, or of a neuron in it. The layer is explained through a `Tap`."""
+
+    _hands_on_copies = False
+    layer: Any
+    device_ids: list[int] | None
+
+    def _tapped(self, arguments: dict[str, Any]) -> tuple[Tap, ...]:
+        several = isinstance(self.layer, list)
+        layers = self.layer if several else [self.layer]
+        taps = [Tap(layer, _of_its_input(arguments), self._hands_on_copies) for layer in layers]
+        self.layer = taps if several else taps[0]
+        return tuple(taps)
+
+    def _activations(self, inputs: Any, arguments: dict[str, Any], additional_forward_args: Any = None) -> Any:
+        """Return the layer's tensors as a tuple, for a list of layers a list of tuples."""
+        return _forward_layer_eval(
+            self.forward_func,
+            inputs,
+            self.layer,
+            additional_forward_args,
+            device_ids=self.device_ids,
+            attribute_to_layer_input=_of_its_input(arguments),
+            grad_enabled=keeps_graph(),
+        )
+
+    def _of_activations(self, ablation: type, inputs: Any, arguments: dict[str, Any], **features: Any) -> Any:
+        """Return an ablation of the layer's activations."""
+        additional = _format_additional_forward_args(arguments["additional_forward_args"]) or ()
+        originals = _format_tensor_into_tuples(inputs) + additional
+        activations = self._activations(originals, arguments)
+        tap, forward_func = self.layer, self.forward_func
+        layer = tap.__dict__["layer"]
+
+        def forward(*given: Any) -> Any:
+            tap.replacement = given[: len(activations)]
+            outside = _outside_checkpoints(layer, _of_its_input(arguments))
+            with outside if keeps_graph() else nullcontext():
+                return forward_func(*given[len(activations) :])
+
+        return part(ablation)(
+            ablation(forward),
+            activations if len(activations) > 1 else activations[0],
+            target=arguments["target"],
+            additional_forward_args=originals,
+            perturbations_per_eval=arguments["perturbations_per_eval"],
+            **features,
+        )
+
+
+def _of_its_input(arguments: dict[str, Any]) -> bool:
+    return bool(arguments.get("attribute_to_layer_input") or arguments.get("attribute_to_neuron_input"))
+
+
+class LayerGradCam(OfLayer, captum.LayerGradCam):
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391), `captum.attr.LayerGradCam` with its true gradient.
 
     Same arguments and same numbers as Captum's class. With ``create_graph=True`` the channel weights keep their graph:
@@ -53,53 +108,12 @@ class LayerGradCam(captum.LayerGradCam):
         True
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        attribute_to_layer_input: bool = False,
-        relu_attributions: bool = False,
-        attr_dim_summation: bool = True,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The layer's activations, weighted by the mean gradient of the target over each channel.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: which output is explained, as everywhere in Captum.
-            additional_forward_args: passed to the forward function after the inputs.
-            attribute_to_layer_input: explain the layer's input instead of its output.
-            relu_attributions: keep the positive part only, eq. (13) of ID-ExpO (arXiv 2310.12553).
-            attr_dim_summation: sum over the channels; else return ``(B, C, ...)``.
-            grad_kwargs: further arguments of `torch.autograd.grad`; ``{"create_graph": True}`` counts as create_graph.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            ``(B, 1, h, w)`` for a layer of ``(B, C, h, w)``, a tuple where the layer's output is one.
-
-        Raises:
-            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on a target that does not fit.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            attribute_to_layer_input=attribute_to_layer_input,
-            relu_attributions=relu_attributions,
-            attr_dim_summation=attr_dim_summation,
-            grad_kwargs=grad_kwargs,
-        )
-        return by_gradients(self, compute, inputs, asks_for_graph(create_graph, grad_kwargs))
+    _summary = "Return the layer's activations, weighted by the mean gradient of the target over each channel."
+    _returns = "``(B, 1, h, w)`` for a layer of ``(B, C, h, w)``, a tuple if the layer has several tensors."
 
 
-class LayerGradientXActivation(captum.LayerGradientXActivation):
-    """A layer's activation times the target's gradient in it, `captum.attr.LayerGradientXActivation`.
+class LayerGradientXActivation(OfLayer, captum.LayerGradientXActivation):
+    """A layer's activation times the target's gradient with respect to it, `captum.attr.LayerGradientXActivation`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -120,38 +134,17 @@ class LayerGradientXActivation(captum.LayerGradientXActivation):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The layer's activations times the gradient of the target in them.
+    _summary = "Return the layer's activations times the gradient of the target with respect to them."
+    _returns = PER_ACTIVATION
 
-        Arguments and errors as for `LayerGradCam`. Returns one value an activation, a list for a list of layers.
-        """
-        create_graph = asks_for_graph(create_graph, grad_kwargs)
+    def _refuse(self, create_graph: bool) -> None:
         if create_graph and self._memory_efficient:
             raise RuntimeError(
                 "memory_efficient=True detaches the activations, so there can be no graph: leave it out to train."
             )
-        compute = partial(
-            super().attribute.__wrapped__,
-            self,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            attribute_to_layer_input=attribute_to_layer_input,
-            grad_kwargs=grad_kwargs,
-        )
-        return by_gradients(self, compute, inputs, create_graph)
 
 
-class LayerActivation(captum.LayerActivation):
+class LayerActivation(OfLayer, captum.LayerActivation):
     """A layer's activations, `captum.attr.LayerActivation`.
 
     Args:
@@ -168,35 +161,18 @@ class LayerActivation(captum.LayerActivation):
         tensor([5., 5., 5., 5.])
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        additional_forward_args: object | None = None,
-        attribute_to_layer_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The layer's activations; arguments and errors as for `LayerGradCam`, a list for a list of layers."""
+    _summary = "Return the layer's activations."
+    _returns = PER_ACTIVATION
+    _by_gradients = False
 
-        def compute(inputs: Any) -> Any:
-            evaluated = _forward_layer_eval(
-                self.forward_func,
-                inputs,
-                self.layer,
-                additional_forward_args,
-                device_ids=self.device_ids,
-                attribute_to_layer_input=attribute_to_layer_input,
-                grad_enabled=keeps_graph(),
-            )
-            if isinstance(self.layer, nn.Module):
-                return _format_output(len(evaluated) > 1, evaluated)
-            return [_format_output(len(single) > 1, single) for single in evaluated]
-
-        return by_outputs(self, compute, inputs, create_graph)
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        evaluated = self._activations(inputs, arguments, arguments["additional_forward_args"])
+        if isinstance(self.layer, nn.Module):
+            return _format_output(len(evaluated) > 1, evaluated)
+        return [_format_output(len(single) > 1, single) for single in evaluated]
 
 
-class LayerConductance(InSteps, captum.LayerConductance):
+class LayerConductance(InSteps, OfLayer, captum.LayerConductance):
     """The integrated gradient that flows through a layer (Dhamdhere et al. 2018, arXiv 1805.12233).
 
     `captum.attr.LayerConductance`, whose ``grad_kwargs`` are accepted and never used, so that its gradient is wrong.
@@ -216,46 +192,12 @@ class LayerConductance(InSteps, captum.LayerConductance):
         >>> conductance.square().sum().backward()
     """
 
+    _summary = "Return the activations' gradient, summed over their changes on the way from baselines to inputs."
+    _returns = PER_ACTIVATION_WITH_DELTA
     _steps_shared_by_chunks = 1
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The activations' gradient, summed over their changes on the way from the baselines to the inputs.
 
-        Arguments and errors as for `IntegratedGradients` and `LayerGradCam`. Returns one value an activation, and the
-        convergence delta if asked for.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self.in_steps_of(internal_batch_size),
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            n_steps=n_steps,
-            method=method,
-            return_convergence_delta=return_convergence_delta,
-            attribute_to_layer_input=attribute_to_layer_input,
-            grad_kwargs=grad_kwargs,
-        )
-        create_graph = asks_for_graph(create_graph, grad_kwargs)
-        return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
-
-
-class InternalInfluence(InSteps, captum.InternalInfluence):
+class InternalInfluence(InSteps, OfLayer, captum.InternalInfluence):
     """The mean gradient of a layer on the way from a baseline (Leino et al. 2018, arXiv 1802.03788).
 
     `captum.attr.InternalInfluence`, trainable also with an ``internal_batch_size``.
@@ -273,43 +215,15 @@ class InternalInfluence(InSteps, captum.InternalInfluence):
         >>> influence.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean gradient of the layer's activations from the baselines to the inputs.
-
-        Arguments and errors as for `IntegratedGradients` and `LayerGradCam`. Returns one value an activation.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self.in_steps_of(internal_batch_size),
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            n_steps=n_steps,
-            method=method,
-            attribute_to_layer_input=attribute_to_layer_input,
-            grad_kwargs=grad_kwargs,
-        )
-        return by_gradients(self, compute, inputs, asks_for_graph(create_graph, grad_kwargs))
+    _summary = "Return the mean gradient of the layer's activations on the way from the baselines to the inputs."
+    _returns = PER_ACTIVATION
 
 
-class LayerIntegratedGradients(captum.LayerIntegratedGradients):
+class LayerIntegratedGradients(OfLayer, captum.LayerIntegratedGradients):
     """Integrated gradients of a layer's activations, from those of the baselines, as for token embeddings.
 
-    `captum.attr.LayerIntegratedGradients`, trainable also with an ``internal_batch_size``.
+    `captum.attr.LayerIntegratedGradients`, trainable also with an ``internal_batch_size``. A layer inside a part that
+    `torch.utils.checkpoint` runs is an error.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -326,10 +240,14 @@ class LayerIntegratedGradients(captum.LayerIntegratedGradients):
         >>> attribution = LayerIntegratedGradients(model, embedding).attribute(
         ...     tokens, baselines=torch.zeros_like(tokens), target=1, create_graph=True
         ... )
-        >>> attribution.sum(dim=-1).shape  # one value a token
+        >>> attribution.sum(dim=-1).shape  # one value per token
         torch.Size([2, 3])
         >>> attribution.square().sum().backward()
     """
+
+    _summary = "Return the integral of the gradient from the baselines' activations to those of the inputs."
+    _returns = PER_ACTIVATION_WITH_DELTA
+    _hands_on_copies = True  # of the points on the path, into which an operation in place would write
 
     def __init__(
         self,
@@ -341,51 +259,18 @@ class LayerIntegratedGradients(captum.LayerIntegratedGradients):
         super().__init__(forward_func, layer, device_ids, multiply_by_inputs)
         self.ig = IntegratedGradients(forward_func, multiply_by_inputs)
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The integral of the gradient from the baselines' activations to the inputs'.
-
-        Arguments and errors as for `IntegratedGradients` and `LayerGradCam`; a layer inside a part that is run by
-        `torch.utils.checkpoint` is an error. Returns one value an activation, a list for a list of layers, and the
-        convergence delta if asked for.
-        """
-        integrate: Callable[..., Any] = super().attribute.__wrapped__
-
-        def compute(inputs: Any) -> Any:
-            with _outside_checkpoints(self.layer, attribute_to_layer_input):
-                return integrate(
-                    _evaluated_with_gradients(self),
-                    inputs,
-                    baselines=baselines,
-                    target=target,
-                    additional_forward_args=additional_forward_args,
-                    n_steps=n_steps,
-                    method=method,
-                    internal_batch_size=internal_batch_size,
-                    return_convergence_delta=return_convergence_delta,
-                    attribute_to_layer_input=attribute_to_layer_input,
-                    grad_kwargs=grad_kwargs,
-                )
-
-        create_graph = asks_for_graph(create_graph, grad_kwargs)
-        return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        outside = _outside_checkpoints(self.layer, arguments["attribute_to_layer_input"])
+        with super()._one_call(arguments) as explainer, outside:
+            explainer.ig = copy.copy(self.ig)  # Captum gives it a gradient function, which knows the explainer
+            try:
+                yield explainer
+            finally:
+                explainer.ig = self.ig
 
 
-class LayerGradientShap(captum.LayerGradientShap):
+class LayerGradientShap(OfLayer, captum.LayerGradientShap):
     """Expected gradients of a layer's activations, `captum.attr.LayerGradientShap`; random numbers as `GradientShap`.
 
     Args:
@@ -404,47 +289,20 @@ class LayerGradientShap(captum.LayerGradientShap):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        n_samples: int = 5,
-        stdevs: float | tuple[float, ...] = 0.0,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean gradient of the activations at random points between inputs and baselines.
+    _summary = "Return the mean gradient of the activations at random points between inputs and baselines."
+    _returns = PER_ACTIVATION_WITH_DELTA
+    _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
+    _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 
-        Arguments and errors as for `GradientShap` and `LayerGradCam`. Returns one value an activation, and the
-        convergence delta if asked for.
-        """
-
-        def compute(inputs: Any) -> Any:
-            between = LayerInputBaselineXGradient(
-                with_gradients(self.forward_func), self.layer, self.device_ids, self.multiplies_by_inputs
-            )
-            return smoothed_over_baselines(
-                between,
-                inputs,
-                baselines,
-                nt_samples=n_samples,
-                stdevs=stdevs,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                return_convergence_delta=return_convergence_delta,
-                attribute_to_layer_input=attribute_to_layer_input,
-            )
-
-        return by_gradients(self, compute, inputs, create_graph, with_delta=return_convergence_delta)
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        between = LayerInputBaselineXGradient(self.forward_func, self.layer, self.device_ids, self.multiplies_by_inputs)
+        return smoothed_over_baselines(between, inputs, **arguments)
 
 
-class LayerFeatureAblation(captum.LayerFeatureAblation):
+class LayerFeatureAblation(OfLayer, captum.LayerFeatureAblation):
     """What the output loses when parts of a layer's activations are replaced, `captum.attr.LayerFeatureAblation`.
+
+    With ``create_graph=True`` a layer inside a part that `torch.utils.checkpoint` runs is an error.
 
     Args:
         forward_func: takes the inputs and the additional arguments; must not be a DataParallel of several devices.
@@ -460,85 +318,54 @@ class LayerFeatureAblation(captum.LayerFeatureAblation):
         torch.Size([5, 4])
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        layer_baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
-        attribute_to_layer_input: bool = False,
-        perturbations_per_eval: int | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The output minus that with each part of the activations replaced by its baseline.
+    _summary = "Return the output minus that with each part of the activations replaced by its baseline."
+    _returns = PER_ACTIVATION
+    _parameters: ClassVar[dict[str, str]] = OF_A_LAYERS_FEATURES
+    _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
+    _by_gradients = False
 
-        Arguments and errors as for `FeatureAblation`, baselines and mask being the layer's; create_graph with a layer
-        inside a part that is run by `torch.utils.checkpoint` is an error. Returns one value an activation.
-        """
-
-        def compute(inputs: Any) -> Any:
-            originals = _format_tensor_into_tuples(inputs) + (
-                _format_additional_forward_args(additional_forward_args) or ()
-            )
-            activations = _forward_layer_eval(
-                self.forward_func,
-                originals,
-                self.layer,
-                attribute_to_layer_input=attribute_to_layer_input,
-                grad_enabled=keeps_graph(),
-            )
-
-            def forward(*arguments: Any) -> Any:
-                replacements, rest = arguments[: len(activations)], arguments[len(activations) :]
-                outside = _outside_checkpoints(self.layer, attribute_to_layer_input)
-                with (
-                    outside if keeps_graph() else nullcontext(),
-                    _replaced(self.layer, replacements, attribute_to_layer_input),
-                ):
-                    return self.forward_func(*rest)
-
-            return part(FeatureAblation)(
-                FeatureAblation(forward),
-                activations if len(activations) > 1 else activations[0],
-                baselines=layer_baselines,
-                target=target,
-                additional_forward_args=originals,
-                feature_mask=layer_mask,
-                perturbations_per_eval=perturbations_per_eval,
-            )
-
-        return by_outputs(self, compute, inputs, create_graph)
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        return self._of_activations(
+            FeatureAblation,
+            inputs,
+            arguments,
+            baselines=arguments["layer_baselines"],
+            feature_mask=arguments["layer_mask"],
+        )
 
 
-def _evaluated_with_gradients(explainer: Any) -> Any:
-    """The explainer for one call, its layer evaluated with gradients although Captum switches these off."""
-    explainer = copy.copy(explainer)
-    explainer.forward_func = with_gradients(explainer.forward_func)
-    return explainer
+class LayerFeaturePermutation(OfLayer, captum.LayerFeaturePermutation):
+    """What the output loses when a layer's activations are exchanged among the examples.
 
+    `captum.attr.LayerFeaturePermutation`, with `FeaturePermutation`'s random numbers. With ``create_graph=True`` a
+    layer inside a part that `torch.utils.checkpoint` runs is an error.
 
-@contextmanager
-def _replaced(layer: nn.Module, tensors: tuple[Tensor, ...], its_input: bool) -> Iterator[None]:
-    """Puts tensors in place of a layer's output, or of its input, in the form that the layer has it."""
+    Args:
+        forward_func: takes the inputs and the additional arguments; must not be a DataParallel of several devices.
+        layer: the module whose output is explained.
+        device_ids: kept for Captum's signature.
 
-    def in_form_of(original: Any) -> Any:
-        return tensors if isinstance(original, tuple) else tensors[0]
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import LayerFeaturePermutation
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> attribution = LayerFeaturePermutation(model, model[1]).attribute(torch.randn(5, 3), target=1)
+        >>> attribution.shape
+        torch.Size([5, 4])
+    """
 
-    if its_input:
-        handle = layer.register_forward_pre_hook(lambda _module, args: in_form_of(args))
-    else:
-        handle = layer.register_forward_hook(lambda _module, _args, output: in_form_of(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+    _summary = "Return the output minus that with each part of the activations exchanged among the examples."
+    _returns = PER_ACTIVATION
+    _parameters: ClassVar[dict[str, str]] = OF_A_LAYERS_FEATURES
+    _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
+    _by_gradients = False
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        return self._of_activations(FeaturePermutation, inputs, arguments, feature_mask=arguments["layer_mask"])
 
 
 def _outside_checkpoints(layers: Layers, its_input: bool) -> Any:
-    """Refuses layers whose tensors are replaced inside a checkpointed part of a model."""
+    """Refuse layers whose tensors are replaced inside a checkpointed part of a model."""
     why = (
         "without what this attribution puts in place of its tensors: turn checkpointing off while explaining "
         "(`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."

@@ -23,7 +23,7 @@ from captum_idexpo._core.sharing import drawn_for, drawn_for_all
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import keeps_graph, require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
-from captum_idexpo.attr._usage import TensorOrTensors, logged
+from captum_idexpo.attr._trainable import TensorOrTensors, logged
 from captum_idexpo.attr.similarity import InputKernel, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge, Surrogate, as_surrogate
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_idexpo._core.errors import warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._perturbation import Samples
-from captum_idexpo.attr._usage import logged
+from captum_idexpo.attr._trainable import logged
 from captum_idexpo.attr.surrogates import Surrogate, as_surrogate
 
 

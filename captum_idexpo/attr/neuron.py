@@ -1,32 +1,63 @@
 """Attributions of one neuron to the inputs, trainable.
 
-Each has the arguments of its counterpart for outputs, with ``neuron_selector`` in place of the target: an index, a
-tuple of indices or slices (summed over), or a callable that picks a value an example from the layer's output.
+Each has the arguments of its counterpart for outputs, with ``neuron_selector`` in place of the target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import captum.attr as captum
 from captum._utils.common import _verify_select_neuron
-from captum._utils.gradient import _forward_layer_eval, construct_neuron_grad_fn
-from captum._utils.typing import BaselineType, TargetType
+from captum._utils.gradient import construct_neuron_grad_fn
 from torch import Tensor
 
-from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph
-from captum_idexpo.attr._usage import TensorOrTensors, logged, part
+from captum_idexpo.attr._trainable import part
 from captum_idexpo.attr.ablation import FeatureAblation
 from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap
-from captum_idexpo.attr.gradients import GradientShap, IntegratedGradients
+from captum_idexpo.attr.gradients import OF_A_DISTRIBUTION, GradientShap, InSteps, IntegratedGradients
 from captum_idexpo.attr.guided import Deconvolution, GuidedBackprop
-from captum_idexpo.attr.path import InSteps
+from captum_idexpo.attr.layer import OfLayer
 
 
-class NeuronGradient(captum.NeuronGradient):
-    """The gradient of a neuron in the inputs, `captum.attr.NeuronGradient`.
+class OfNeuron(OfLayer):
+    """An attribution of a neuron by its counterpart for outputs.
+
+    Attributes:
+        _counterpart: the class of `captum_idexpo.attr`.
+    """
+
+    _counterpart: ClassVar[Any]
+    _of_inputs = True
+    _explained: Callable[..., Any]
+    multiplies_by_inputs: bool
+
+    @contextmanager
+    def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
+        with super()._one_call(arguments) as explainer:
+            explainer._explained = self.forward_func
+            yield explainer
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        own = ("neuron_selector", "attribute_to_neuron_input")
+        counterpart = self._counterpart(self._explained)
+        counterpart._multiply_by_inputs = self.multiplies_by_inputs
+        counterpart._of_outputs = False
+        counterpart.forward_func, counterpart.layer = self.forward_func, self.layer
+        counterpart.gradient_func = construct_neuron_grad_fn(
+            self.layer,
+            arguments["neuron_selector"],
+            self.device_ids,
+            attribute_to_neuron_input=arguments["attribute_to_neuron_input"],
+        )
+        rest = {name: value for name, value in arguments.items() if name not in own}
+        return part(self._counterpart)(counterpart, inputs, **rest)
+
+
+class NeuronGradient(OfLayer, captum.NeuronGradient):
+    """The gradient of a neuron with respect to the inputs, `captum.attr.NeuronGradient`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.
@@ -43,44 +74,11 @@ class NeuronGradient(captum.NeuronGradient):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        neuron_selector: Any,
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The gradient of the neuron in the inputs.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            neuron_selector: an index, a tuple of indices or slices, or a callable of the layer's output.
-            additional_forward_args: passed to the forward function after the inputs.
-            attribute_to_neuron_input: the neuron is one of the layer's input.
-            create_graph: attach the attribution to the model's graph; else it is detached.
-
-        Returns:
-            Of the inputs' shape, tuple in, tuple out.
-
-        Raises:
-            RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
-            AssertionError, IndexError: as Captum, on a selector that does not fit.
-        """
-        compute = partial(
-            super().attribute.__wrapped__,
-            self,
-            neuron_selector=neuron_selector,
-            additional_forward_args=additional_forward_args,
-            attribute_to_neuron_input=attribute_to_neuron_input,
-        )
-        attribution: TensorOrTensors = by_gradients(self, compute, inputs, create_graph, of_inputs=True)
-        return attribution
+    _summary = "Return the gradient of the neuron with respect to the inputs."
+    _of_inputs = True
 
 
-class NeuronConductance(InSteps, captum.NeuronConductance):
+class NeuronConductance(InSteps, OfLayer, captum.NeuronConductance):
     """How the integrated gradient of the target flows from the inputs through a neuron (arXiv 1805.12233).
 
     `captum.attr.NeuronConductance`.
@@ -101,39 +99,11 @@ class NeuronConductance(InSteps, captum.NeuronConductance):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        baselines: BaselineType = None,
-        target: TargetType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "riemann_trapezoid",
-        internal_batch_size: int | None = None,
-        attribute_to_neuron_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The inputs' integrated gradient through the neuron; arguments as `IntegratedGradients`, `NeuronGradient`."""
-        compute = partial(
-            super().attribute.__wrapped__,
-            self.in_steps_of(internal_batch_size),
-            neuron_selector=neuron_selector,
-            baselines=baselines,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            n_steps=n_steps,
-            method=method,
-            attribute_to_neuron_input=attribute_to_neuron_input,
-            grad_kwargs=grad_kwargs,
-        )
-        return by_gradients(self, compute, inputs, asks_for_graph(create_graph, grad_kwargs))
+    _summary = "Return the part of the inputs' integrated gradient that flows through the neuron."
+    _of_inputs = True
 
 
-class NeuronIntegratedGradients(captum.NeuronIntegratedGradients):
+class NeuronIntegratedGradients(OfNeuron, captum.NeuronIntegratedGradients):
     """Integrated gradients of a neuron, `captum.attr.NeuronIntegratedGradients`.
 
     Args:
@@ -152,37 +122,11 @@ class NeuronIntegratedGradients(captum.NeuronIntegratedGradients):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        baselines: BaselineType = None,
-        additional_forward_args: object | None = None,
-        n_steps: int = 50,
-        method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        attribute_to_neuron_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The integral of the neuron's gradient; arguments as for `IntegratedGradients` and `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            IntegratedGradients(self.forward_func, self.multiplies_by_inputs),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            baselines=baselines,
-            additional_forward_args=additional_forward_args,
-            n_steps=n_steps,
-            method=method,
-            internal_batch_size=internal_batch_size,
-        )
+    _summary = "Return the integral of the neuron's gradient from the baselines to the inputs."
+    _counterpart = IntegratedGradients
 
 
-class NeuronGradientShap(captum.NeuronGradientShap):
+class NeuronGradientShap(OfNeuron, captum.NeuronGradientShap):
     """Expected gradients of a neuron, `captum.attr.NeuronGradientShap`; random numbers as `GradientShap`.
 
     Args:
@@ -201,35 +145,12 @@ class NeuronGradientShap(captum.NeuronGradientShap):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        n_samples: int = 5,
-        stdevs: float | tuple[float, ...] = 0.0,
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean of the neuron's gradient at random points; arguments as for `GradientShap` and `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            GradientShap(self.forward_func, self.multiplies_by_inputs),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            baselines=baselines,
-            n_samples=n_samples,
-            stdevs=stdevs,
-            additional_forward_args=additional_forward_args,
-        )
+    _summary = "Return the mean of the neuron's gradient at random points between inputs and baselines."
+    _counterpart = GradientShap
+    _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
 
 
-class NeuronDeepLift(captum.NeuronDeepLift):
+class NeuronDeepLift(OfNeuron, captum.NeuronDeepLift):
     """DeepLIFT of a neuron, `captum.attr.NeuronDeepLift`.
 
     Args:
@@ -247,33 +168,12 @@ class NeuronDeepLift(captum.NeuronDeepLift):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        baselines: BaselineType = None,
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """What each input contributes to the neuron; arguments as for `DeepLift` and `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            DeepLift(self.forward_func, self.multiplies_by_inputs),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            baselines=baselines,
-            additional_forward_args=additional_forward_args,
-            custom_attribution_func=custom_attribution_func,
-        )
+    _summary = "Return what each input contributes to the neuron's difference from that on the baselines."
+    _counterpart = DeepLift
+    _modules_only = True
 
 
-class NeuronDeepLiftShap(captum.NeuronDeepLiftShap):
+class NeuronDeepLiftShap(OfNeuron, captum.NeuronDeepLiftShap):
     """DeepLIFT of a neuron, the mean over a distribution of baselines, `captum.attr.NeuronDeepLiftShap`.
 
     Args:
@@ -291,33 +191,13 @@ class NeuronDeepLiftShap(captum.NeuronDeepLiftShap):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        baselines: Tensor | tuple[Tensor, ...] | Callable[..., Any],
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The mean contribution to the neuron over baselines; arguments as `DeepLiftShap` and `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            DeepLiftShap(self.forward_func, self.multiplies_by_inputs),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            baselines=baselines,
-            additional_forward_args=additional_forward_args,
-            custom_attribution_func=custom_attribution_func,
-        )
+    _summary = "Return the mean contribution of each input over a distribution of baselines."
+    _counterpart = DeepLiftShap
+    _modules_only = True
+    _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
 
 
-class NeuronGuidedBackprop(captum.NeuronGuidedBackprop):
+class NeuronGuidedBackprop(OfNeuron, captum.NeuronGuidedBackprop):
     """Guided backpropagation of a neuron, `captum.attr.NeuronGuidedBackprop`.
 
     Args:
@@ -335,29 +215,12 @@ class NeuronGuidedBackprop(captum.NeuronGuidedBackprop):
         >>> attribution.sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The guided gradient of the neuron; arguments, result and errors as for `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            GuidedBackprop(self.forward_func),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            additional_forward_args=additional_forward_args,
-        )
+    _summary = "Return the guided gradient of the neuron with respect to the inputs."
+    _counterpart = GuidedBackprop
+    _modules_only = True
 
 
-class NeuronDeconvolution(captum.NeuronDeconvolution):
+class NeuronDeconvolution(OfNeuron, captum.NeuronDeconvolution):
     """Deconvolution of a neuron, `captum.attr.NeuronDeconvolution`.
 
     Args:
@@ -375,29 +238,12 @@ class NeuronDeconvolution(captum.NeuronDeconvolution):
         >>> attribution.sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        neuron_selector: Any,
-        additional_forward_args: object | None = None,
-        attribute_to_neuron_input: bool = False,
-        *,
-        create_graph: bool = False,
-    ) -> Any:
-        """The deconvolved gradient of the neuron; arguments, result and errors as for `NeuronGradient`."""
-        return _of_neuron(
-            self,
-            Deconvolution(self.forward_func),
-            inputs,
-            neuron_selector,
-            attribute_to_neuron_input,
-            create_graph,
-            additional_forward_args=additional_forward_args,
-        )
+    _summary = "Return the deconvolved gradient of the neuron with respect to the inputs."
+    _counterpart = Deconvolution
+    _modules_only = True
 
 
-class NeuronFeatureAblation(captum.NeuronFeatureAblation):
+class NeuronFeatureAblation(OfLayer, captum.NeuronFeatureAblation):
     """What a neuron loses when a feature is replaced by its baseline, `captum.attr.NeuronFeatureAblation`.
 
     Args:
@@ -415,57 +261,21 @@ class NeuronFeatureAblation(captum.NeuronFeatureAblation):
         >>> attribution.square().sum().backward()
     """
 
-    @logged
-    def attribute(
-        self,
-        inputs: TensorOrTensors,
-        neuron_selector: Any,
-        baselines: BaselineType = None,
-        additional_forward_args: object | None = None,
-        feature_mask: Tensor | tuple[Tensor, ...] | None = None,
-        attribute_to_neuron_input: bool = False,
-        perturbations_per_eval: int | None = None,
-        *,
-        create_graph: bool = False,
-    ) -> TensorOrTensors:
-        """The neuron minus that with the feature replaced; arguments as for `FeatureAblation` and `NeuronGradient`."""
+    _summary = "Return the neuron minus that with the feature replaced by its baseline."
+    _parameters: ClassVar[dict[str, str]] = {
+        "feature_mask": "whole numbers, equal ones for the positions of one feature; None: every element is a feature.",
+        "perturbations_per_eval": "features replaced in one forward pass; None: chosen automatically.",
+    }
+    _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
+    _by_gradients = False
 
-        def neuron(*arguments: Any) -> Tensor:
-            evaluated = _forward_layer_eval(
-                self.forward_func,
-                arguments,
-                self.layer,
-                device_ids=self.device_ids,
-                attribute_to_layer_input=attribute_to_neuron_input,
-                grad_enabled=keeps_graph(),
-            )
-            selected: Tensor = _verify_select_neuron(evaluated, neuron_selector)
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        arguments = dict(arguments)
+        selector = arguments.pop("neuron_selector")
+        of_its_input = {"attribute_to_neuron_input": arguments.pop("attribute_to_neuron_input")}
+
+        def neuron(*given: Any) -> Tensor:
+            selected: Tensor = _verify_select_neuron(self._activations(given, of_its_input), selector)
             return selected
 
-        compute = partial(
-            part(FeatureAblation),
-            FeatureAblation(neuron),
-            baselines=baselines,
-            additional_forward_args=additional_forward_args,
-            feature_mask=feature_mask,
-            perturbations_per_eval=perturbations_per_eval,
-        )
-        attribution: TensorOrTensors = by_outputs(self, compute, inputs, create_graph)
-        return attribution
-
-
-def _of_neuron(
-    neuron: Any,
-    explainer: Any,
-    inputs: Any,
-    neuron_selector: Any,
-    of_its_input: bool,
-    create_graph: bool,
-    **arguments: Any,
-) -> Any:
-    """An explainer's attribution of a neuron in place of an output."""
-    explainer.gradient_func = construct_neuron_grad_fn(
-        neuron.layer, neuron_selector, neuron.device_ids, attribute_to_neuron_input=of_its_input
-    )
-    compute = partial(part(type(explainer)), explainer, **arguments)
-    return by_gradients(neuron, compute, inputs, create_graph, of_inputs=True)
+        return part(FeatureAblation)(FeatureAblation(neuron), inputs, **arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo.attr._graph import by_outputs
-from captum_idexpo.attr._usage import TensorOrTensors, logged, part
+from captum_idexpo.attr._trainable import TensorOrTensors, logged, part
 from captum_idexpo.attr.ablation import BatchOutputs
 
 _MANY_COALITIONS = 2**16

@@ -1,0 +1,455 @@
+"""Classes of Captum with a graph into the model's weights: what they share.
+
+A class that is a `Trainable` and a class of Captum gets its ``attribute`` written: Captum's arguments and a
+keyword-only ``create_graph``. It runs Captum's computation on a copy of the explainer that lives for one call. That
+copy has a forward function of its own (`ForwardFunction`), and for a layer a `Tap`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_idexpo._core.errors import InputError, InputTypeError
+from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.targets import captum_target, require_tensor
+from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, on_its_own
+
+TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
+"""Tensor in, tensor out; tuple in, tuple out."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Self = TypeVar("Self", bound="Trainable")
+
+PARAMETERS = {
+    "inputs": "a tensor ``(B, ...)`` or a tuple of them.",
+    "baselines": "where the path starts: None (zero), a number, a tensor of the inputs' shape or with a batch axis of "
+    "size 1, or a tuple of these.",
+    "target": "int, tensor ``(B,)`` or list: the output index to explain; None if there is one output per row.",
+    "additional_forward_args": "passed to the forward function after the inputs.",
+    "abs": "return absolute values.",
+    "n_steps": "gradients taken of each example.",
+    "method": 'the quadrature: "gausslegendre", "riemann_left", "riemann_right", "riemann_middle" or '
+    '"riemann_trapezoid".',
+    "internal_batch_size": "rows of a forward pass; None: all at once.",
+    "return_convergence_delta": "also return by how much the attributions miss the outputs' difference, ``(B,)``, "
+    "detached.",
+    "n_samples": "points drawn for each example.",
+    "stdevs": "standard deviation of the noise added to the inputs, a number or one for each tensor.",
+    "nt_type": 'how copies are summarised: "smoothgrad" (mean), "smoothgrad_sq" (mean of squares) or "vargrad" '
+    "(variance).",
+    "nt_samples": "noisy copies of each example.",
+    "nt_samples_batch_size": "copies at a time; None: all.",
+    "draw_baseline_from_distrib": "draw the baseline of each copy from the baselines given.",
+    "kwargs": "arguments of the attribution method (target, baselines, ...).",
+    "custom_attribution_func": "(multipliers, inputs, baselines) -> attributions, tuples of tensors.",
+    "attribute_to_layer_input": "explain the layer's input instead of its output.",
+    "attribute_to_neuron_input": "the neuron is one of the layer's input.",
+    "neuron_selector": "an index, a tuple of indices or slices (summed over), or a callable that picks one value per "
+    "example from the layer's output.",
+    "relu_attributions": "keep the positive part only, eq. (13) of ID-ExpO (arXiv 2310.12553).",
+    "attr_dim_summation": "sum over the channels; else return ``(B, C, ...)``.",
+    "grad_kwargs": 'further arguments of `torch.autograd.grad`; ``{"create_graph": True}`` counts as create_graph.',
+    "interpolate_mode": "how the map is upsampled, see `torch.nn.functional.interpolate`.",
+    "verbose": "print what rule each layer has.",
+    "create_graph": "attach the attribution to the model's graph; else it is detached.",
+}
+"""What an argument of ``attribute`` means, in every class that does not say otherwise."""
+
+_RAISES = """RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
+ValueError: an empty batch; inputs and baselines that do not fit each other.
+TypeError: inputs, target or outputs of a type that has no gradient.
+AssertionError, IndexError: as Captum, on arguments that do not fit."""
+
+
+class Trainable:
+    """Adds ``create_graph`` to a class of Captum.
+
+    A subclass says in which way it differs from the others:
+
+    Attributes:
+        _summary: what ``attribute`` returns, the first lines of its documentation.
+        _returns: the shape and type of it.
+        _parameters: what arguments mean, where it is not what `PARAMETERS` says.
+        _defaults: of arguments, where they are not Captum's.
+        _more: keyword-only arguments that Captum's method lacks, with their defaults.
+        _modules_only: it changes modules, so it explains no functions.
+        _by_gradients: it takes gradients; else it is made of outputs alone.
+        _of_inputs: gradients are taken with respect to the inputs themselves.
+        _between_inputs: they are taken at points between the inputs and others, which are no integers.
+    """
+
+    _summary: ClassVar[str] = ""
+    _returns: ClassVar[str] = "Of the inputs' shape, tuple in, tuple out."
+    _parameters: ClassVar[dict[str, str]] = {}
+    _defaults: ClassVar[dict[str, Any]] = {}
+    _more: ClassVar[dict[str, Any]] = {}
+    _modules_only: ClassVar[bool] = False
+    _by_gradients: ClassVar[bool] = True
+    _of_inputs: ClassVar[bool] = False
+    _between_inputs: ClassVar[bool] = False
+
+    forward_func: Callable[..., Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._summary:
+            return  # what several classes share
+        cls.__init__ = _checking(cls.__init__, cls._modules_only)  # type: ignore[method-assign]
+        if "attribute" not in vars(cls):
+            cls.attribute = _written(cls)  # type: ignore[attr-defined]
+
+    def _explain(self, inputs: Any, create_graph: bool, arguments: dict[str, Any]) -> Any:
+        """Return the attribution for arguments that have been read: attached or detached."""
+        create_graph = asks_for_graph(create_graph, arguments.get("grad_kwargs"))
+        self._refuse(create_graph)
+
+        def compute(inputs: Any) -> Any:
+            with self._one_call(arguments) as explainer:
+                try:
+                    return explainer._compute(inputs, arguments)
+                except (RuntimeError, TypeError) as error:
+                    if not self._between_inputs or isinstance(error, InputError) or _are_numbers(inputs):
+                        raise
+                    raise self._no_gradient(inputs) from error
+
+        if not self._by_gradients:
+            return by_outputs(self, compute, inputs, create_graph)
+        delta = bool(arguments.get("return_convergence_delta"))
+        return by_gradients(self, compute, inputs, create_graph, of_inputs=self._of_inputs, with_delta=delta)
+
+    def _read(self, arguments: dict[str, Any]) -> None:
+        """Check arguments, and bring them into the forms that Captum knows."""
+        tensors = read_inputs(arguments["inputs"])
+        if self._of_inputs and not _are_numbers(tensors):
+            raise self._no_gradient(tensors)
+        if "target" in arguments:
+            arguments["target"] = captum_target(arguments["target"], len(tensors[0]))
+
+    def _no_gradient(self, inputs: Any) -> InputTypeError:
+        dtypes = [str(tensor.dtype) for tensor in as_tuple(inputs, "inputs")]
+        return InputTypeError(
+            f"{type(self).__name__} takes gradients with respect to the inputs, which integers do not have; given: "
+            f"{', '.join(dtypes)}. Pass embeddings to a forward function that takes them, explain an embedding layer "
+            "(LayerIntegratedGradients), or pass what is not explained as additional_forward_args."
+        )
+
+    def _refuse(self, create_graph: bool) -> None:
+        """Raise an error where this explainer can have no graph."""
+
+    @contextmanager
+    def _one_call(self: Self, arguments: dict[str, Any]) -> Iterator[Self]:
+        """Yield a copy of this explainer that lives for one call."""
+        explainer = copy.copy(self)
+        taps = explainer._tapped(arguments)
+        explainer.forward_func = ForwardFunction.of(self.forward_func, *taps, check=self._output_check(arguments))
+        yield explainer
+
+    def _output_check(self, arguments: dict[str, Any]) -> Callable[[Any], None]:
+        """Return what raises an error for an output from which these arguments choose nothing."""
+        if "target" not in arguments:
+            return lambda _output: None
+        chooses = arguments["target"] is not None or not self._by_gradients
+        return require_tensor if chooses else require_number_per_row
+
+    def _tapped(self, arguments: dict[str, Any]) -> tuple[Tap, ...]:
+        """Put taps in place of this explainer's layers, if it explains any, and return them."""
+        return ()
+
+    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+        """Captum's computation."""
+        return captums_method(type(self))(self, inputs, **arguments)
+
+
+def _checking(init: Callable[..., None], modules_only: bool) -> Callable[..., None]:
+    """Let a constructor check that a layer is one, and a model, too, if it has to be a module."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        if modules_only:
+            require_module(list(bound.arguments.values())[1], type(self).__name__)
+        if "layer" in bound.arguments:
+            require_layer(bound.arguments["layer"])
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def captums_method(cls: type) -> Callable[..., Any]:
+    """Return Captum's ``attribute`` of a class, without its usage log."""
+    owner = next(base for base in cls.__mro__ if base.__module__.startswith("captum.") and "attribute" in vars(base))
+    return cast(Callable[..., Any], inspect.unwrap(vars(owner)["attribute"]))
+
+
+def _are_numbers(inputs: Any) -> bool:
+    """Return True if inputs can have gradients."""
+    return all(tensor.is_floating_point() or tensor.is_complex() for tensor in as_tuple(inputs, "inputs"))
+
+
+def require_number_per_row(output: Any) -> None:
+    """Raise an error unless each row of an output is a single number, for there is no target."""
+    require_tensor(output)
+    if isinstance(output, Tensor) and output.dim() and len(output) and output[0].numel() != 1:
+        raise InputError(
+            f"target is missing: the forward function returns {tuple(output.shape[1:])} values per example. Pass "
+            "target= (labels, or predictions: model(inputs).argmax(1)), or aggregate the output in the forward "
+            "function."
+        )
+
+
+def _written(cls: type[Trainable]) -> Callable[..., Any]:
+    """Write the ``attribute`` of a class: Captum's signature, the class's own arguments, ``create_graph``."""
+    captums = inspect.signature(captums_method(cls))
+    keyword_only = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in {**cls._more, "create_graph": False}.items()
+    ]
+    positional = [
+        each.replace(default=cls._defaults[name]) if name in cls._defaults else each
+        for name, each in captums.parameters.items()
+    ]
+    variable = [positional.pop()] if positional[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    signature = inspect.Signature([*positional, *keyword_only, *variable])
+
+    def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["self"]
+        self._read(arguments)
+        create_graph, inputs = arguments.pop("create_graph"), arguments.pop("inputs")
+        return self._explain(inputs, create_graph, arguments)
+
+    attribute.__signature__ = signature  # type: ignore[attr-defined]
+    attribute.__qualname__ = f"{cls.__qualname__}.attribute"
+    attribute.__module__ = cls.__module__
+    attribute.__doc__ = documented(cls._summary, signature, cls._parameters, cls._returns)
+    return logged(attribute)
+
+
+def documented(summary: str, signature: inspect.Signature, parameters: dict[str, str], returns: str) -> str:
+    """Return the documentation of a method with this signature."""
+    texts = {**PARAMETERS, **parameters}
+    lines = [f"{name}: {texts[name]}" for name in signature.parameters if name != "self"]
+
+    def block(title: str, text: str) -> str:
+        wrapped = textwrap.fill(text, 108, subsequent_indent="    ", break_long_words=False)
+        return textwrap.indent(wrapped, "    ") if title else wrapped
+
+    parts = [
+        summary.strip(),
+        "Args:\n" + "\n".join(block("Args", line) for line in lines),
+        "Returns:\n" + block("Returns", returns),
+        "Raises:\n" + "\n".join(block("Raises", line) for line in _RAISES.splitlines()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def logged(method: Method) -> Method:
+    """Make a public ``attribute``: it logs calls as Captum's own do, and is no part of another attribution.
+
+    What is part of another attribution is called through the ``__wrapped__`` that this leaves, as Captum does.
+    """
+    log: Any = log_usage(part_of_slo=True)(method)
+
+    @functools.wraps(method)
+    def attribute(*args: Any, **kwargs: Any) -> Any:
+        with on_its_own():
+            return log(*args, **kwargs)
+
+    return cast(Method, attribute)
+
+
+def part(explainer: type) -> Callable[..., Any]:
+    """Return the ``attribute`` of a class as a part of another attribution: (explainer, inputs, ...) -> attribution."""
+    attribute: Callable[..., Any] = explainer.attribute.__wrapped__  # type: ignore[attr-defined]
+    return attribute
+
+
+def require_trainable(explainer: Any) -> set[str]:
+    """Return the names that ``explainer.attribute`` takes; TypeError if ``create_graph`` is not one of them."""
+    names = set(inspect.signature(explainer.attribute).parameters)
+    if "create_graph" not in names:
+        name = type(explainer).__name__
+        raise TypeError(
+            f"{type(explainer).__module__}.{name} has no create_graph, so nothing can be trained through it: "
+            f"import it with `from captum_idexpo.attr import {name}`."
+        )
+    return names
+
+
+def read_inputs(inputs: Any) -> tuple[Tensor, ...]:
+    """Return the inputs' tensors.
+
+    Raises:
+        InputTypeError: something else than tensors.
+        InputError: an empty batch.
+    """
+    tensors = as_tuple(inputs, "inputs")
+    if not tensors or not tensors[0].dim() or not len(tensors[0]):
+        raise InputError("The batch is empty: there is nothing to explain.")
+    return tensors
+
+
+class ForwardFunction:
+    """A forward function during one call of an explainer.
+
+    It hands out copies of the inputs, since the function may write into them. If a graph is to be kept, gradients are
+    enabled wherever Captum calls it.
+
+    Args:
+        forward_func: the user's.
+        taps: stand for layers; each layer has to be called once in a forward pass.
+        check: raises an error for an output that will not do.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        taps: tuple[Tap, ...] = (),
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._forward_func = forward_func
+        self._taps = taps
+        self._check = check
+        if hasattr(forward_func, "device_ids"):  # DataParallel, which Captum asks
+            self.device_ids = forward_func.device_ids
+
+    @classmethod
+    def of(cls, forward_func: Callable[..., Any], *taps: Tap, check: Callable[[Any], None]) -> Callable[..., Any]:
+        """Return such a function, of one that is such a function already the same.
+
+        A function without parameters, which Captum calls without inputs, stays as it is.
+        """
+        takes_nothing = not isinstance(forward_func, nn.Module) and not inspect.signature(forward_func).parameters
+        return forward_func if takes_nothing or isinstance(forward_func, cls) else cls(forward_func, taps, check)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return the output."""
+        with ExitStack() as stack:
+            if keeps_graph():
+                stack.enter_context(torch.enable_grad())
+            copies = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+            for tap in self._taps:
+                stack.enter_context(tap.in_place())
+                stack.enter_context(tap.called_once())
+            output = self._forward_func(*copies)
+        if self._check is not None:
+            self._check(output)
+        return output
+
+
+class Tap(nn.Module):
+    """Stands for a layer during one call: the tensors of the layer's output, or input, go through this module.
+
+    Captum hooks it in place of the layer. The layer may have a tensor, or a flat tuple or list of tensors, numbers and
+    None; of these the tensors are explained.
+
+    Args:
+        layer: the user's module.
+        its_input: explain the layer's input.
+        hands_on_copies: what follows the layer gets copies, since it may work in place.
+    """
+
+    def __init__(self, layer: nn.Module, its_input: bool, hands_on_copies: bool = False) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # no submodule
+        self._its_input = its_input
+        self._hands_on_copies = hands_on_copies
+        self._calls = Counter[torch.device]()
+        self.replacement: tuple[Tensor, ...] | None = None
+        """Tensors that take the place of the layer's."""
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Return the tensors, a single one by itself."""
+        return tensors if len(tensors) > 1 else tensors[0]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the layer's tensors go through this module."""
+        layer: nn.Module = self.__dict__["layer"]
+        if self._its_input:
+            handle = layer.register_forward_pre_hook(lambda _module, arguments: self._through(arguments))
+        else:
+            handle = layer.register_forward_hook(lambda _module, _arguments, output: self._through(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _through(self, value: Any) -> Any:
+        entries = list(value) if isinstance(value, (tuple, list)) else [value]
+        self._require_flat(entries)
+        places = [place for place, entry in enumerate(entries) if isinstance(entry, Tensor)]
+        self._calls[entries[places[0]].device] += 1  # a DataParallel calls it on each device
+        passed = self(*(entries[place] for place in places)) if self.replacement is None else self.replacement
+        passed = passed if isinstance(passed, (tuple, list)) else (passed,)
+        for place, tensor in zip(places, passed, strict=True):
+            entries[place] = tensor.clone() if self._hands_on_copies else tensor
+        if not isinstance(value, (tuple, list)):
+            return entries[0]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+    def _require_flat(self, entries: list[Any]) -> None:
+        flat = all(entry is None or isinstance(entry, (Tensor, bool, int, float, str)) for entry in entries)
+        if flat and any(isinstance(entry, Tensor) for entry in entries):
+            return
+        layer: nn.Module = self.__dict__["layer"]
+        what = "input" if self._its_input else "output"
+        parts = [name for name, _ in layer.named_children()]
+        choice = f"one of its submodules ({', '.join(parts)})" if parts else "a module before or behind it"
+        raise InputTypeError(
+            f"The {what} of the layer {type(layer).__name__} is no tensor and no flat tuple or list of tensors and "
+            f"None; given: {', '.join(type(entry).__name__ for entry in entries)}. Explain {choice}, for example an "
+            "nn.Identity through which the model passes the tensor."
+        )
+
+    @contextmanager
+    def called_once(self) -> Iterator[None]:
+        """Raise InputError unless the layer is called once inside, on each device."""
+        self._calls.clear()
+        yield
+        layer = type(self.__dict__["layer"]).__name__
+        n_calls = max(self._calls.values(), default=0)
+        if not n_calls:
+            raise InputError(
+                f"The layer {layer} is never called in the forward pass: choose one that the forward function uses, "
+                "or call the module itself instead of its forward method."
+            )
+        if n_calls > 1:
+            raise InputError(
+                f"The layer {layer} has {n_calls} calls in one forward pass, and there is no one attribution of all. "
+                "Give each call a module of its own to explain: pass its result through an nn.Identity."
+            )
+
+
+def require_layer(layer: Any) -> None:
+    """Raise InputTypeError if a layer, or one of a list, is no module."""
+    for single in layer if isinstance(layer, list) else [layer]:
+        if not isinstance(single, nn.Module):
+            given = f"the name {single!r}" if isinstance(single, str) else type(single).__name__
+            raise InputTypeError(
+                f"layer must be a torch.nn.Module of the model, given: {given}; model.get_submodule(name) finds it."
+            )
+
+
+def require_module(model: Any, name: str) -> None:
+    """Raise InputTypeError if an explainer that changes modules is given something else."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"{name} changes the gradients of a model's modules, so it needs a torch.nn.Module, given: "
+            f"{type(model).__name__}. Put a function into the forward method of a module."
+        )
