@@ -24,6 +24,7 @@ sys.modules["catalogue"] = catalogue
 spec.loader.exec_module(catalogue)
 
 ENTRIES = {entry.name: entry for entries in catalogue.OFFERED.values() for entry in entries}
+OF_LAYERS = {"LayerFeatureAblation": 45, "LayerFeaturePermutation": 180}  # activations of the cases' layers
 BASES = {"Attribution", "GradientAttribution", "PerturbationAttribution", "LayerAttribution", "NeuronAttribution"}
 
 
@@ -55,7 +56,7 @@ def test_the_cost_is_what_is_counted(case):
     n_examples = 1 if case.class_name == "LimeBase" else len(inputs)
     features = arguments.get("feature_mask", torch.arange(inputs[0].numel()))
     known = {
-        "D": 45 if case.class_name == "LayerFeatureAblation" else int(features.max()) + 1,
+        "D": OF_LAYERS.get(case.class_name, int(features.max()) + 1),
         "W": 9,
         "K": len(arguments.get("baselines", [])),
         "n_samples": arguments.get("n_samples", 5),

@@ -21,7 +21,10 @@ TARGET = [0, 1, 2, 0]
 
 
 class PoolNet(nn.Module):
-    """Convolutions, a MaxPool, an activation that works in place where it can; each module is used once."""
+    """Convolutions, a MaxPool, an activation that works in place where it can; each module is used once.
+
+    A product stands between activation and pool, since Captum's DeepLIFT is wrong for non-linear modules that adjoin.
+    """
 
     def __init__(self, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -31,7 +34,8 @@ class PoolNet(nn.Module):
         self.head, self.out = nn.Linear(45, 3), nn.Tanh()
 
     def forward(self, x):
-        return self.out(self.head(self.flat(self.act2(self.conv2(self.pool(self.act1(self.conv1(x))))))))
+        x = self.pool(1.5 * self.act1(self.conv1(x)))
+        return self.out(self.head(self.flat(self.act2(self.conv2(x)))))
 
 
 def pool_net() -> nn.Module:
@@ -40,6 +44,22 @@ def pool_net() -> nn.Module:
 
 def relu_net() -> nn.Module:
     return PoolNet(lambda: nn.ReLU(inplace=True)).double()
+
+
+class LrpNet(PoolNet):
+    """LRP has no rule for modules that flatten."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.ReLU(inplace=True))
+        del self.flat
+
+    def forward(self, x):
+        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
+        return self.out(self.head(x.flatten(1)))
+
+
+def lrp_net() -> nn.Module:
+    return LrpNet().double()
 
 
 @dataclass
@@ -58,6 +78,23 @@ class Case:
     @property
     def inputs(self) -> torch.Tensor:
         return ROWS.clone() if self.model is smooth_net else IMAGES.clone()
+
+
+class OfLoader:
+    """An attribution that takes a loader, here one of a single batch."""
+
+    def __init__(self, explainer: Any) -> None:
+        self.explainer = explainer
+
+    def attribute(self, inputs: torch.Tensor, **arguments: Any) -> Any:
+        attribution = self.explainer.attribute([[inputs]], **arguments)
+        return attribution[0]
+
+
+def layer_lrp(package: Any, model: Any) -> Any:
+    explainer = package.LayerLRP(model, model.conv2)
+    explainer.device_ids = []  # which Captum's class lacks without a DataParallel
+    return explainer
 
 
 def _lime_base(package: Any, model: Any) -> Any:
@@ -149,10 +186,23 @@ CASES = [
         smooth_conv_net,
     ),
     Case("LayerFeatureAblation", lambda c, m: c.LayerFeatureAblation(m, m[7]), {"target": 1}, smooth_conv_net),
+    Case(  # Captum chooses the target twice, so it can have none
+        "LayerFeaturePermutation",
+        lambda c, m: c.LayerFeaturePermutation(lambda x: m(x)[:, 1], m[4]),
+        {},
+        smooth_conv_net,
+    ),
+    Case("LRP", lambda c, m: c.LRP(m), T, lrp_net),
+    Case("LayerLRP", lambda c, m: layer_lrp(c, m), T, lrp_net),
+    Case(
+        "DataLoaderAttribution",
+        lambda c, m: OfLoader(c.DataLoaderAttribution(c.FeatureAblation(m))),
+        {"to_metric": lambda outputs: outputs.square().mean(dim=0)},
+    ),
     Case("LayerDeepLift", lambda c, m: c.LayerDeepLift(m, m.conv2), T, pool_net),
     Case(
         "LayerDeepLift, input",
-        lambda c, m: c.LayerDeepLift(m, m.pool),
+        lambda c, m: c.LayerDeepLift(m, m.conv2),
         {**T, "attribute_to_layer_input": True},
         relu_net,
     ),

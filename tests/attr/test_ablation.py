@@ -193,11 +193,15 @@ def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
     first, last = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)
     middle = [torch.nn.BatchNorm1d(4)] if whole in ("batch norm", "large offset") else []
     net = torch.nn.Sequential(first, *middle, torch.nn.Tanh(), last).double().train()
+
+    def centred(x):
+        return x - x.mean(dim=0)
+
     mixing = {
         "large offset": lambda x: net(x) + 1e4,
-        "centred": lambda x: net[1:](net[0](x) - net[0](x).mean(dim=0)),
-        "first": lambda x: net(x) - net(x)[:1],
-        "last": lambda x: net(x) - net(x)[-1:],
+        "centred": lambda x: net[1:](centred(net[0](x))),
+        "first": lambda x: (lambda y: y - y[:1])(net(x)),
+        "last": lambda x: (lambda y: y - y[-1:])(net(x)),
         "before": lambda x: net(x.cumsum(dim=0)),
         "behind": lambda x: net(x.flip(0).cumsum(dim=0).flip(0)),
     }
@@ -214,6 +218,7 @@ def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
 
 def test_an_empty_batch():
     assert FeatureAblation(smooth_net()).attribute(X[:0], target=1).shape == (0, 6)
+    assert Occlusion(smooth_net()).attribute(X[:0], (2,), target=1).shape == (0, 6)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping feature group")

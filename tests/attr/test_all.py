@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import captum.attr
 import numpy as np
 import pytest
@@ -124,6 +126,27 @@ def test_grad_is_not_touched_by_the_backward_pass_of_inputs(case):
 
 
 @each_class
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_is_dropped_is_gone(case, create_graph):
+    """Without waiting for the collector of reference cycles, which hold on to whole graphs."""
+
+    def alive():
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    model = case.model()
+    explainer = case.explainer(ours, model)
+    explainer.attribute(case.inputs, **case.arguments, create_graph=create_graph)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        explainer.attribute(case.inputs, **case.arguments, create_graph=create_graph)
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+@each_class
 def test_a_disabled_mode_is_an_error(case):
     model = case.model()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"no_grad.*enable_grad"):
@@ -146,7 +169,7 @@ def test_works_under_no_grad(case):
         torch.testing.assert_close(a, b)
 
 
-TAKES_MODULES_ONLY = ("DeepLift", "Guided", "Deconvolution")
+TAKES_MODULES_ONLY = ("LRP", "DeepLift", "Guided", "Deconvolution")
 
 
 @pytest.mark.parametrize(

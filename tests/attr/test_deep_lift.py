@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import captum.attr
 import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import DeepLift, DeepLiftShap
+from captum_idexpo.attr import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap, NeuronDeepLift
 from captum_idexpo.testing import assert_trainable
 from tests.attr.cases import IMAGES, pool_net, relu_net
 
@@ -77,3 +79,117 @@ def test_custom_attribution_functions_and_callable_baselines():
     theirs = captum.attr.DeepLiftShap(model).attribute(IMAGES, lambda: IMAGES[:3] + 1, **arguments)
     ours = DeepLiftShap(model).attribute(IMAGES, lambda: IMAGES[:3] + 1, create_graph=True, **arguments)
     torch.testing.assert_close(ours, theirs)
+
+
+SERIES = torch.randn(3, 2, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+PAIRS = {
+    "ReLU, MaxPool": lambda: [nn.ReLU(), nn.MaxPool1d(2)],
+    "MaxPool, ReLU": lambda: [nn.MaxPool1d(2), nn.ReLU(inplace=True)],
+    "Tanh, Sigmoid": lambda: [nn.Tanh(), nn.Sigmoid()],
+    "MaxPool, MaxPool": lambda: [nn.MaxPool1d(2), nn.MaxPool1d(2)],
+    "ReLU, Identity, MaxPool": lambda: [nn.ReLU(), nn.Identity(), nn.MaxPool1d(2)],
+    "ELU, Dropout, Tanh": lambda: [nn.ELU(), nn.Dropout(), nn.Tanh()],
+    "overlapping": lambda: [nn.Tanh(), nn.MaxPool1d(3, stride=1, padding=1)],
+    "dilated": lambda: [nn.MaxPool1d(2, dilation=2, ceil_mode=True)],
+}
+
+
+def pair_net(pair):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 3, 3), *PAIRS[pair](), nn.Flatten(), nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 2))
+    net(torch.randn(1, 2, 17))
+    return net.double().eval()
+
+
+def sums(attribution):
+    return attribution.flatten(1).sum(dim=1)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_modules_that_follow_each_other_add_up(pair):
+    net, baselines = pair_net(pair), torch.zeros(1, 2, 17, dtype=torch.float64)
+    gap = (net(SERIES) - net(baselines))[:, 1].detach()
+    for attribution in (
+        DeepLift(net).attribute(SERIES, target=1),
+        LayerDeepLift(net, net[0]).attribute(SERIES, target=1),
+        LayerDeepLift(net, net[1]).attribute(SERIES, target=1, attribute_to_layer_input=True),
+    ):
+        torch.testing.assert_close(sums(attribution), gap, rtol=0, atol=1e-14)
+    neuron = NeuronDeepLift(net, net[-3]).attribute(SERIES, neuron_selector=2)
+    gap_of_neuron = (net[:-2](SERIES) - net[:-2](baselines))[:, 2].detach()
+    torch.testing.assert_close(sums(neuron), gap_of_neuron, rtol=0, atol=1e-14)
+    several = torch.randn(4, 2, 17, dtype=torch.float64)
+    mean_gap = (net(SERIES)[:, 1] - net(several)[:, 1].mean()).detach()
+    for attribution in (
+        DeepLiftShap(net).attribute(SERIES, several, target=1),
+        LayerDeepLiftShap(net, net[0]).attribute(SERIES, several, target=1),
+    ):
+        torch.testing.assert_close(sums(attribution), mean_gap, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_gradient_through_modules_that_follow_each_other_is_true(pair):
+    net = pair_net(pair)
+    assert_trainable(lambda: DeepLift(net).attribute(SERIES, target=1, create_graph=True), net, n_directions=2)
+    layer = LayerDeepLift(net, net[0])
+    assert_trainable(lambda: layer.attribute(SERIES, target=1, create_graph=True), net, n_directions=1)
+
+
+def test_several_rows_of_a_softmax_do_not_meet():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=1), nn.Linear(4, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [5.0], [20.0]])
+    with pytest.warns(UserWarning, match="no rule that adds up for Softmax"):
+        together = DeepLift(net).attribute(x, target=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = torch.cat([DeepLift(net).attribute(row[None], target=1) for row in x])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_gap_is_warned_of_with_the_names_of_what_has_no_rule():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    net = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2))
+    with pytest.warns(UserWarning, match=r"DeepLift miss .* no rule that adds up for GELU, LayerNorm"):
+        DeepLift(net).attribute(x, target=1)
+    linear, head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.head = linear, head
+
+        def forward(self, x):
+            return self.head(torch.sigmoid(3 * self.linear(x)))
+
+    with pytest.warns(UserWarning, match="no rule that adds up for functions that are no modules"):
+        DeepLift(Functional()).attribute(x, target=1)
+    ruled = nn.Sequential(linear, nn.BatchNorm1d(8), nn.ReLU(), head).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DeepLift(ruled).attribute(x, target=1)
+        DeepLift(net, multiply_by_inputs=False).attribute(x, target=1)
+
+
+@pytest.mark.parametrize("explainer", [DeepLiftShap, LayerDeepLiftShap])
+@pytest.mark.parametrize("rows", [12, 18, 24, 1000])
+def test_baselines_a_few_at_a_time(explainer, rows):
+    net, several = pair_net("ReLU, MaxPool"), torch.randn(7, 2, 17, dtype=torch.float64)
+    explainer = explainer(net, net[0]) if explainer is LayerDeepLiftShap else explainer(net)
+    arguments = {"target": 1, "baselines": several, "return_convergence_delta": True}
+    whole, deltas = explainer.attribute(SERIES, **arguments)
+    parts, deltas_of_parts = explainer.attribute(SERIES, **arguments, internal_batch_size=rows)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(deltas_of_parts, deltas, atol=1e-12, rtol=0)
+    seen = []
+    handle = net[0].register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    assert_trainable(
+        lambda: explainer.attribute(SERIES, several, target=1, internal_batch_size=rows, create_graph=True),
+        net,
+        n_directions=1,
+    )
+    handle.remove()
+    assert max(seen) <= max(rows, 18)  # two or three baselines of three examples
+    with pytest.warns(UserWarning, match="12 rows are evaluated at a time"):
+        explainer.attribute(SERIES, several, target=1, internal_batch_size=4)

@@ -14,6 +14,7 @@ from captum_idexpo.attr import (
     IntegratedGradients,
     KernelShap,
     LayerConductance,
+    LayerGradientShap,
     Lime,
     NoiseTunnel,
     Saliency,
@@ -132,3 +133,30 @@ def test_a_gradient_function_of_ones_own_brings_its_graph():
 
     explainer.gradient_func = gradients
     assert_trainable(lambda: explainer.attribute(X, target=1, create_graph=True), net)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_rows_of_expected_gradients_at_a_time(rows, layer):
+    """Noise and baselines are drawn at once, so that no number of rows changes them."""
+    net = smooth_net()
+    explainer = LayerGradientShap(net, net[1]) if layer else GradientShap(net)
+    arguments = {"baselines": X + 1, "n_samples": 5, "stdevs": 0.1, "target": [0, 1, 2, 0]}
+    seen = []
+    net[0].register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    whole, deltas = seeded(lambda: explainer.attribute(X, **arguments, return_convergence_delta=True))
+    seen.clear()
+    parts, deltas_of_parts = seeded(
+        lambda: explainer.attribute(X, **arguments, return_convergence_delta=True, internal_batch_size=rows)
+    )
+    assert max(seen) == min(rows, 20)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(deltas_of_parts, deltas)
+    assert_trainable(
+        lambda: seeded(lambda: explainer.attribute(X, **arguments, internal_batch_size=rows, create_graph=True)), net
+    )
+
+
+def test_a_batch_size_below_one_is_an_error():
+    with pytest.raises(ValueError, match="internal_batch_size must be at least 1, given: 0"):
+        GradientShap(smooth_net()).attribute(X, X, target=1, internal_batch_size=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.attr import LayerFeatureAblation, LayerFeaturePermutation, LayerGradCam
 from tests.helpers import gradient_error, smooth_conv_net, smooth_net
 
 X = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -184,7 +184,18 @@ def test_inputs_that_require_gradient_are_enough():
     assert torch.autograd.grad(attribution.square().sum(), x)[0].abs().max() > 0
 
 
-def test_a_missing_target_is_captums_error():
+def test_a_missing_target_is_an_error():
     net = smooth_conv_net()
-    with pytest.raises(AssertionError, match="Target not provided"):
+    with pytest.raises(AssertionError, match="target is missing"):
         LayerGradCam(net, net[4]).attribute(X)
+
+
+@pytest.mark.parametrize("explainer", [LayerFeatureAblation, LayerFeaturePermutation])
+def test_without_a_target_every_output_is_explained(explainer):
+    net = smooth_conv_net()
+    rows = [explainer(lambda x, i=i: net(x)[:, i], net[4]) for i in range(3)]
+    torch.manual_seed(0)
+    every = explainer(net, net[4]).attribute(X)
+    for number, single in enumerate(rows):
+        torch.manual_seed(0)
+        torch.testing.assert_close(every[number::3], single.attribute(X))

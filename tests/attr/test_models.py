@@ -123,6 +123,7 @@ def test_a_recurrent_model_behind_a_lambda():
     assert_trainable(lambda: explained.attribute(TOKENS, target=1, create_graph=True), model, n_directions=1)
 
 
+@pytest.mark.filterwarnings("ignore:The attributions of DeepLift miss")  # through the softmax
 def test_in_place_modules_with_deep_lift():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout()]

@@ -95,14 +95,18 @@ def _of_distribution(specimen: Specimen, target: Any) -> dict[str, Any]:
 
 PER_EVAL = ("perturbations_per_eval", (1, 2, 3, 100))
 INTERNAL = ("internal_batch_size", (5, 10, 15, 1000))
+ROWS = ("internal_batch_size", (1, 3, 7, 1000))
+BASELINES = ("internal_batch_size", (20, 30, 1000))  # two baselines at least
 CALLS = {
     "Saliency": Call(lambda m, _: attr.Saliency(m)),
     "InputXGradient": Call(lambda m, _: attr.InputXGradient(m)),
     "IntegratedGradients": Call(lambda m, _: attr.IntegratedGradients(m), _integrated, complete=True, chunk=INTERNAL),
-    "GradientShap": Call(lambda m, _: attr.GradientShap(m), _of_distribution, random=True),
+    "GradientShap": Call(lambda m, _: attr.GradientShap(m), _of_distribution, random=True, chunk=ROWS),
     "NoiseTunnel": Call(lambda m, _: attr.NoiseTunnel(attr.Saliency(m)), random=True),
     "DeepLift": Call(lambda m, _: attr.DeepLift(m), _with_baselines, complete=True, modules_only=True),
-    "DeepLiftShap": Call(lambda m, _: attr.DeepLiftShap(m), _of_distribution, complete=True, modules_only=True),
+    "DeepLiftShap": Call(
+        lambda m, _: attr.DeepLiftShap(m), _of_distribution, complete=True, modules_only=True, chunk=BASELINES
+    ),
     "GuidedBackprop": Call(lambda m, _: attr.GuidedBackprop(m), modules_only=True),
     "Deconvolution": Call(lambda m, _: attr.Deconvolution(m), modules_only=True),
     "GuidedGradCam": Call(lambda m, layer: attr.GuidedGradCam(m, layer), modules_only=True),
@@ -131,10 +135,17 @@ CALLS = {
     "LayerIntegratedGradients": Call(
         lambda m, layer: attr.LayerIntegratedGradients(m, layer), _integrated, chunk=INTERNAL
     ),
-    "LayerGradientShap": Call(lambda m, layer: attr.LayerGradientShap(m, layer), _of_distribution, random=True),
+    "LayerGradientShap": Call(
+        lambda m, layer: attr.LayerGradientShap(m, layer), _of_distribution, random=True, chunk=ROWS
+    ),
     "LayerFeatureAblation": Call(lambda m, layer: attr.LayerFeatureAblation(m, layer), chunk=PER_EVAL),
+    "LayerFeaturePermutation": Call(
+        lambda m, layer: attr.LayerFeaturePermutation(m, layer), random=True, chunk=PER_EVAL
+    ),
     "LayerDeepLift": Call(lambda m, layer: attr.LayerDeepLift(m, layer), _with_baselines, modules_only=True),
-    "LayerDeepLiftShap": Call(lambda m, layer: attr.LayerDeepLiftShap(m, layer), _of_distribution, modules_only=True),
+    "LayerDeepLiftShap": Call(
+        lambda m, layer: attr.LayerDeepLiftShap(m, layer), _of_distribution, modules_only=True, chunk=BASELINES
+    ),
     "NeuronGradient": Call(lambda m, layer: attr.NeuronGradient(m, layer), _neuron),
     "NeuronIntegratedGradients": Call(
         lambda m, layer: attr.NeuronIntegratedGradients(m, layer),

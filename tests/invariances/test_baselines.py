@@ -19,6 +19,9 @@ ON_THE_WAY = ["IntegratedGradients", "DeepLift", "LayerConductance", "InternalIn
 ON_THE_WAY += ["LayerDeepLift", "NeuronIntegratedGradients", "NeuronConductance", "NeuronDeepLift"]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The attributions of DeepLift")  # modules without a rule
+
+
 def forms(value, tensor, without_batch_axis):
     """One baseline for all examples and elements, in every form."""
     given = [value, torch.full_like(tensor[:1], value), torch.full_like(tensor, value)]

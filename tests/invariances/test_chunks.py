@@ -14,13 +14,18 @@ from captum_idexpo.regularizers import Fidelity, InsertionDeletion, MaskedNeighb
 from tests.invariances.calls import CALLS, assert_same, feature_mask
 from tests.invariances.zoo import ONE_EACH, ZOO
 
-pytestmark = pytest.mark.filterwarnings("ignore:internal_batch_size")  # less than LayerConductance's two steps
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:internal_batch_size"),  # less than LayerConductance's two steps
+    pytest.mark.filterwarnings("ignore:The attributions of DeepLift"),  # modules without a rule
+]
 CHUNKED = [name for name, call in CALLS.items() if call.chunk]
 
 
 @pytest.mark.parametrize("name", CHUNKED)
 @pytest.mark.parametrize("specimen", ONE_EACH)
 def test_a_chunk_of_any_size_gives_the_same_attribution(specimen, name):
+    if (specimen, name) == ("siamese", "DeepLiftShap"):
+        pytest.skip("a module that is used twice is refused")
     specimen, call = ZOO[specimen], CALLS[name]
     inputs, target = specimen.inputs(5), torch.arange(5) % specimen.n_columns
     whole = call(specimen, inputs, target)

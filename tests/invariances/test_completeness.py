@@ -67,15 +67,7 @@ def test_kernel_shap_with_enough_samples_is_shapleys(specimen):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def deep_lift_cases():
-    for name, specimen in RULED.items():
-        marks = []
-        if "MaxPool" in name:
-            marks = [pytest.mark.xfail(strict=True, reason="non-linear modules that adjoin, pools that overlap")]
-        yield pytest.param(specimen, id=name, marks=marks)
-
-
-@pytest.mark.parametrize("specimen", deep_lift_cases())
+@pytest.mark.parametrize("specimen", RULED.values(), ids=RULED)
 def test_deep_lift_is_complete(specimen):
     check("DeepLift", specimen)
 
@@ -93,7 +85,7 @@ def check_average(name, specimen):
     torch.testing.assert_close(sums, (explained(inputs)[:, 0] - references).detach(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("specimen", deep_lift_cases())
+@pytest.mark.parametrize("specimen", RULED.values(), ids=RULED)
 def test_deep_lift_shap_is_complete_on_average(specimen):
     check_average("DeepLiftShap", specimen)
 

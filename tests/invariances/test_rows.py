@@ -18,6 +18,9 @@ SIZES = (1, 2, 3, 4, 5, 6)
 NO_RULE = ("siamese", "DeepLift")  # a module that is used twice is refused
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The attributions of DeepLift")  # modules without a rule
+
+
 def cases():
     for specimen in ONE_EACH:
         for name, call in CALLS.items():

@@ -575,7 +575,7 @@ def test_a_frozen_model_is_an_error():
 
 
 # Every attribution as the explainer. Neurons need a selector, some a distribution of baselines.
-UNSUITED = {"LimeBase": "explains one input as a whole"}
+UNSUITED = {"LimeBase": "explains one input as a whole", "DataLoaderAttribution": "explains a data set as a whole"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
