@@ -36,13 +36,14 @@ OFFERED = {
             "contributions that add up, at the cost of one gradient",
             "2",
             True,
-            "Captum's, except where a MaxPool's input equals its baseline (Captum: the first example's gradient)",
+            "Captum's, except in the cases below",
             KINKS,
         ),
         Entry("DeepLiftShap", "DeepLIFT over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
         Entry("GuidedBackprop", "sharp pictures of what ReLU networks respond to", "1", True, gradient=KINKS),
         Entry("Deconvolution", "the same with ReLU applied backwards", "1", True, gradient=KINKS),
         Entry("GuidedGradCam", "Grad-CAM at the pixels' resolution", "2", True, gradient=KINKS),
+        Entry("LRP", "relevance passed back from layer to layer, by a rule for each", "2", True, gradient=KINKS),
     ],
     "Outputs on perturbed inputs": [
         Entry("FeatureAblation", "what is lost without a feature; any model", "D + 5", False),
@@ -71,6 +72,7 @@ OFFERED = {
             False,
             "the exact solution; Captum's is float32",
         ),
+        Entry("DataLoaderAttribution", "what a metric of a whole data set loses without a feature", "D + 1", False),
     ],
     "Layers": [
         Entry("LayerGradCam", "where a convolutional network looks", "1", True),
@@ -81,6 +83,8 @@ OFFERED = {
         Entry("LayerIntegratedGradients", "integrated gradients of embeddings; text", "n_steps + 2", True),
         Entry("LayerGradientShap", "the same over a distribution of baselines", "3 * n_samples", True),
         Entry("LayerFeatureAblation", "what is lost without a unit or channel", "D + 6", False),
+        Entry("LayerFeaturePermutation", "what is lost when a unit or channel is shuffled", "D + 6", False),
+        Entry("LayerLRP", "relevance of units", "2", True, gradient=KINKS),
         Entry("LayerDeepLift", "DeepLIFT of units", "2", True, "as DeepLift", KINKS),
         Entry("LayerDeepLiftShap", "the same over a distribution of baselines", "2 * K", True, "as DeepLift", KINKS),
     ],
@@ -98,10 +102,6 @@ OFFERED = {
 }
 
 NOT_OFFERED = {
-    "LRP": "changes the model's weights in place and back; a graph would hold the changed ones",
-    "LayerLRP": "as LRP",
-    "DataLoaderAttribution": "sums an attribution over a whole data set; there is no batch whose graph could be kept",
-    "LayerFeaturePermutation": "left out so far; use FeaturePermutation or LayerFeatureAblation",
     "LLMAttribution": "explains generated text through a tokenizer; its outputs are no tensors with a graph",
     "LLMGradientAttribution": "as LLMAttribution",
     "RemoteLLMAttribution": "as LLMAttribution, on another machine",
@@ -158,6 +158,72 @@ DIFFERENCES = [
         "Keyword arguments that FeatureAblation and FeaturePermutation do not have (``feature_masks=``)",
         "ignored",
         "a TypeError; ``n_samples`` of FeaturePermutation is the mean over so many permutations",
+    ),
+    (
+        "DeepLIFT of non-linear modules that follow each other (ReLU, MaxPool), of pools whose windows overlap, of a "
+        "layer that is itself non-linear with ``attribute_to_layer_input=True``",
+        "contributions that do not add up",
+        "they add up to the output's difference, to the last digit",
+    ),
+    (
+        "DeepLIFT through a pool with ``dilation``",
+        "an error",
+        "contributions that add up",
+    ),
+    (
+        "DeepLIFT where a MaxPool's input equals its baseline",
+        "the first example's gradient for all",
+        "each example's own",
+    ),
+    (
+        "DeepLIFT through ``nn.Softmax``",
+        "normalised over the whole batch",
+        "each row by itself; it does not add up, and a warning says so",
+    ),
+    (
+        "DeepLIFT through modules without a rule (GELU, SiLU, LayerNorm)",
+        "plain gradients, silently",
+        "plain gradients, and a warning that names the modules if contributions miss the output's difference",
+    ),
+    (
+        "DeepLIFT in float16 where an input equals its baseline",
+        "NaN",
+        "the gradient",
+    ),
+    (
+        "A layer that is called twice in a forward pass",
+        "the last call's values, or zero",
+        "an error",
+    ),
+    (
+        "LayerIntegratedGradients before an operation in place",
+        "an error",
+        "as before any other operation",
+    ),
+    (
+        "A layer whose output is a tuple with None in it (``nn.MultiheadAttention``)",
+        "an error",
+        "its tensors are explained",
+    ),
+    (
+        "LayerFeaturePermutation with a target",
+        "an error: it is chosen twice",
+        "chosen once",
+    ),
+    (
+        "DataLoaderAttribution of a loader whose batches are tensors",
+        "the first row for the batch",
+        "the batch",
+    ),
+    (
+        "The rules that a user sets for LRP (``module.rule``)",
+        "deleted by the call",
+        "stay",
+    ),
+    (
+        "Noise of NoiseTunnel and GradientShap on inputs in half precision",
+        "float32, which a model in half precision refuses",
+        "of the inputs' precision",
     ),
 ]
 """(the case, what Captum 0.9 does, what this package does)"""
