@@ -255,7 +255,7 @@ def _copies(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
         if tensor.requires_grad and not detached:
             new = tensor.clone()
         else:
-            new = tensor.detach().clone()
+            new = tensor.detach()  # `ForwardFunction` hands out copies
             can_require = new.is_floating_point() or new.is_complex()
             new = new.requires_grad_() if require_gradient and can_require else new
         copies[id(tensor)] = new

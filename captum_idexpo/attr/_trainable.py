@@ -66,6 +66,9 @@ PARAMETERS = {
 }
 """What an argument of ``attribute`` means, in every class that does not say otherwise."""
 
+_ANNOTATIONS = {"create_graph": bool, "internal_batch_size": int | None}
+"""Of the arguments that Captum's methods lack."""
+
 _RAISES = """RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
 ValueError: an empty batch; inputs and baselines that do not fit each other.
 TypeError: inputs, target or outputs of a type that has no gradient.
@@ -213,7 +216,7 @@ def _written(cls: type[Trainable]) -> Callable[..., Any]:
     """Write the ``attribute`` of a class: Captum's signature, the class's own arguments, ``create_graph``."""
     captums = inspect.signature(captums_method(cls))
     keyword_only = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_ANNOTATIONS[name])
         for name, default in {**cls._more, "create_graph": False}.items()
     ]
     positional = [
