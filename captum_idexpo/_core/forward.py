@@ -13,9 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from captum._utils.common import _select_targets
 from torch import Tensor, nn
 
+from captum_idexpo._core.captum import select_targets
 from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.memory import Chunk, MemoryBudget
@@ -118,7 +118,7 @@ class BatchForward:
             if len(output) == len(classes) * classes.shape[1]:
                 with suppress(RuntimeError):  # a class out of range: below, by Captum, in terms of the user's tensors
                     return output.reshape(*classes.shape[:2], -1).gather(2, classes).flatten()
-        return _select_targets(output, self._target(examples, n_copies))
+        return select_targets(output, self._target(examples, n_copies))
 
 
 class KeptForChunk:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum._utils.common import _is_tuple
-from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 
+from captum_idexpo._core.captum import format_input_baseline
 from captum_idexpo._core.chunks import look, repeated_rows, slices
 from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs, as_numbers
@@ -52,8 +51,7 @@ class Problem:
             InputTypeError: inputs that are no tensors.
         """
         as_tuple(inputs, "inputs")
-        is_tuple = _is_tuple(inputs)
-        tensors, formatted_baselines = _format_input_baseline(inputs, baselines)
+        tensors, formatted_baselines = format_input_baseline(inputs, baselines)
         batch_size = len(tensors[0])
         if not batch_size:
             raise InputError("The batch is empty: there is nothing to explain.")
@@ -73,7 +71,7 @@ class Problem:
                 "feature_mask.",
             )
         aligned = align_baselines(formatted_baselines, tensors)
-        return cls(MaskedInputs(tensors, aligned, layout), is_tuple, ragged)
+        return cls(MaskedInputs(tensors, aligned, layout), isinstance(inputs, tuple), ragged)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

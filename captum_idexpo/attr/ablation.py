@@ -10,17 +10,18 @@ from typing import Any
 import captum.attr as captum
 import numpy as np
 import torch
-from captum._utils.common import _is_tuple
-from captum._utils.progress import NullProgress, progress
-from captum._utils.typing import BaselineType, TargetType
-from captum.attr._core.feature_ablation import _parse_forward_out
-from captum.attr._utils.common import (
-    _format_and_verify_sliding_window_shapes,
-    _format_and_verify_strides,
-    _format_input_baseline,
-)
 from torch import Tensor
 
+from captum_idexpo._core.captum import (
+    BaselineType,
+    NullProgress,
+    TargetType,
+    format_and_verify_sliding_window_shapes,
+    format_and_verify_strides,
+    format_input_baseline,
+    parse_forward_out,
+    progress,
+)
 from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
@@ -63,8 +64,8 @@ class BatchOutputs:
             isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
         ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
         as_tuple(inputs, "inputs")
-        self._is_tuple = _is_tuple(inputs)
-        self.tensors, _ = _format_input_baseline(inputs, None)
+        self._is_tuple = isinstance(inputs, tuple)
+        self.tensors, _ = format_input_baseline(inputs, None)
         self._description = f"{explainer.get_name()} attribution"
         self._at_a_time = perturbations_per_eval
         self._forward = BatchForward(explainer.forward_func, additional_forward_args, len(self.tensors[0]), target)
@@ -73,7 +74,7 @@ class BatchOutputs:
 
     def masked(self, inputs: Any, baselines: Any, feature_mask: Any) -> MaskedInputs:
         """Return the batch in terms of its features, with what replaces them; errors as for `FeatureAblation`."""
-        _, given = _format_input_baseline(inputs, baselines)
+        _, given = format_input_baseline(inputs, baselines)
         layout = FeatureLayout.of(feature_mask, self.tensors)
         return MaskedInputs(self.tensors, align_baselines(given, self.tensors), layout)
 
@@ -134,7 +135,7 @@ class BatchOutputs:
         return attributions if self._is_tuple else attributions[0]
 
     def _evaluate(self, rows: tuple[Tensor, ...], n_copies: int) -> Tensor:
-        output: Tensor = _parse_forward_out(self._forward(rows, n_copies=n_copies))
+        output: Tensor = parse_forward_out(self._forward(rows, n_copies=n_copies))
         output = output if output.dim() else output[None]
         return output.to(rows[0].device)  # a number of Python's is on the CPU
 
@@ -421,10 +422,10 @@ class _Windows:
 
     def __init__(self, tensors: tuple[Tensor, ...], shapes: Any, strides: Any) -> None:
         self._tensors = tensors
-        self._shapes = _format_and_verify_sliding_window_shapes(shapes, tensors)
+        self._shapes = format_and_verify_sliding_window_shapes(shapes, tensors)
         self._strides = [
             stride if isinstance(stride, tuple) else (stride,) * (tensor.dim() - 1)
-            for stride, tensor in zip(_format_and_verify_strides(strides, tensors), tensors, strict=True)
+            for stride, tensor in zip(format_and_verify_strides(strides, tensors), tensors, strict=True)
         ]
         self._counts = [
             [self._count(*axis) for axis in zip(tensor.shape[1:], shape, stride, strict=True)]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import captum.attr as captum
-from captum._utils.typing import BaselineType
 from captum.attr import Attribution
 from torch import Tensor
 
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.errors import InputTypeError
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._trainable import logged, part, require_trainable

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import captum.attr as captum
 import torch
 import torch.nn.functional as F
-from captum.attr._utils.common import _format_callable_baseline
 from torch import Tensor, nn
 
+from captum_idexpo._core.captum import format_callable_baseline
 from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo._core.inputs import as_tuple
 from captum_idexpo.attr._graph import keeps_graph
@@ -260,7 +260,7 @@ class OverBaselines(RescaleRule):
     def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
         arguments = dict(arguments)
         n_rows, baselines = arguments.pop("internal_batch_size", None), arguments.pop("baselines")
-        baselines = _format_callable_baseline(baselines, inputs)
+        baselines = format_callable_baseline(baselines, inputs)
         if n_rows is None or not isinstance(baselines[0], Tensor):
             return super()._compute(inputs, {**arguments, "baselines": baselines})
         n_examples, n_baselines = len(as_tuple(inputs, "inputs")[0]), len(baselines[0])

@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 
 import captum.attr as captum
 import torch
-from captum._utils.common import _format_tensor_into_tuples, _is_tuple
-from captum.attr._core.gradient_shap import InputBaselineXGradient
-from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
-from captum.attr._utils.approximation_methods import approximation_parameters
-from captum.attr._utils.common import _format_callable_baseline, _validate_noise_tunnel_type
 from torch import Tensor
 
+from captum_idexpo._core.captum import (
+    SUPPORTED_NOISE_TUNNEL_TYPES,
+    InputBaselineXGradient,
+    approximation_parameters,
+    format_callable_baseline,
+    format_tensor_into_tuples,
+    validate_noise_tunnel_type,
+)
 from captum_idexpo._core.chunks import slices
 from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo._core.inputs import as_tuple
@@ -225,8 +228,8 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
         draw_baselines: bool,
         arguments: dict[str, Any],
     ) -> Any:
-        _validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
-        is_tuple, tensors = _is_tuple(inputs), _format_tensor_into_tuples(inputs)
+        validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
+        tensors = format_tensor_into_tuples(inputs)
         returns_delta = self._returns_delta(arguments)
         sums: list[Any] = []
         sums_of_squares: list[Any] = []
@@ -239,7 +242,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
                 noisy = self._add_noise_to_inputs(size, tensors, stdevs)
                 noisy = tuple(map(_as_precise, noisy, tensors))  # Captum's noise is of float32
                 parts, is_attribution_tuple, delta = self._compute_partial_attribution(
-                    noisy, expanded, is_tuple, returns_delta
+                    noisy, expanded, isinstance(inputs, tuple), returns_delta
                 )
                 sums = sums or [None] * len(parts)
                 sums_of_squares = sums_of_squares or [None] * len(parts)
@@ -304,7 +307,7 @@ def smoothed_over_baselines(
     between: Any, inputs: Any, baselines: Any, n_samples: int, internal_batch_size: int | None, **arguments: Any
 ) -> Any:
     """Return the mean of an attribution over noise and baselines, as GradientShap and its layer form take it."""
-    distribution = _format_callable_baseline(baselines, inputs)
+    distribution = format_callable_baseline(baselines, inputs)
     if not isinstance(distribution[0], Tensor):
         raise InputError(f"baselines must be a distribution, tensors (n, ...) of n baselines, given: {baselines!r}.")
     if internal_batch_size is not None:

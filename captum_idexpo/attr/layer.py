@@ -8,11 +8,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import captum.attr as captum
-from captum._utils.common import _format_additional_forward_args, _format_output, _format_tensor_into_tuples
-from captum._utils.gradient import _forward_layer_eval
-from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
 from torch import nn
 
+from captum_idexpo._core.captum import (
+    LayerInputBaselineXGradient,
+    format_additional_forward_args,
+    format_output,
+    format_tensor_into_tuples,
+    forward_layer_eval,
+)
 from captum_idexpo._core.checkpointing import refused_inside
 from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._trainable import Tap, Trainable, part
@@ -46,7 +50,7 @@ class OfLayer(Trainable):
 
     def _activations(self, inputs: Any, arguments: dict[str, Any], additional_forward_args: Any = None) -> Any:
         """Return the layer's tensors as a tuple, for a list of layers a list of tuples."""
-        return _forward_layer_eval(
+        return forward_layer_eval(
             self.forward_func,
             inputs,
             self.layer,
@@ -58,8 +62,8 @@ class OfLayer(Trainable):
 
     def _of_activations(self, ablation: type, inputs: Any, arguments: dict[str, Any], **features: Any) -> Any:
         """Return an ablation of the layer's activations."""
-        additional = _format_additional_forward_args(arguments["additional_forward_args"]) or ()
-        originals = _format_tensor_into_tuples(inputs) + additional
+        additional = format_additional_forward_args(arguments["additional_forward_args"]) or ()
+        originals = format_tensor_into_tuples(inputs) + additional
         activations = self._activations(originals, arguments)
         tap, forward_func = self.layer, self.forward_func
         layer = tap.__dict__["layer"]
@@ -168,8 +172,8 @@ class LayerActivation(OfLayer, captum.LayerActivation):
     def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
         evaluated = self._activations(inputs, arguments, arguments["additional_forward_args"])
         if isinstance(self.layer, nn.Module):
-            return _format_output(len(evaluated) > 1, evaluated)
-        return [_format_output(len(single) > 1, single) for single in evaluated]
+            return format_output(len(evaluated) > 1, evaluated)
+        return [format_output(len(single) > 1, single) for single in evaluated]
 
 
 class LayerConductance(InSteps, OfLayer, captum.LayerConductance):

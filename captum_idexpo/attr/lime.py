@@ -8,13 +8,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from captum._utils.models.model import Model
-from captum._utils.progress import NullProgress, progress
-from captum._utils.typing import BaselineType, TargetType
 from captum.attr import Lime as CaptumLime
-from captum.attr._core.lime import default_perturb_func
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.captum import BaselineType, Model, NullProgress, TargetType, default_perturb_func, progress
 from captum_idexpo._core.errors import warn
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.memory import MemoryBudget

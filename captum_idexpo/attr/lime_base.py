@@ -8,11 +8,16 @@ from typing import Any
 
 import captum.attr as captum
 import torch
-from captum._utils.common import _expand_additional_forward_args, _expand_target, _reduce_list
-from captum._utils.progress import NullProgress, progress
-from captum._utils.typing import TargetType
 from torch import Tensor
 
+from captum_idexpo._core.captum import (
+    NullProgress,
+    TargetType,
+    expand_additional_forward_args,
+    expand_target,
+    progress,
+    reduce_list,
+)
 from captum_idexpo._core.errors import warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._perturbation import Samples
@@ -154,9 +159,9 @@ class LimeBase(captum.LimeBase):
     def _outputs(self, perturbed: list[Any], target: TargetType, arguments: Any, device: torch.device) -> Tensor:
         n_copies = len(perturbed)
         values: Tensor = self._evaluate_batch(
-            [_reduce_list(perturbed)] if n_copies == 1 else perturbed,
-            _expand_target(target, n_copies),
-            _expand_additional_forward_args(arguments, n_copies) if arguments is not None else None,
+            [reduce_list(perturbed)] if n_copies == 1 else perturbed,
+            expand_target(target, n_copies),
+            expand_additional_forward_args(arguments, n_copies) if arguments is not None else None,
             device,
         )
         return values

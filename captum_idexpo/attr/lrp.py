@@ -13,12 +13,20 @@ from typing import Any
 
 import captum.attr as captum
 import torch
-from captum._utils.common import _format_output, _is_tuple, _run_forward
-from captum.attr._core.lrp import SUPPORTED_LAYERS_WITH_RULES, SUPPORTED_NON_LINEAR_LAYERS
-from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule, PropagationRule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from captum_idexpo._core.captum import (
+    SUPPORTED_LAYERS_WITH_RULES,
+    SUPPORTED_NON_LINEAR_LAYERS,
+    Alpha1_Beta0_Rule,
+    EpsilonRule,
+    GammaRule,
+    IdentityRule,
+    PropagationRule,
+    format_output,
+    run_forward,
+)
 from captum_idexpo._core.checkpointing import refused_inside
 from captum_idexpo._core.errors import InputError, InputTypeError
 from captum_idexpo._core.inputs import as_tuple
@@ -70,11 +78,11 @@ class RelevancePropagation(Trainable):
             for layer, rule in passes.rules.items():
                 print(f"Applied {rule} on layer {layer}")
         with passes.first():
-            output = _run_forward(self.forward_func, tensors, target, additional_forward_args)
+            output = run_forward(self.forward_func, tensors, target, additional_forward_args)
         with passes.second() as forward:
             shares = self.gradient_func(forward, tensors, target, additional_forward_args)
         if not isinstance(self, LayerLRP):
-            relevance: Any = _format_output(_is_tuple(inputs), tuple(_times(share, output) for share in shares))
+            relevance: Any = format_output(isinstance(inputs, tuple), tuple(_times(share, output) for share in shares))
         elif isinstance(self.layer, list):
             relevance = [self._of_layer(layer, passes, output, attribute_to_layer_input) for layer in self.layer]
         else:
@@ -93,7 +101,7 @@ class RelevancePropagation(Trainable):
                 f"The layer {type(layer).__name__} has no rule, or the forward pass does not use it: choose one of the "
                 f"layers that have one: {', '.join(sorted({type(each).__name__ for each in passes.rules}))}."
             )
-        return _format_output(len(found) > 1, tuple(_times(share, output) for share in found))
+        return format_output(len(found) > 1, tuple(_times(share, output) for share in found))
 
 
 class Passes:

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import captum.attr as captum
-from captum._utils.common import _verify_select_neuron
-from captum._utils.gradient import construct_neuron_grad_fn
 from torch import Tensor
 
+from captum_idexpo._core.captum import construct_neuron_grad_fn, verify_select_neuron
 from captum_idexpo.attr._trainable import part
 from captum_idexpo.attr.ablation import FeatureAblation
 from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap
@@ -275,7 +274,7 @@ class NeuronFeatureAblation(OfLayer, captum.NeuronFeatureAblation):
         of_its_input = {"attribute_to_neuron_input": arguments.pop("attribute_to_neuron_input")}
 
         def neuron(*given: Any) -> Tensor:
-            selected: Tensor = _verify_select_neuron(self._activations(given, of_its_input), selector)
+            selected: Tensor = verify_select_neuron(self._activations(given, of_its_input), selector)
             return selected
 
         return part(FeatureAblation)(FeatureAblation(neuron), inputs, **arguments)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import captum.attr as captum
 import torch
-from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
+from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._trainable import TensorOrTensors, logged, part

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import Tensor
 
+from captum_idexpo._core.captum import get_exp_kernel_similarity_function
 from captum_idexpo._core.features import FeatureLayout, as_numbers
 from captum_idexpo.attr.surrogates import apply_each
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from torch import Tensor
 
+from captum_idexpo._core.captum import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from captum_idexpo._core.features import as_numbers
 from captum_idexpo.attr._evidence import averaged_ridge
 

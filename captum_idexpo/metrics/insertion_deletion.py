@@ -21,9 +21,9 @@ from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
-from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
+from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import check_inputs, require_finite

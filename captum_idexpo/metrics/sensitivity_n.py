@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum._utils.typing import BaselineType, TargetType
 from torch import Generator, Tensor
 
+from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import check_inputs, require_finite

@@ -1,0 +1,94 @@
+"""Every private name of Captum's that the package stands on.
+
+Captum may change them in any release, so its version has an upper bound, and nothing else imports them. What is public
+(`captum.attr`, `captum.metrics`) is imported where it is needed.
+"""
+
+# How arguments are read, outputs chosen and results formed, so that these are Captum's to the letter.
+from captum._utils.common import _expand_additional_forward_args as expand_additional_forward_args
+from captum._utils.common import _expand_target as expand_target
+from captum._utils.common import _format_additional_forward_args as format_additional_forward_args
+from captum._utils.common import _format_output as format_output
+from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
+from captum._utils.common import _reduce_list as reduce_list
+from captum._utils.common import _run_forward as run_forward
+from captum._utils.common import _select_targets as select_targets
+from captum._utils.common import _verify_select_neuron as verify_select_neuron
+
+# Activations of layers, and gradients of neurons.
+from captum._utils.gradient import _forward_layer_eval as forward_layer_eval
+from captum._utils.gradient import construct_neuron_grad_fn
+
+# The surrogates that users of Captum's LIME pass, which map to those of `attr.surrogates`.
+from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
+from captum._utils.models.model import Model
+
+# The bar that Captum's show_progress draws.
+from captum._utils.progress import NullProgress, progress
+
+# The types of Captum's signatures.
+from captum._utils.typing import BaselineType, TargetType
+from captum.attr._core.feature_ablation import _parse_forward_out as parse_forward_out
+
+# The points between inputs and baselines of GradientShap and its layer form.
+from captum.attr._core.gradient_shap import InputBaselineXGradient
+from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
+
+# LIME's defaults, to know whether a user has changed them.
+from captum.attr._core.lime import default_perturb_func, get_exp_kernel_similarity_function
+
+# Which rule a layer has, and by which a user chooses another.
+from captum.attr._core.lrp import SUPPORTED_LAYERS_WITH_RULES, SUPPORTED_NON_LINEAR_LAYERS
+from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
+
+# The steps of a path integral, a few at a time.
+from captum.attr._utils.approximation_methods import approximation_parameters
+from captum.attr._utils.common import (
+    _format_and_verify_sliding_window_shapes as format_and_verify_sliding_window_shapes,
+)
+from captum.attr._utils.common import _format_and_verify_strides as format_and_verify_strides
+from captum.attr._utils.common import _format_callable_baseline as format_callable_baseline
+from captum.attr._utils.common import _format_input_baseline as format_input_baseline
+from captum.attr._utils.common import _validate_noise_tunnel_type as validate_noise_tunnel_type
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule, PropagationRule
+
+__all__ = [
+    "SUPPORTED_LAYERS_WITH_RULES",
+    "SUPPORTED_NOISE_TUNNEL_TYPES",
+    "SUPPORTED_NON_LINEAR_LAYERS",
+    "Alpha1_Beta0_Rule",
+    "BaselineType",
+    "EpsilonRule",
+    "GammaRule",
+    "IdentityRule",
+    "InputBaselineXGradient",
+    "LayerInputBaselineXGradient",
+    "Model",
+    "NullProgress",
+    "PropagationRule",
+    "SkLearnLasso",
+    "SkLearnLinearRegression",
+    "SkLearnRidge",
+    "TargetType",
+    "approximation_parameters",
+    "construct_neuron_grad_fn",
+    "default_perturb_func",
+    "expand_additional_forward_args",
+    "expand_target",
+    "format_additional_forward_args",
+    "format_and_verify_sliding_window_shapes",
+    "format_and_verify_strides",
+    "format_callable_baseline",
+    "format_input_baseline",
+    "format_output",
+    "format_tensor_into_tuples",
+    "forward_layer_eval",
+    "get_exp_kernel_similarity_function",
+    "parse_forward_out",
+    "progress",
+    "reduce_list",
+    "run_forward",
+    "select_targets",
+    "validate_noise_tunnel_type",
+    "verify_select_neuron",
+]
