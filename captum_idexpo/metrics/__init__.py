@@ -20,7 +20,7 @@ from captum_idexpo.metrics.local_fidelity import (
 from captum_idexpo.metrics.sensitivity_n import sensitivity_n
 
 if TYPE_CHECKING:
-    from captum_idexpo.metrics.accumulated import Deletion, Insertion
+    from captum_idexpo.metrics.torchmetrics import Deletion, Insertion
 
 __all__ = [
     "Deletion",
@@ -41,7 +41,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The torchmetrics, imported when they are asked for, since torchmetrics is an extra."""
     if name in ("Deletion", "Insertion"):
-        from captum_idexpo.metrics import accumulated
+        from captum_idexpo.metrics import torchmetrics
 
-        return getattr(accumulated, name)
+        return getattr(torchmetrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,8 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors
 
 
 class AttributionPrior(Regularizer):

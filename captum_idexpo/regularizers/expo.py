@@ -28,7 +28,7 @@ from captum_idexpo._core.targets import class_labels
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
 from captum_idexpo.metrics._scoring import TargetScorer
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
+from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors, require_real
 
 
 class Neighbors(NamedTuple):

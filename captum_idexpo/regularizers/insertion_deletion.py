@@ -41,8 +41,8 @@ from captum_idexpo.metrics.insertion_deletion import (
     check_temperature,
     make_masks,
 )
-from captum_idexpo.regularizers._base import not_negative
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+from captum_idexpo.regularizers.base import not_negative
 
 DELETION_FORMS = ("ratio", "log", "complement")
 

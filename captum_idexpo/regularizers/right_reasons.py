@@ -22,8 +22,8 @@ from captum_idexpo._core.errors import warn
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells, widened
+from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors, require_real
 
 
 class RightForTheRightReasons(Regularizer):

@@ -21,8 +21,8 @@ from captum_idexpo._core.rng import source
 from captum_idexpo._core.sharing import drawn_for
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
-from captum_idexpo.regularizers._base import Regularizer, Weight, as_tensors, require_real
 from captum_idexpo.regularizers._explaining import Explaining
+from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors, require_real
 
 
 class SaliencyGuided(Regularizer):

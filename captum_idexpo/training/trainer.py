@@ -21,13 +21,7 @@ from captum_idexpo._core.modes import is_compiled, no_graph, training_mode
 from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
-from captum_idexpo.training.generators import generators_of
-from captum_idexpo.training.history import History
-from captum_idexpo.training.loaders import is_its_own, start_workers
-from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
-from captum_idexpo.training.processes import failing_together
-from captum_idexpo.training.run import Run
-from captum_idexpo.training.sharding import (
+from captum_idexpo.training.fsdp import (
     check_sharding,
     gathered,
     is_sharded,
@@ -38,6 +32,12 @@ from captum_idexpo.training.sharding import (
     prepare,
     weights_of,
 )
+from captum_idexpo.training.generators import generators_of
+from captum_idexpo.training.history import History
+from captum_idexpo.training.loaders import is_its_own, start_workers
+from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
+from captum_idexpo.training.processes import failing_together
+from captum_idexpo.training.run import Run
 from captum_idexpo.training.weights import Buffers, Weights
 
 if TYPE_CHECKING:

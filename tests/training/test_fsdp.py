@@ -236,7 +236,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.training.test_sharding"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.training.test_fsdp"]
     result = subprocess.run(
         [sys.executable, *launch, str(folder)],
         capture_output=True,
