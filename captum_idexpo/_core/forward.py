@@ -190,7 +190,6 @@ def evaluate_copies(
     Returns:
         ``(n_examples, n_copies)``. Follows the ambient gradient mode.
     """
-    _keep_freed_memory()
 
     def evaluate_chunk(chunk: Chunk, through: Sequence[Tensor]) -> Tensor:
         examples, copies = chunk
@@ -261,14 +260,3 @@ def evaluate_batches(
         outputs.append(output.reshape(size, *plain.shape))
         on_forward()
     return torch.cat(outputs)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Lets glibc keep the memory of one forward pass for the next.
-
-    It returns to the system, to fetch it again page by page, what exceeds twice the largest block of up to 32 megabytes
-    that was freed so far. Of a network whose blocks are small that cost up to a fifth of the time, by luck of the heap.
-    This block is never touched, so it costs nothing itself.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

@@ -94,9 +94,15 @@ def no_graph() -> Iterator[None]:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """The type in which matrices of single precision are multiplied: autocast's, where it is on."""
-    one = torch.ones(1, 1, device=device, dtype=torch.float32)
-    return (one @ one).dtype
+    """Return the type in which matrices of single precision are multiplied: autocast's, if it is on."""
+    if hasattr(torch.amp, "is_autocast_available"):
+        known = torch.amp.is_autocast_available(device.type)
+        enabled = known and torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+    # An older torch.
+    if device.type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else torch.float32
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else torch.float32
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ Captum's classes lose the graph in few ways, each of which is met once:
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from captum_idexpo._core.memory import leaves_of
@@ -155,47 +155,8 @@ def twice_differentiable(explainer: Any) -> Iterator[None]:
         isinstance(part, nn.RNNBase) for module in modules if isinstance(module, nn.Module) for part in module.modules()
     )
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with _mathematical_attention, without_cudnn:
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
         yield
-
-
-class _MathematicalAttention:
-    """Switches fused attention off while any thread is inside: the first one in does it, the last one out undoes it.
-
-    Kernels are chosen for the whole process; contexts that overlap would restore each other's choice.
-    """
-
-    _kernels = ("flash", "mem_efficient", "cudnn", "math")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: dict[str, bool] = {}
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = {kernel: self._enabled(kernel) for kernel in self._kernels}
-                self._enable({kernel: kernel == "math" for kernel in self._kernels})
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._enable(self._before)
-
-    @staticmethod
-    def _enabled(kernel: str) -> bool:
-        return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: False)())
-
-    @staticmethod
-    def _enable(choice: dict[str, bool]) -> None:
-        for kernel, enabled in choice.items():
-            getattr(torch.backends.cuda, f"enable_{kernel}_sdp", lambda _: None)(enabled)  # older torch lacks cuDNN's
-
-
-_mathematical_attention = _MathematicalAttention()
 
 
 def asks_for_graph(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> bool:
@@ -255,7 +216,7 @@ def _copies(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
         if tensor.requires_grad and not detached:
             new = tensor.clone()
         else:
-            new = tensor.detach()  # `ForwardFunction` hands out copies
+            new = tensor.detach().clone()  # no inference tensor any more, in which there are no gradients
             can_require = new.is_floating_point() or new.is_complex()
             new = new.requires_grad_() if require_gradient and can_require else new
         copies[id(tensor)] = new

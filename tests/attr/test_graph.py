@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import threading
 import weakref
 
 import captum.attr
@@ -72,38 +71,6 @@ def test_named_tuples_are_tuples():
     net = smooth_net()
     attribution = Saliency(lambda a, b: net(torch.cat([a, b], dim=1))).attribute(pair, target=1)
     torch.testing.assert_close(torch.cat(attribution, dim=1), Saliency(net).attribute(X, target=1))
-
-
-def test_kernels_are_given_back_whatever_the_threads_do():
-    """Two calls that overlap, the first to enter being the first to leave."""
-    net, first, second, done = smooth_net(), *(threading.Event() for _ in range(3))
-
-    def slow_first(x):
-        first.set()
-        second.wait(5)
-        return net(x)
-
-    def slow_second(x):
-        second.set()
-        done.wait(5)
-        return net(x)
-
-    def explain(forward, wait_for=None):
-        if wait_for is not None:
-            wait_for.wait(5)
-        Saliency(forward).attribute(X, target=1, create_graph=True)
-
-    torch.backends.cuda.enable_flash_sdp(True)  # whatever came before
-    threads = [
-        threading.Thread(target=explain, args=(slow_first,)),
-        threading.Thread(target=explain, args=(slow_second, first)),
-    ]
-    for thread in threads:
-        thread.start()
-    threads[0].join()
-    done.set()
-    threads[1].join()
-    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_chunks_of_a_path_are_let_go_of_without_a_graph():
