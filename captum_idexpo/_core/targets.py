@@ -63,14 +63,18 @@ def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 
-def captum_target(target: Any, n_examples: int) -> Any:
+def captum_target(target: Any, n_examples: int | None = None) -> Any:
     """Return a target of an attribution as Captum reads it: integers of other types as int64, columns as rows.
+
+    Args:
+        target: the user's.
+        n_examples: rows of the output; None: Captum compares the target with the output itself.
 
     Raises:
         InputTypeError: booleans, fractions, or objects that are neither numbers nor tensors.
         InputError: a tensor that has not one number per example.
     """
-    if isinstance(target, list) and len(target) not in (1, n_examples):
+    if isinstance(target, list) and n_examples is not None and len(target) not in (1, n_examples):
         raise InputError(
             f"target is a list of {len(target)} for {n_examples} examples: give one for each, or one number for all."
         )
@@ -91,7 +95,7 @@ def captum_target(target: Any, n_examples: int) -> Any:
         )
     if target.dim() == 2 and target.shape[1] == 1:
         target = target.squeeze(1)
-    if target.dim() > 1 or target.numel() not in (1, n_examples):
+    if n_examples is not None and (target.dim() > 1 or target.numel() not in (1, n_examples)):
         raise InputError(
             f"target of shape {tuple(target.shape)} does not fit {n_examples} examples: give ({n_examples},), or one "
             "number for all."

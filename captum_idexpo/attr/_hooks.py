@@ -14,33 +14,44 @@ Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
     """Let a rule change the gradient of a module, until the handles are removed.
 
-    The module's input is copied, so that the rule changes the gradient on the way through the module alone. Another
-    module that has this one's output as its input gets a copy, too, so rules of modules that follow each other do not
-    meet in one tensor. Removed handles leave nothing in the graph: the backward pass of a loss is not changed.
+    The module's input and output are copied, so that rules of modules that follow each other do not meet in one tensor.
+    A module that works in place writes into its caller's tensor all the same. Removed handles leave nothing in the
+    graph: the backward pass of a loss is not changed.
 
     Args:
         module: takes one tensor and returns one.
         rule: changes its gradient.
         handles: gets the hooks' handles, those of tensors among them, when the module is called.
     """
-    calls: list[list[Tensor]] = []  # of the module that have begun, with the gradient of each one's output
+    calls: list[_Call] = []  # of the module that have begun
 
     def enter(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        of_output: list[Tensor] = []
-        calls.append(of_output)
-        if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].requires_grad:
+        call = _Call(arguments[0] if arguments else None)
+        calls.append(call)
+        if not isinstance(call.given, Tensor) or not call.given.requires_grad:
             return None
-        entered = arguments[0].clone()
+        call.entered = call.given.clone()
 
         def changed(gradient: Tensor) -> Tensor | None:
-            return rule(module, gradient, of_output.pop()) if of_output else None
+            return rule(module, gradient, call.of_output.pop()) if call.of_output else None
 
-        handles.append(entered.register_hook(changed))
-        return (entered, *arguments[1:])
+        handles.append(call.entered.register_hook(changed))
+        return (call.entered, *arguments[1:])
 
-    def leave(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        of_output = calls.pop()
-        if isinstance(output, Tensor) and output.requires_grad:
-            handles.append(output.register_hook(of_output.append))
+    def leave(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+        call = calls.pop()
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        handles.append(output.register_hook(call.of_output.append))
+        return call.given.copy_(output) if output is call.entered else output.clone()
 
     handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+class _Call:
+    """A call of a module: what it was given, the copy of that, and the gradient of its output."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self.entered: Tensor | None = None
+        self.of_output: list[Tensor] = []

@@ -106,8 +106,8 @@ class Trainable:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls._summary:
-            return  # what several classes share
+        if "_summary" not in vars(cls):
+            return  # what several classes share, and the classes of users
         cls.__init__ = _checking(cls.__init__, cls._modules_only)  # type: ignore[method-assign]
         if "attribute" not in vars(cls):
             cls.attribute = _written(cls)  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ class Trainable:
         if self._of_inputs and not _are_numbers(tensors):
             raise self._no_gradient(tensors)
         if "target" in arguments:
-            arguments["target"] = captum_target(arguments["target"], len(tensors[0]))
+            arguments["target"] = captum_target(arguments["target"])
 
     def _no_gradient(self, inputs: Any) -> InputTypeError:
         dtypes = [str(tensor.dtype) for tensor in as_tuple(inputs, "inputs")]
@@ -237,6 +237,9 @@ def _written(cls: type[Trainable]) -> Callable[..., Any]:
         return self._explain(inputs, create_graph, arguments)
 
     attribute.__signature__ = signature  # type: ignore[attr-defined]
+    attribute.__annotations__ = {
+        name: each.annotation for name, each in signature.parameters.items() if each.annotation is not each.empty
+    }
     attribute.__qualname__ = f"{cls.__qualname__}.attribute"
     attribute.__module__ = cls.__module__
     attribute.__doc__ = documented(cls._summary, signature, cls._parameters, cls._returns)
@@ -333,12 +336,13 @@ class ForwardFunction:
 
     @classmethod
     def of(cls, forward_func: Callable[..., Any], *taps: Tap, check: Callable[[Any], None]) -> Callable[..., Any]:
-        """Return such a function, of one that is such a function already the same.
-
-        A function without parameters, which Captum calls without inputs, stays as it is.
-        """
-        takes_nothing = not isinstance(forward_func, nn.Module) and not inspect.signature(forward_func).parameters
-        return forward_func if takes_nothing or isinstance(forward_func, cls) else cls(forward_func, taps, check)
+        """Return such a function, of one that is such a function already the same."""
+        if isinstance(forward_func, cls):
+            return forward_func
+        function = cls(forward_func, taps, check)
+        if isinstance(forward_func, nn.Module) or inspect.signature(forward_func).parameters:
+            return function
+        return lambda: function()  # Captum calls a function without parameters without the inputs
 
     def __call__(self, *arguments: Any) -> Any:
         """Return the output."""

@@ -70,8 +70,8 @@ class DataLoaderAttribution(captum.DataLoaderAttribution):
 
         Args:
             dataloader: gives batches, tensors or tuples of them, the same ones each time.
-            input_roles: one of `captum.attr.InputRole` for each tensor of a batch: explained, only passed on, or only
-                handed to ``reduce``. None: all are explained.
+            input_roles: for each tensor of a batch 0 (explained), 1 (passed to the forward function) or 2 (only handed
+                to ``reduce``). None: all are explained.
             baselines: what stands in place of a feature: None (zero), a number, a tensor with a batch axis of size 1,
                 or a tuple of these.
             feature_mask: numbers of features, with a batch axis of size 1; None: every element is a feature.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_idexpo._core.captum import format_callable_baseline
 from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.modes import depends_on_batch, precision
 from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._hooks import change_gradient
 from captum_idexpo.attr._trainable import ForwardFunction, Tap, Trainable
@@ -132,7 +133,7 @@ class RescaleRule(Trainable):
 
     def _has_a_gap(self, module: nn.Module) -> bool:
         """Return True if no rule covers a module, or one under which contributions do not add up."""
-        if isinstance(module, nn.Softmax):
+        if isinstance(module, nn.Softmax) or depends_on_batch(module):
             return True
         ruled = self._can_register_hook(module)  # type: ignore[attr-defined]
         return not (ruled or list(module.children()) or isinstance(module, _LINEAR))
@@ -168,10 +169,14 @@ class RescaleRule(Trainable):
             return
         difference = (output - reference).reshape(len(sums), -1).mean(dim=1)  # over the baselines
         gap, scale = (sums - difference).abs().max(), difference.abs().max()
-        rounding = 16 * torch.finfo(output.dtype).eps * output.abs().max()
+        is_double = output.dtype == torch.float64
+        eps = torch.finfo(output.dtype if is_double else precision(output.device)).eps  # autocast's, if it is on
+        rounding = 16 * max(eps, torch.finfo(output.dtype).eps) * output.abs().max()
         if not bool(gap > _LARGE * scale + rounding):
             return
-        names = dict.fromkeys(type(module).__name__ for module in self._uncovered)
+        names = dict.fromkeys(
+            type(module).__name__ + " in training mode" * depends_on_batch(module) for module in self._uncovered
+        )
         what = ", ".join(names) if names else "functions that are no modules (torch.nn.functional, products)"
         warn(
             f"The attributions of {type(self).__name__} miss the outputs' difference by up to {float(gap):.3g} of "
@@ -278,6 +283,8 @@ class OverBaselines(RescaleRule):
 
 def _chunks_of_baselines(n_baselines: int, n_rows: int, n_examples: int) -> list[slice]:
     """Return slices of at least two baselines, as Captum needs them, whose passes have at most ``n_rows`` rows."""
+    if n_rows < 1:
+        raise InputError(f"internal_batch_size must be at least 1, given: {n_rows}.")
     at_a_time = max(2, n_rows // (2 * n_examples))
     if n_rows < 4 * n_examples:
         warn(

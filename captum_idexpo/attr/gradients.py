@@ -194,9 +194,9 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
 
     def _read(self, arguments: dict[str, Any]) -> None:
         """Check the inputs and the target; the other arguments are the attribution method's."""
-        tensors = read_inputs(arguments["inputs"])
+        read_inputs(arguments["inputs"])
         if "target" in arguments:
-            arguments["target"] = captum_target(arguments["target"], len(tensors[0]))
+            arguments["target"] = captum_target(arguments["target"])
 
     def _explain(self, inputs: Any, create_graph: bool, arguments: dict[str, Any]) -> Any:
         if self.is_gradient_method:
@@ -383,7 +383,7 @@ def _one_per_row(target: Any) -> bool:
 def _rows(values: Any, rows: slice) -> Any:
     if isinstance(values, tuple):
         return tuple(_rows(value, rows) for value in values)
-    return values[rows] if isinstance(values, Tensor) else values
+    return values[rows] if isinstance(values, Tensor) and values.dim() else values
 
 
 def detached(values: Any) -> Any:

@@ -52,13 +52,19 @@ class RelevancePropagation(Trainable):
                 f"create_graph with a rule of your own ({type(own[0]).__name__}), which changes weights in place: use "
                 "EpsilonRule, GammaRule, Alpha1_Beta0_Rule or IdentityRule of captum.attr."
             )
+        if create_graph and isinstance(self.model, nn.DataParallel):
+            raise InputTypeError(f"{type(self).__name__} with create_graph takes no DataParallel: pass model.module.")
+
+    def _is_captums(self) -> bool:
+        """Return True for what Captum's own computation is for: rules of users, and models on several devices."""
+        return bool(self._rules_of_the_users()) or isinstance(self.model, nn.DataParallel)
 
     def _rules_of_the_users(self) -> list[PropagationRule]:
         rules = [vars(module).get("rule") for module in self.model.modules()]
         return [rule for rule in rules if isinstance(rule, PropagationRule) and type(rule) not in _RULES]
 
     def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
-        if self._rules_of_the_users():
+        if self._is_captums():
             with _rules_kept(self.model):
                 return captums_method(type(self))(self, inputs, **arguments)
         return self._propagated(inputs, **arguments)
@@ -212,7 +218,11 @@ class Passes:
 
         def at_input(true: Tensor) -> Callable[[Tensor], Tensor]:
             def relevance(gradient: Tensor) -> Tensor:
-                share = self.relevance_out[module][0] if isinstance(rule, IdentityRule) else gradient * true
+                share = (
+                    self.relevance_out[module][0]
+                    if isinstance(rule, IdentityRule)
+                    else (gradient * true).to(gradient.dtype)
+                )
                 self.relevance_in[module] = (*self.relevance_in.get(module, ()), share)
                 return share
 
@@ -221,8 +231,11 @@ class Passes:
         def leave(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
             def quotient(share: Tensor) -> Tensor:
                 self.relevance_out[module] = (share,)
-                stable = torch.where(output < 0, -rule.STABILITY_FACTOR, rule.STABILITY_FACTOR)
-                return share / (output + stable)
+                # In half precision the factor would be 0.
+                wide = output.to(torch.promote_types(output.dtype, torch.float32))
+                stable = wide + rule.STABILITY_FACTOR * torch.where(wide < 0, -1, 1)
+                relevance: Tensor = (share / stable).to(share.dtype)
+                return relevance
 
             if output.requires_grad:
                 self._handles.append(output.register_hook(quotient))

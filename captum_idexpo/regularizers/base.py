@@ -117,8 +117,8 @@ class Regularizer(nn.Module):
         if not self._waits and self._in_training:
             raise RuntimeError(
                 f"The weight of {type(self).__name__} is 'auto' and not set yet: before each step call "
-                "`regularizer.calibrate(task_loss, inputs, target)`, which does nothing once it is set; "
-                "ExplanationRegularizedLoss and the trainer do."
+                "`regularizer.calibrate(task_loss, inputs, target)`, which does nothing once it is set, nor under "
+                "torch.no_grad(); ExplanationRegularizedLoss and the trainer do."
             )
         self._waits = False
         return {self.term: 0.0 * penalty}

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap, NeuronDeepLift
+from captum_idexpo.attr import (
+    Deconvolution,
+    DeepLift,
+    DeepLiftShap,
+    GuidedBackprop,
+    LayerDeepLift,
+    LayerDeepLiftShap,
+    NeuronDeepLift,
+)
 from captum_idexpo.testing import assert_trainable
 from tests.attr.cases import IMAGES, pool_net, relu_net
 
@@ -193,3 +201,88 @@ def test_baselines_a_few_at_a_time(explainer, rows):
     assert max(seen) <= max(rows, 18)  # two or three baselines of three examples
     with pytest.warns(UserWarning, match="12 rows are evaluated at a time"):
         explainer.attribute(SERIES, several, target=1, internal_batch_size=4)
+
+
+class WritesBack(nn.Module):
+    """Operations in place whose effect on the caller's tensor counts."""
+
+    def __init__(self, way, inplace=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.second, self.last = (
+            nn.Linear(3, 8),
+            nn.ReLU(inplace),
+            nn.Linear(8, 8),
+            nn.Linear(8, 2),
+        )
+        self.way, self.inplace = way, inplace
+        self.double()
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.way == "residual":  # the input of the activation is used again
+            y = self.act(h)
+            h = self.second(y) + (h if self.inplace else y)
+        if self.way == "ignored":  # what the activation returns is not
+            y = self.act(h)
+            h = h if self.inplace else y
+        if self.way == "part":
+            y = self.act(h[:, :4])
+            h = h if self.inplace else torch.cat([y, h[:, 4:]], dim=1)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("explainer", [DeepLift, GuidedBackprop, Deconvolution])
+@pytest.mark.parametrize("way", ["residual", "ignored", "part"])
+def test_a_module_that_works_in_place_writes_into_its_callers_tensor(way, explainer):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    explained = [explainer(WritesBack(way, inplace)).attribute(x, target=1) for inplace in (True, False)]
+    torch.testing.assert_close(*explained)
+    model = WritesBack(way)
+    assert_trainable(lambda: explainer(model).attribute(x, target=1, create_graph=True), model, n_directions=2)
+
+
+def test_an_operation_in_place_behind_a_pool():
+    torch.manual_seed(0)
+    pool = nn.MaxPool1d(2)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool, self.last = nn.Conv1d(2, 3, 3), pool, nn.Linear(3 * 7, 2)
+
+        def forward(self, x):
+            h = self.pool(self.conv(x))
+            h += 1
+            return self.last(h.flatten(1))
+
+    net = Net().double()
+    gap = (net(SERIES) - net(torch.zeros_like(SERIES)))[:, 1].detach()
+    torch.testing.assert_close(sums(DeepLift(net).attribute(SERIES, target=1)), gap, rtol=0, atol=1e-14)
+
+
+def test_training_mode_is_named_where_it_leaves_a_gap():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 2)).train()
+    with pytest.warns(UserWarning, match="no rule that adds up for Dropout in training mode"):
+        DeepLift(net).attribute(torch.randn(4, 3), target=1)
+
+
+def test_rounding_under_autocast_is_no_gap():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DeepLift(in_single_precision(net)).attribute(torch.randn(8, 3), torch.full((1, 3), 0.1), target=1)
+
+
+def in_single_precision(net):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x).float()
+
+    return Single()

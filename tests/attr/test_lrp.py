@@ -165,3 +165,34 @@ def test_nothing_is_kept_after_a_call():
     net = Net()
     LRP(net).attribute(X, TARGET, create_graph=True).sum().backward()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+STABLE = {name: lambda: EpsilonRule(1.0) for name in ("conv1", "pool", "conv2", "norm", "mean", "head")}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, create_graph):
+    expected = LRP(with_rules(Net(), STABLE)).attribute(X, TARGET)
+    net = with_rules(Net(), STABLE).to(dtype)
+    found = LRP(net).attribute(X.to(dtype), TARGET, create_graph=create_graph)
+    assert found.dtype == dtype
+    assert float((found.double() - expected).detach().abs().max()) < 0.15 * float(expected.abs().max())
+    layer = Net().to(dtype)
+    assert LayerLRP(layer, layer.conv2).attribute(X.to(dtype), TARGET).isfinite().all()
+
+
+def test_autocast():
+    net = with_rules(Net(), STABLE).float()
+    expected = LRP(net).attribute(X.float(), TARGET)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = LRP(net).attribute(X.float(), TARGET, create_graph=True)
+    assert float((found - expected).detach().abs().max()) < 0.15 * float(expected.abs().max())
+
+
+def test_a_data_parallel_is_captums():
+    net = Net()
+    expected = captum.attr.LRP(nn.DataParallel(Net())).attribute(X.clone(), TARGET)
+    torch.testing.assert_close(LRP(nn.DataParallel(net)).attribute(X, TARGET), expected.detach())
+    with pytest.raises(TypeError, match=r"takes no DataParallel: pass model\.module"):
+        LRP(nn.DataParallel(net)).attribute(X, TARGET, create_graph=True)

@@ -1,0 +1,103 @@
+"""Classes whose ``attribute`` is written: what users build on them."""
+
+from __future__ import annotations
+
+import inspect
+
+import captum.attr
+import pytest
+import torch
+from torch import nn
+
+import captum_idexpo.attr as attr
+from tests.helpers import smooth_net
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Twice(attr.Saliency):
+    def attribute(self, *args, **kwargs):
+        return 2 * super().attribute(*args, **kwargs)
+
+
+class Doubling:
+    def attribute(self, *args, **kwargs):
+        return 2 * super().attribute(*args, **kwargs)
+
+
+class Inherits(Twice):
+    pass
+
+
+class Mixed(Doubling, attr.Saliency):
+    pass
+
+
+class ByName(attr.LayerGradientXActivation):
+    def __init__(self, model, layer="0"):
+        super().__init__(model, model.get_submodule(layer))
+
+
+class Anything(attr.DeepLift):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Nothing(attr.DeepLift):
+    def __init__(self):
+        super().__init__(smooth_net())
+
+
+@pytest.mark.parametrize("kind", [Twice, Inherits, Mixed])
+def test_subclasses_keep_their_own_method(kind):
+    net = smooth_net()
+    expected = 2 * attr.Saliency(net).attribute(X, target=1)
+    torch.testing.assert_close(kind(net).attribute(X, target=1), expected)
+    assert kind(net).attribute(X, target=1, create_graph=True).requires_grad
+
+
+def test_subclasses_have_constructors_of_their_own():
+    net = smooth_net()
+    ByName(net, "1").attribute(X, target=1)
+    for explainer in (Anything(net), Anything(model=net), Nothing()):
+        assert explainer.attribute(X, target=1).shape == X.shape
+    with pytest.raises(TypeError, match="Anything changes the gradients"):
+        Anything(lambda x: net(x))
+
+
+def test_signatures_are_captums_and_create_graph():
+    theirs = list(inspect.signature(captum.attr.LayerGradCam.attribute).parameters)
+    assert list(inspect.signature(attr.LayerGradCam.attribute).parameters) == [*theirs, "create_graph"]
+    assert inspect.signature(attr.LayerGradCam) == inspect.signature(captum.attr.LayerGradCam)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'targt'"):
+        attr.Saliency(smooth_net()).attribute(X, targt=1)
+
+
+def test_a_forward_function_without_parameters():
+    net = smooth_net()
+    assert attr.LayerActivation(lambda: net(X), net[0]).attribute(X).shape == (4, 8)
+    attribution = attr.LayerGradientXActivation(lambda: net(X), net[0]).attribute(X, target=1)
+    torch.testing.assert_close(attribution, attr.LayerGradientXActivation(net, net[0]).attribute(X, target=1))
+
+
+def test_a_target_for_each_row_of_the_output():
+    """Which need not be the inputs' rows."""
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reader, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.reader(x)[0][-1])
+
+    steps = torch.randn(7, 5, 3)
+    attribution = attr.Saliency(Sequence()).attribute(steps, target=torch.tensor([0, 1, 0, 1, 0]))
+    assert attribution.shape == steps.shape
+
+
+def test_a_number_as_a_tensor_among_the_arguments():
+    net, number = smooth_net(), torch.tensor(2.0, dtype=torch.float64)
+    explainer = attr.GradientShap(lambda x, k: net(x) * k)
+    arguments = {"baselines": X, "target": 1, "additional_forward_args": (number,), "internal_batch_size": 2}
+    assert explainer.attribute(X, **arguments).shape == X.shape
