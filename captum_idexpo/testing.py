@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.inputs import check_inputs
-from captum_idexpo._core.rng import accelerators, seeded
+from captum_idexpo._core.modes import Snapshot
+from captum_idexpo._core.rng import seeded
 
 _STEPS = (1e-5, 1e-6, 1e-7)
 """Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""
@@ -94,15 +95,12 @@ def assert_trainable(
         raise ValueError(f"n_directions must be at least 1, given: {n_directions}: nothing would be checked.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_parameters(parameters)
-    devices = list({device for parameter in parameters.values() for device in accelerators(parameter.device)})
-
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    device, before = next(iter(parameters.values())).device, Snapshot(model)
 
     def loss() -> Tensor:
-        with seeded(seed, devices):
+        with seeded(seed, device):
             total = _loss(attribute(), seed)
-        for buffer, copy in buffers:
-            buffer.data.copy_(copy)  # unseen by graphs that hold the buffer
+        before.restore()
         return total
 
     total = loss()

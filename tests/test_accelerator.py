@@ -250,7 +250,7 @@ def test_insertion_and_deletion(temperature, feature_mask, baselines, device):
         maps = LayerAttribution.interpolate(maps, (6, 6))
         mask = None if feature_mask is None else feature_mask.to(device)
         return insertion_deletion(
-            net, x, maps, put, target=Y.to(device), feature_mask=mask, temperature=temperature
+            net, x, maps, baselines=put, target=Y.to(device), feature_mask=mask, temperature=temperature
         ), net
 
     assert_same_on(device, compute)

@@ -304,7 +304,7 @@ def test_a_history_without_validation_has_losses_only():
 def test_a_history_keeps_losses_and_scores_apart_and_gaps_open():
     rows = [
         {"epoch": 1, "loss": 0.7, "seconds_per_step": 1.0, "insertion_weight": 0.1, "valscore": 2.0},
-        {"epoch": 2, "loss": float("nan"), "val_accuracy": 0.5, "valscore": 2.5, "skipped": 1},
+        {"epoch": 2, "loss": float("nan"), "val_accuracy": 0.5, "valscore": 2.5, "deletion_floor_share": 0.5},
     ]
     losses, scores = plot_history(rows).axes
     assert [line.get_label() for line in losses.lines] == ["loss"]

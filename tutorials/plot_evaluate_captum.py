@@ -194,7 +194,7 @@ removed = {"black": 0.0, "grey": 0.5, "white": 1.0, "mean image": x.mean(0, keep
 
 @torch.no_grad()
 def mean_insertion(attribution, baselines=0.0):
-    return float(insertion(model, x, attribution, baselines, target=y, step_size=2).mean())
+    return float(insertion(model, x, attribution, baselines=baselines, target=y, step_size=2).mean())
 
 
 by_baseline = {name: [mean_insertion(maps[name], baselines) for baselines in removed.values()] for name in maps}

@@ -92,7 +92,7 @@ def metric(subject: Subject, device: torch.device) -> Job:
 
     def score(temperature: Any) -> None:
         with torch.no_grad():
-            insertion_deletion(model, x, maps, 0, target=y, step_size=step_size, temperature=temperature)
+            insertion_deletion(model, x, maps, baselines=0, target=y, step_size=step_size, temperature=temperature)
 
     n_rows = 2 * len(x) * (maps[0].numel() // step_size)
     contenders = {
@@ -112,7 +112,7 @@ def soft_backward(subject: Subject, device: torch.device) -> Job:
     steps = torch.arange(1, N_STEPS + 1, device=device) * step_size
 
     def ours() -> None:
-        scores = insertion_deletion(model, x, maps, 0, target=y, step_size=step_size, temperature="auto")
+        scores = insertion_deletion(model, x, maps, baselines=0, target=y, step_size=step_size, temperature="auto")
         (scores.deletion - scores.insertion).mean().backward()
 
     def loop() -> None:
@@ -172,7 +172,7 @@ def levers(subject: Subject, device: torch.device) -> Job:
 
         def score(model: nn.Module = model, context: Callable[[], Any] = context) -> None:
             with torch.no_grad(), context():
-                insertion_deletion(model, x, maps, 0, target=y)
+                insertion_deletion(model, x, maps, baselines=0, target=y)
 
         contenders[name] = score
     return Job("insertion and deletion, faster models", contenders)
@@ -235,7 +235,7 @@ def pixel_flipping(subject: Subject, device: torch.device) -> Job:
 
     def ours() -> None:
         with torch.no_grad():
-            deletion(model, x, maps, 0, target=y, step_size=step_size)
+            deletion(model, x, maps, baselines=0, target=y, step_size=step_size)
 
     contenders = {
         "bare model": bare(subject, model, device, len(x) * N_STEPS),

@@ -48,7 +48,6 @@ from captum.attr._utils.common import (
 )
 from captum.attr._utils.common import _format_and_verify_strides as format_and_verify_strides
 from captum.attr._utils.common import _format_callable_baseline as format_callable_baseline
-from captum.attr._utils.common import _format_input_baseline as format_input_baseline
 from captum.attr._utils.common import _validate_noise_tunnel_type as validate_noise_tunnel_type
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule, PropagationRule
 
@@ -79,7 +78,6 @@ __all__ = [
     "format_and_verify_sliding_window_shapes",
     "format_and_verify_strides",
     "format_callable_baseline",
-    "format_input_baseline",
     "format_output",
     "format_tensor_into_tuples",
     "forward_layer_eval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
@@ -40,10 +41,17 @@ def all_finite(value: Tensor | float) -> bool:
     return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
+def calling_modules() -> list[str]:
+    """Return the names of the modules whose code is running, the nearest first, without the function that asks."""
+    frame: FrameType | None = sys._getframe(2)
+    names = []
+    while frame is not None:
+        names.append(str(frame.f_globals.get("__name__", "")))
+        frame = frame.f_back
+    return names
+
+
 def warn(message: str) -> None:
     """Warn at the line that calls this package, since Python shows a warning once per line by default."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    inside = itertools.takewhile(lambda name: name.partition(".")[0] in _NOT_THE_USERS, calling_modules())
+    warnings.warn(message, stacklevel=2 + len(list(inside)))

@@ -160,7 +160,7 @@ class MaskedInputs:
 
     Args:
         inputs: tensors ``(B, ...)``.
-        baselines: for each tensor a number or a tensor that broadcasts against it, see `align_baselines`.
+        baselines: for each tensor a number or a tensor that broadcasts against it, see `as_baselines`.
         layout: where the features lie.
         finite: True if inputs and baselines are known to hold neither NaN nor infinity. None: a look decides. On an
             accelerator a look costs a synchronisation, so None counts as False there.

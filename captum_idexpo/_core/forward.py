@@ -7,15 +7,14 @@ Rows are ordered copy by copy: all examples of the first copy, then all of the s
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_idexpo._core.captum import select_targets
+from captum_idexpo._core.captum import TargetType, select_targets
 from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.memory import Chunk, MemoryBudget
@@ -26,16 +25,14 @@ Perturbation = Callable[..., tuple[Tensor, ...]]
 
 
 class BatchForward:
-    """A forward function bound to the extra arguments of one batch, callable on copies of a part of that batch.
+    """A forward function bound to the additional arguments of one batch, callable on copies of its examples.
 
     Args:
         forward_func: takes the input tensors, then the additional arguments.
-        additional_forward_args: a tensor as long as the batch goes with the examples; anything else is passed on as it
-            is. A tensor of a single number may be a single example's or for whatever comes: where copies of it do not
-            suit the forward function, it is passed on as it is, too.
-        n_examples: the batch's size.
+        additional_forward_args: tensors whose first size is the batch's go with the examples; anything else is passed
+            as it is.
+        n_examples: B.
         target: Captum's target; None returns the forward function's whole output.
-        lists_of_examples: lists as long as a batch of several examples go with these, as in Captum's LIME.
 
     Raises:
         InputError: there is not one target for each example or one for all.
@@ -45,11 +42,9 @@ class BatchForward:
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        additional_forward_args: Any,
+        additional_forward_args: object,
         n_examples: int,
-        target: Any = None,
-        *,
-        lists_of_examples: bool = False,
+        target: TargetType = None,
     ) -> None:
         if additional_forward_args is None:
             additional_forward_args = ()
@@ -57,15 +52,8 @@ class BatchForward:
             additional_forward_args = (additional_forward_args,)
         self.forward_func = forward_func
         self.target = target = captum_target(target, n_examples)
-        # Captum calls such a function, too; it asks at every call, which costs a tenth of a small model's time. A
-        # module's call takes whatever there is.
-        is_module = isinstance(forward_func, nn.Module)
-        self._takes_nothing = not is_module and not inspect.signature(forward_func).parameters
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
-        self._repeats_lists = lists_of_examples and n_examples > 1
-        numbers = (a for a in additional_forward_args if isinstance(a, Tensor) and a.dim() == 1)
-        self._may_be_shared = n_examples == 1 and any(len(number) == 1 for number in numbers)
         if isinstance(target, Tensor) and target.numel() == 1:
             target = target.reshape(())  # which Captum reads as a number
         self._target = repeated_for_chunks(target, n_examples)
@@ -75,42 +63,22 @@ class BatchForward:
             self._classes = KeptForChunk(lambda examples, n_copies: classes[examples].expand(n_copies, -1, -1))
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
-        """The output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
+        """Return the output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
         additional = [
-            argument
-            if isinstance(argument, list) and not self._repeats_lists
-            else _repeated(argument, self.n_examples, examples, n_copies)
+            _repeated(argument, self.n_examples, examples, n_copies) if isinstance(argument, Tensor) else argument
             for argument in self.additional_forward_args
         ]
-        if self._takes_nothing:
-            output = self.forward_func()
-        elif not self._may_be_shared or n_copies == 1:
-            output = self.forward_func(*rows, *additional)
-        else:
-            try:
-                output = self.forward_func(*rows, *additional)
-            except Exception:
-                output = self.forward_func(*rows, *self.additional_forward_args)
-        return self._select(output, examples, n_copies)
+        return self._select(self.forward_func(*rows, *additional), examples, n_copies)
 
     def of_rows(self, rows: Tensor) -> BatchForward:
         """Return the same forward function bound to the arguments of some examples, whose numbers are given."""
-
-        def chosen(argument: Any) -> Any:
-            return _of_rows(argument, self.n_examples, rows)
-
-        return BatchForward(
-            self.forward_func,
-            tuple(
-                argument if isinstance(argument, list) and not self._repeats_lists else chosen(argument)
-                for argument in self.additional_forward_args
-            ),
-            len(rows),
-            chosen(self.target),
-            lists_of_examples=self._repeats_lists,
+        additional = tuple(
+            _of_rows(argument, self.n_examples, rows) if isinstance(argument, Tensor) else argument
+            for argument in self.additional_forward_args
         )
+        return BatchForward(self.forward_func, additional, len(rows), _of_rows(self.target, self.n_examples, rows))
 
-    def _select(self, output: Any, examples: slice, n_copies: int) -> Any:
+    def _select(self, output: object, examples: slice, n_copies: int) -> Any:
         require_tensor(output, numbers=True)
         if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:
             # Captum's choice, but without a target for each copy.
@@ -122,7 +90,7 @@ class BatchForward:
 
 
 class KeptForChunk:
-    """Makes what a chunk needs, and keeps that of the last one, since most chunks have one shape.
+    """Makes what a chunk needs, and keeps that of the last chunk, since most chunks have the same shape.
 
     Args:
         make: (examples, number of copies) -> what is needed for them.
@@ -133,22 +101,22 @@ class KeptForChunk:
         self._chunk: tuple[Any, ...] | None = None
 
     def __call__(self, examples: slice, n_copies: int) -> Any:
-        """What these copies need."""
+        """Return what these copies need."""
         chunk = (examples.start, examples.stop, n_copies)
         if chunk != self._chunk:
             self._made, self._chunk = self._make(examples, n_copies), chunk
         return self._made
 
 
-def repeated_for_chunks(argument: Any, n_examples: int) -> KeptForChunk:
-    """A batch's argument for copies of its examples, copy by copy.
+def repeated_for_chunks(target: object, n_examples: int) -> KeptForChunk:
+    """Return a batch's target for copies of its examples, copy by copy.
 
     A tensor or list as long as the batch goes with the examples; anything else is for all of them.
     """
-    return KeptForChunk(functools.partial(_repeated, argument, n_examples))
+    return KeptForChunk(functools.partial(_repeated, target, n_examples))
 
 
-def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) -> Any:
+def _repeated(argument: object, n_examples: int, examples: slice, n_copies: int) -> Any:
     if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
         some = argument[examples]
         if argument.dim() > 3:
@@ -159,7 +127,7 @@ def _repeated(argument: Any, n_examples: int, examples: slice, n_copies: int) ->
     return argument
 
 
-def _of_rows(argument: Any, n_examples: int, rows: Tensor) -> Any:
+def _of_rows(argument: object, n_examples: int, rows: Tensor) -> Any:
     if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
         return argument[rows.to(argument.device)]
     if isinstance(argument, list) and len(argument) == n_examples:
@@ -178,17 +146,21 @@ def evaluate_copies(
     memory: MemoryBudget | None = None,
     on_forward: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Evaluates ``n_copies`` perturbed copies of each example, at most ``max_rows`` rows at a time.
+    """Evaluate ``n_copies`` perturbed copies of each example, at most ``max_rows`` rows at a time.
 
     Args:
-        evaluate: (rows, examples, copies) -> one value a row; rows are ``n_copies * n_examples`` of the slices given.
+        evaluate: (rows, examples, number of copies) -> values ``(n_rows, ...)`` of the ``n_copies * n_examples`` rows
+            of a chunk.
         perturb: makes the copies asked for.
-        through: what the copies are made of and gradients flow to; `perturb` is handed them.
-        memory: bounds what the graph keeps; None: it keeps everything.
+        n_examples: B.
+        n_copies: copies of each example.
+        max_rows: rows of a forward pass.
+        through: what the copies are made of and gradients flow to; `perturb` is given them.
+        memory: bounds what the graph keeps, for one value per row; None: it keeps everything.
         on_forward: called after each forward pass (progress bars).
 
     Returns:
-        ``(n_examples, n_copies)``. Follows the ambient gradient mode.
+        ``(n_examples, n_copies, ...)``. Follows the ambient gradient mode.
     """
 
     def evaluate_chunk(chunk: Chunk, through: Sequence[Tensor]) -> Tensor:
@@ -217,10 +189,22 @@ def evaluate_copies(
         values = memory.evaluate(evaluate_chunk, chunks, through, on_forward)
     in_order = iter(values)
     columns = [
-        torch.cat([next(in_order) for _ in block]).reshape(n_copies, -1)  # a block's chunks are of the same examples
+        torch.cat([next(in_order) for _ in block]).unflatten(0, (n_copies, -1))  # a block has the same examples
         for block in blocks
     ]
-    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).T
+    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).transpose(0, 1)
+
+
+def evaluate_given(
+    evaluate: Callable[[tuple[Tensor, ...], slice, int], Tensor], copies: tuple[Tensor, ...], max_rows: int
+) -> Tensor:
+    """Return the values ``(B, n, ...)`` of copies that are at hand, tensors ``(n, B, ...)``; see `evaluate_copies`."""
+
+    def chosen(examples: slice, some: slice) -> tuple[Tensor, ...]:
+        return tuple(tensor[some, examples] for tensor in copies)
+
+    n_copies, n_examples = copies[0].shape[:2]
+    return evaluate_copies(evaluate, chosen, n_examples, n_copies, max_rows)
 
 
 def evaluate_batches(

@@ -1,18 +1,30 @@
-"""What a user passes, read once."""
+"""What a user passes, read once: inputs, baselines, counts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from captum_idexpo._core.errors import InputError, InputTypeError, NonFiniteError, all_finite
 
+Tensors = Tensor | tuple[Tensor, ...]
+"""One tensor, or one for each input of the model."""
+Baseline = Tensor | int | float
+Value = TypeVar("Value")
 
-def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
-    """Return a tensor or a tuple of tensors as a tuple; TypeError for anything else, with the cure for a mapping."""
-    formatted: tuple[Tensor, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
+
+def as_tuple(tensors: object, name: str) -> tuple[Tensor, ...]:
+    """Return a tensor or a tuple of tensors as a tuple.
+
+    Raises:
+        InputTypeError: anything else; for a mapping the error shows how to wrap the model.
+    """
+    formatted: tuple[Any, ...] = tensors if isinstance(tensors, tuple) else (tensors,)
     for tensor in formatted:
         if isinstance(tensor, Mapping):
             keys = ", ".join(map(str, tensor))
@@ -30,28 +42,56 @@ def as_tuple(tensors: Any, name: str) -> tuple[Tensor, ...]:
     return formatted
 
 
-def check_inputs(inputs: Any, baselines: Any, check_finite: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Return inputs and baselines as tuples that fit each other.
+def as_batch(inputs: object) -> tuple[Tensor, ...]:
+    """Return the tensors ``(B, ...)`` of a batch as a tuple.
 
     Raises:
-        InputError: an empty batch, tensors of different batch sizes, a baseline that does not fit.
-        NonFiniteError: inputs or baselines hold NaN or infinity.
-        TypeError: inputs that are no tensors, baselines that are neither numbers nor tensors.
+        InputTypeError: inputs that are no tensors.
+        InputError: an empty batch, or tensors of different batch sizes.
     """
     tensors = as_tuple(inputs, "inputs")
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1:
+    if len(sizes) > 1:
         raise InputError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
-    if sizes == {0}:
-        raise InputError("The batch is empty: there is nothing to score.")
+    if sizes in ({0}, set()):
+        raise InputError("The batch is empty: give at least one example.")
+    return tensors
+
+
+def as_baselines(baselines: object, tensors: tuple[Tensor, ...]) -> tuple[Baseline, ...]:
+    """Return baselines that broadcast against slices of their inputs, one per tensor; None is zero.
+
+    A tensor with as many axes as its input has a batch axis of size 1 or B. A tensor with fewer axes has none.
+
+    Raises:
+        InputTypeError: a baseline that is neither a number nor a tensor.
+        InputError: the number of baselines, or the shape of one, does not fit.
+    """
     if baselines is None:
-        baselines = (0,) * len(tensors)
+        baselines = tuple(False if tensor.dtype == torch.bool else 0 for tensor in tensors)
     elif not isinstance(baselines, tuple):
         baselines = (baselines,)
     for baseline in baselines:
         if not isinstance(baseline, (Tensor, int, float)):
-            raise TypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
-    aligned = align_baselines(baselines, tensors)
+            raise InputTypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
+    if len(baselines) != len(tensors):
+        raise InputError(
+            f"baselines holds {len(baselines)} values for {len(tensors)} input tensors: give one baseline per tensor."
+        )
+    return tuple(_align_baseline(baseline, tensor) for baseline, tensor in zip(baselines, tensors, strict=True))
+
+
+def check_inputs(
+    inputs: object, baselines: object, check_finite: bool
+) -> tuple[tuple[Tensor, ...], tuple[Baseline, ...]]:
+    """Return inputs and baselines as tuples that fit each other.
+
+    Raises:
+        NonFiniteError: inputs or baselines hold NaN or infinity.
+        InputError, InputTypeError: see `as_batch` and `as_baselines`.
+    """
+    tensors = as_batch(inputs)
+    aligned = as_baselines(baselines, tensors)
     if check_finite:
         require_finite(tensors, "inputs")
         if not all(map(all_finite, aligned)):
@@ -68,22 +108,36 @@ def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
             raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
 
 
-def align_baselines(baselines: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Return baselines that broadcast against slices of their inputs.
-
-    A tensor with as many axes as its input has a batch axis of size 1 or B. A tensor with fewer axes has none.
-
-    Raises:
-        InputError: the number of baselines, or the shape of one, does not fit.
-    """
-    if len(baselines) != len(inputs):
-        raise InputError(
-            f"baselines holds {len(baselines)} values for {len(inputs)} input tensors: give one baseline per tensor."
-        )
-    return tuple(_align_baseline(baseline, tensor) for baseline, tensor in zip(baselines, inputs, strict=True))
+def require_real(tensors: tuple[Tensor, ...]) -> None:
+    """Raise TypeError for token ids and other integers, which have no gradient and no neighbours."""
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"inputs of {tensor.dtype} have no gradient and no neighbours: pass embeddings to a forward function "
+                "that takes them, or explain an embedding layer (explainer=LayerIntegratedGradients(model, layer))."
+            )
 
 
-def with_batch_axis(value: Any, tensor: Tensor) -> Any:
+def check_count(name: str, value: object) -> int:
+    """Return a positive integer; InputError for anything else."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, given: {value!r}.")
+    return int(value)
+
+
+def check_optional_count(name: str, value: object) -> int | None:
+    """Return a positive integer or None; InputError for anything else."""
+    return None if value is None else check_count(name, value)
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """Return a finite number that is zero or positive; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be a finite number and not negative, given: {value}.")
+    return float(value)
+
+
+def with_batch_axis(value: Value, tensor: Tensor) -> Value:
     """Return a mask or baseline with axes of size 1 in place of the leading axes that it lacks.
 
     A tensor with fewer axes than the input has no batch axis, whatever the sizes are. Captum reads ``(n, ...)`` as one
@@ -91,7 +145,7 @@ def with_batch_axis(value: Any, tensor: Tensor) -> Any:
     """
     if not isinstance(value, Tensor) or value.dim() >= tensor.dim():
         return value
-    return value.reshape(*[1] * (tensor.dim() - value.dim()), *value.shape)
+    return cast(Value, value.reshape(*[1] * (tensor.dim() - value.dim()), *value.shape))
 
 
 def broadcasts(value: Tensor, tensor: Tensor) -> bool:
@@ -100,17 +154,17 @@ def broadcasts(value: Tensor, tensor: Tensor) -> bool:
     return same_axes and all(size in (1, full) for size, full in zip(value.shape, tensor.shape, strict=True))
 
 
-def _align_baseline(baseline: Any, tensor: Tensor) -> Any:
+def _align_baseline(baseline: Baseline, tensor: Tensor) -> Baseline:
     if not isinstance(baseline, Tensor):
         # Integers, such as token ids, stay integers where the baseline is one, too.
         whole = isinstance(baseline, float) and baseline.is_integer() and not tensor.is_floating_point()
         return int(baseline) if whole else baseline
-    aligned = baseline.to(tensor.device)
-    if aligned.is_floating_point() and (tensor.is_floating_point() or bool((aligned == aligned.round()).all())):
-        aligned = aligned.to(tensor.dtype)
-    if not aligned.dim():
-        return aligned
-    aligned = with_batch_axis(aligned, tensor)
+    given = baseline.to(tensor.device)
+    if given.is_floating_point() and (tensor.is_floating_point() or bool((given == given.round()).all())):
+        given = given.to(tensor.dtype)
+    if not given.dim():
+        return given
+    aligned = with_batch_axis(given, tensor)
     if not broadcasts(aligned, tensor):
         raise InputError(
             f"A baseline of shape {tuple(baseline.shape)} does not fit the input of shape {tuple(tensor.shape)}: "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_idexpo._core.modes import is_compiled, no_graph, precision
+from captum_idexpo._core.modes import copied_buffers, is_compiled, no_graph, precision, put_back
 from captum_idexpo._core.rng import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
@@ -211,17 +211,15 @@ class _Conditions:
         """Undoes what an evaluation did to random numbers and statistics."""
         set_streams(self._streams, self._devices)
         for module, copies in self._buffers.items():
-            for name, copy in copies.items():
-                buffer = module._buffers[name]
-                if copy is not None and buffer is not None and buffer is not copy:
-                    buffer.data.copy_(copy)  # unseen by graphs that hold the buffer, as BatchNorm itself moves it
+            if self._modes[module]:  # only in training mode does a module move its buffers
+                put_back(module, copies)
 
     def _note(self, module: nn.Module) -> None:
         if module in self._modes:
             return
         self._modes[module] = module.training
         if module._buffers:
-            self._buffers[module] = _copies(module._buffers) if module.training else dict(module._buffers)
+            self._buffers[module] = copied_buffers(module) if module.training else dict(module._buffers)
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
@@ -237,15 +235,13 @@ class _Conditions:
             for module, buffers in self._buffers.items():
                 stack.callback(setattr, module, "_buffers", module._buffers)
                 # In training copies of the copies, since BatchNorm moves these statistics once more.
-                module._buffers = _copies(buffers) if self._modes[module] else buffers
+                module._buffers = buffers
+                if self._modes[module]:
+                    module._buffers = copied_buffers(module)
             self._leave = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
         self._leave.close()
-
-
-def _copies(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:

@@ -12,8 +12,15 @@ from torch import Tensor
 from captum_idexpo._core.errors import InputError, InputTypeError
 
 
+def explained_class(target: Any, outputs: str) -> Any:
+    """Return a loader's target as the class that is explained; None for the real numbers of a regression."""
+    if outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+        return None
+    return class_labels(target)
+
+
 def class_labels(target: Any) -> Any:
-    """A loader's labels as a target: as int64, those of a binary loss, floats 0.0 and 1.0 of shape ``(B, 1)``, too."""
+    """Return a loader's labels as int64 ``(B,)``: also those of a binary loss, floats 0.0 and 1.0 ``(B, 1)``."""
     if not isinstance(target, Tensor):
         return target
     if target.dim() == 2 and target.shape[1] == 1:
@@ -35,7 +42,7 @@ def require_integers(target: Tensor) -> None:
 
 
 def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:
-    """A target in any of Captum's forms as indices ``(B, n)``."""
+    """Return a target in any of Captum's forms as indices ``(B, n)``."""
     if target is None:
         return None
     if isinstance(target, Tensor):

@@ -11,11 +11,9 @@ Captum's classes lose the graph in few ways, each of which is met once:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from captum_idexpo._core.errors import calling_modules
 from captum_idexpo._core.memory import leaves_of
 from captum_idexpo._core.modes import module_of, no_graph, no_weights_left
 
@@ -246,15 +245,9 @@ def _map(values: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def _called_by_captum() -> bool:
-    """Whether torch was called by Captum itself, not by a model in between."""
-    frame: FrameType | None = sys._getframe(2)  # behind the mode's own
-    while frame is not None and _package_of(frame) == "torch":
-        frame = frame.f_back
-    return frame is not None and _package_of(frame) == "captum"
-
-
-def _package_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    """Return True if torch was called by Captum itself, not by a model in between."""
+    packages = (name.partition(".")[0] for name in calling_modules()[1:])  # behind the mode's own function
+    return next((package for package in packages if package != "torch"), None) == "captum"
 
 
 def _tensors(values: Any) -> list[Tensor]:

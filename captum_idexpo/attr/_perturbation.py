@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_idexpo._core.captum import format_input_baseline
 from captum_idexpo._core.chunks import look, repeated_rows, slices
 from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs, as_numbers
 from captum_idexpo._core.forward import BatchForward, evaluate_copies
-from captum_idexpo._core.inputs import align_baselines, as_tuple
+from captum_idexpo._core.inputs import as_baselines, as_tuple
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
@@ -50,8 +49,7 @@ class Problem:
             TypeError: feature masks that do not hold whole numbers.
             InputTypeError: inputs that are no tensors.
         """
-        as_tuple(inputs, "inputs")
-        tensors, formatted_baselines = format_input_baseline(inputs, baselines)
+        tensors = as_tuple(inputs, "inputs")
         batch_size = len(tensors[0])
         if not batch_size:
             raise InputError("The batch is empty: there is nothing to explain.")
@@ -70,7 +68,7 @@ class Problem:
                 f"{layout.n_features} features make a large surrogate that is slow to fit: group them with a "
                 "feature_mask.",
             )
-        aligned = align_baselines(formatted_baselines, tensors)
+        aligned = as_baselines(baselines, tensors)
         return cls(MaskedInputs(tensors, aligned, layout), isinstance(inputs, tuple), ragged)
 
     @property

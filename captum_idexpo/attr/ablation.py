@@ -18,7 +18,6 @@ from captum_idexpo._core.captum import (
     TargetType,
     format_and_verify_sliding_window_shapes,
     format_and_verify_strides,
-    format_input_baseline,
     parse_forward_out,
     progress,
 )
@@ -26,7 +25,7 @@ from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_batches
-from captum_idexpo._core.inputs import align_baselines, as_tuple
+from captum_idexpo._core.inputs import as_baselines, as_tuple, check_optional_count
 from captum_idexpo.attr._graph import by_outputs, note_output
 from captum_idexpo.attr._trainable import TensorOrTensors, logged
 
@@ -60,23 +59,18 @@ class BatchOutputs:
         additional_forward_args: Any,
         perturbations_per_eval: int | None,
     ) -> None:
-        assert perturbations_per_eval is None or (
-            isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1
-        ), f"perturbations_per_eval must be None or an integer of at least 1, given: {perturbations_per_eval}."
-        as_tuple(inputs, "inputs")
+        self._at_a_time = check_optional_count("perturbations_per_eval", perturbations_per_eval)
         self._is_tuple = isinstance(inputs, tuple)
-        self.tensors, _ = format_input_baseline(inputs, None)
+        self.tensors = as_tuple(inputs, "inputs")
         self._description = f"{explainer.get_name()} attribution"
-        self._at_a_time = perturbations_per_eval
         self._forward = BatchForward(explainer.forward_func, additional_forward_args, len(self.tensors[0]), target)
         self.plain = self._evaluate(repeated_rows(self.tensors), 1)
         note_output(self.plain)
 
-    def masked(self, inputs: Any, baselines: Any, feature_mask: Any) -> MaskedInputs:
+    def masked(self, baselines: object, feature_mask: object) -> MaskedInputs:
         """Return the batch in terms of its features, with what replaces them; errors as for `FeatureAblation`."""
-        _, given = format_input_baseline(inputs, baselines)
         layout = FeatureLayout.of(feature_mask, self.tensors)
-        return MaskedInputs(self.tensors, align_baselines(given, self.tensors), layout)
+        return MaskedInputs(self.tensors, as_baselines(baselines, self.tensors), layout)
 
     def on_copies(
         self,
@@ -200,7 +194,7 @@ class FeatureAblation(captum.FeatureAblation):
 
         def compute(inputs: Any) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
-            masked = outputs.masked(inputs, baselines, feature_mask)
+            masked = outputs.masked(baselines, feature_mask)
             features = torch.arange(masked.layout.n_features, device=outputs.tensors[0].device)
 
             def without_features(chunk: slice) -> tuple[Tensor, ...]:
@@ -392,7 +386,7 @@ class Occlusion(captum.Occlusion, FeatureAblation):
         def compute(inputs: Any) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             windows = _Windows(outputs.tensors, sliding_window_shapes, strides)
-            masked = outputs.masked(inputs, baselines, None)
+            masked = outputs.masked(baselines, None)
             everything = masked.layout.n_features * [False]
             covered = masked.copies(torch.tensor(everything, device=outputs.tensors[0].device)[None, None])
             perturbed = outputs.on_copies(

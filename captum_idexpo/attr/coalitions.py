@@ -15,12 +15,12 @@ import itertools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import as_numbers
-from captum_idexpo._core.order import ascending
 from captum_idexpo.attr.sampling import (
     LIME_SAMPLINGS,
     coins,
@@ -203,7 +203,7 @@ def _drawn(
     scores = _orthogonal_rows(shape, device, generator) if orthogonal else noise(shape, device, generator)
     masks = _one_of_each_pair(plan, _largest(scores, left))
     # These classes are large, so few coalitions come twice. They are drawn again.
-    in_order = ascending(_keys(masks))
+    in_order = _ascending(_keys(masks))
     sets = (in_order[:, 1:] == in_order[:, :-1]).any(dim=1).nonzero().flatten()
     while len(sets):
         some = masks[sets]
@@ -273,7 +273,14 @@ def _in_proportion(quantiles: list[float], n: int, start: float) -> list[int]:
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:
     """Keeps as many of the largest entries of noise ``(..., D)`` as sizes ``(...)`` say."""
     n_features = noise.shape[-1]
-    return noise > ascending(noise).gather(-1, (n_features - 1 - sizes)[..., None])
+    return noise > _ascending(noise).gather(-1, (n_features - 1 - sizes)[..., None])
+
+
+def _ascending(values: Tensor) -> Tensor:
+    # NumPy sorts several times faster than torch on a CPU: 40 % of a call with 64 features.
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+    return values.sort(dim=-1).values
 
 
 def _with_end_points(masks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from captum.attr import KernelShap as CaptumKernelShap
 from torch import Generator, Tensor
 
-from captum_idexpo._core.sharing import drawn_for, drawn_for_all
+from captum_idexpo._core.rng import drawn_for
 from captum_idexpo.attr import coalitions
 from captum_idexpo.attr._perturbation import Problem, Samples
 from captum_idexpo.attr.lime import Lime
@@ -75,6 +75,4 @@ class KernelShap(Lime, CaptumKernelShap):
         def draw(n_sets: int) -> tuple[Tensor, Tensor | None]:
             return coalitions.kernel_shap_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
 
-        like = (n_samples, n_features)
-        drawn = drawn_for_all(lambda: draw(1), *like) if share_masks else drawn_for(problem.n_examples, draw, *like)
-        return Samples(*drawn)
+        return Samples(*(draw(1) if share_masks else drawn_for(problem.n_examples, draw)))

@@ -17,7 +17,7 @@ from captum_idexpo._core.captum import (
     format_tensor_into_tuples,
     forward_layer_eval,
 )
-from captum_idexpo._core.checkpointing import refused_inside
+from captum_idexpo._core.modes import refused_inside_checkpoints
 from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._trainable import Tap, Trainable, part
 from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation
@@ -374,4 +374,4 @@ def _outside_checkpoints(layers: Layers, its_input: bool) -> Any:
         "without what this attribution puts in place of its tensors: turn checkpointing off while explaining "
         "(`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."
     )
-    return refused_inside(layers if isinstance(layers, list) else [layers], why, output_only=not its_input)
+    return refused_inside_checkpoints(layers if isinstance(layers, list) else [layers], why, output_only=not its_input)

@@ -16,7 +16,7 @@ from captum_idexpo._core.errors import warn
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.modes import module_of, no_graph
-from captum_idexpo._core.sharing import drawn_for, drawn_for_all
+from captum_idexpo._core.rng import drawn_for
 from captum_idexpo.attr import sampling as streams
 from captum_idexpo.attr._graph import keeps_graph, require_gradients_enabled
 from captum_idexpo.attr._perturbation import Problem, Samples
@@ -149,9 +149,7 @@ class Lime(CaptumLime):
             )
             return cast(TensorOrTensors, by_captum)
 
-        forward = BatchForward(
-            self.forward_func, additional_forward_args, problem.batch_size, target, lists_of_examples=True
-        )
+        forward = BatchForward(self.forward_func, additional_forward_args, problem.batch_size, target)
         memory = MemoryBudget.of(memory_budget, create_graph, module_of(self.forward_func))
         problem, rows_per_forward = problem.sized_for(forward, perturbations_per_eval, share_masks)
         parts = problem.parts()
@@ -201,9 +199,7 @@ class Lime(CaptumLime):
             def draw(n_sets: int) -> Tensor:
                 return streams.lime_masks(sampling, n_sets, n_samples, n_features, problem.device, generator)
 
-            like = (n_samples, n_features)
-            masks = drawn_for_all(lambda: draw(1), *like) if share_masks else drawn_for(problem.n_examples, draw, *like)
-            samples = Samples(masks)
+            samples = Samples(draw(1) if share_masks else drawn_for(problem.n_examples, draw))
         if kernel is not None:
             return samples.weighted(
                 kernel.weights(samples.masks, problem.layout, problem.inputs, problem.baselines, problem.joint)

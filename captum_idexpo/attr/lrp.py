@@ -27,9 +27,9 @@ from captum_idexpo._core.captum import (
     format_output,
     run_forward,
 )
-from captum_idexpo._core.checkpointing import refused_inside
 from captum_idexpo._core.errors import InputError, InputTypeError
 from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.modes import refused_inside_checkpoints
 from captum_idexpo.attr._trainable import Trainable, captums_method
 from captum_idexpo.attr.gradients import WITH_DELTA
 from captum_idexpo.attr.layer import PER_ACTIVATION_WITH_DELTA
@@ -172,7 +172,7 @@ class Passes:
                 self._pass_relevance_on(module)
             for module, rule in self.rules.items():
                 self._propagate(module, rule)
-            with refused_inside(list(self.rules), why, output_only=False):
+            with refused_inside_checkpoints(list(self.rules), why, output_only=False):
                 yield forward
         finally:
             self._phase.of_relevance = False

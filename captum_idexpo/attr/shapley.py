@@ -86,7 +86,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
 
         def compute(inputs: Any) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
-            masked = outputs.masked(inputs, baselines, feature_mask)
+            masked = outputs.masked(baselines, feature_mask)
             coalitions = self._coalitions(masked.layout.n_features, n_samples, outputs.tensors[0].device)
 
             def members(chunk: slice) -> tuple[Tensor, ...]:

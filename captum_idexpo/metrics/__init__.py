@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from captum_idexpo.metrics.insertion_deletion import (
-    InsertionDeletionScores,
-    deletion,
-    insertion,
-    insertion_deletion,
-)
-from captum_idexpo.metrics.local_fidelity import (
-    LinearExplanation,
-    LocalLinearModels,
-    neighborhood_fidelity,
-    point_fidelity,
-    stability,
-)
+from captum_idexpo.attr.local_linear import LinearExplanation, LocalLinearModels
+from captum_idexpo.metrics._masking import InsertionDeletionScores
+from captum_idexpo.metrics.insertion_deletion import deletion, insertion, insertion_deletion
+from captum_idexpo.metrics.local_fidelity import neighborhood_fidelity, point_fidelity, stability
 from captum_idexpo.metrics.sensitivity_n import sensitivity_n
 
 if TYPE_CHECKING:

@@ -21,6 +21,12 @@ Score = Literal["probability", "log_probability", "log_complement"]
 """p_y, log p_y or log(1 - p_y); for raw outputs each of them is the output itself."""
 
 
+def check_outputs(outputs: str) -> None:
+    """Raise ValueError for an unknown kind of outputs."""
+    if outputs not in OUTPUTS:
+        raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
+
+
 class TargetScorer:
     """Scores of the target on rows of copies of one batch.
 
@@ -54,8 +60,7 @@ class TargetScorer:
         check_values: bool = True,
         max_rows: int | None = None,
     ) -> None:
-        if outputs not in OUTPUTS:
-            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
+        check_outputs(outputs)
         self.outputs = outputs
         n_examples = len(inputs[0])
         self._target = target_indices(target, n_examples, inputs[0].device)

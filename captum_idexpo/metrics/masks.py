@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from captum_idexpo._core.order import ascending, descending_ranks
-
 _EXACT = (torch.float32, torch.float64)
 """Types that hold the rank of any location: float32 of 2^24, an image of 4096 x 4096."""
 
@@ -29,7 +27,7 @@ class HardMasks:
 
     def __init__(self, values: Tensor, present: Tensor | None = None, dtype: torch.dtype = torch.int32) -> None:
         self.values = _in_single_or_double(values).detach()
-        ranks = descending_ranks(_without_absent(self.values, present))
+        ranks = _descending_ranks(_without_absent(self.values, present))
         self._rank = ranks.to(dtype) if dtype in _EXACT else ranks
 
     def thresholds(self, steps: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ class SoftMasks:
 
     def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
         self.values = _in_single_or_double(values)
-        ordered = ascending(_without_absent(self.values, present)).flip(-1)
+        ordered = _without_absent(self.values.detach(), present).sort(dim=-1, descending=True).values
         self._ordered = ordered
         self._n_locations = _count(present, ordered)
         self._smallest = ordered.gather(1, self._n_locations - 1)
@@ -134,3 +132,10 @@ def _count(present: Tensor | None, ordered: Tensor) -> Tensor:
     if present is None:
         return torch.full((len(ordered), 1), ordered.shape[1], device=ordered.device)
     return present.sum(dim=1, keepdim=True).expand(len(ordered), 1)
+
+
+def _descending_ranks(values: Tensor) -> Tensor:
+    """Return how many values come before each ``(B, D)`` when the largest comes first; ties in order of positions."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    positions = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, positions.expand(order.shape))

@@ -11,23 +11,22 @@ from torch import Generator, Tensor
 from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
-from captum_idexpo._core.inputs import check_inputs, require_finite
+from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
 from captum_idexpo._core.rng import source
 from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._scoring import TargetScorer
-from captum_idexpo.metrics.insertion_deletion import check_count, check_max_rows
 
 
 def sensitivity_n(
     forward_func: Callable[..., Any],
-    inputs: Tensor | tuple[Tensor, ...],
-    attributions: Tensor | tuple[Tensor, ...],
+    inputs: Tensors,
+    attributions: Tensors,
     n: int,
-    baselines: BaselineType = None,
-    feature_mask: Tensor | tuple[Tensor, ...] | None = None,
-    additional_forward_args: Any = None,
-    target: TargetType = None,
     *,
+    baselines: BaselineType = None,
+    feature_mask: Tensors | None = None,
+    additional_forward_args: object = None,
+    target: TargetType = None,
     n_samples: int = 100,
     outputs: str = "logits",
     generator: Generator | None = None,
@@ -69,7 +68,7 @@ def sensitivity_n(
     smallest = int(locations.counts.min())
     if n > smallest:
         raise ValueError(f"n must lie between 1 and the number of locations, {smallest}; given: {n}.")
-    max_rows = check_max_rows(max_examples_per_batch)
+    max_rows = check_optional_count("max_examples_per_batch", max_examples_per_batch)
     scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
     sign = scorer.sign()
     values = locations.values if sign is None else locations.values * sign

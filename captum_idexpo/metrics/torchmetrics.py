@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion
 
@@ -32,34 +34,72 @@ class _Accumulated(Metric):
     forward_func: Callable[..., Any]
     total: Tensor
     count: Tensor
+    _metric: Callable[..., Tensor]
 
     def __init__(
-        self, forward_func: Any, baselines: Any = None, *, metric_kwargs: dict[str, Any] | None = None
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        baselines: BaselineType = None,
+        fraction: float = 1.0,
+        step_size: int | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        outputs: str = "logits",
+        max_examples_per_batch: int | None = None,
+        check_finite: bool = True,
+        metric_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Args: see the subclasses."""
         super().__init__(**(metric_kwargs or {}))
         self.__dict__["forward_func"] = forward_func  # the user's; no submodule of a metric
         self.baselines = baselines
+        self.options: dict[str, Any] = {
+            "fraction": fraction,
+            "step_size": step_size,
+            "temperature": temperature,
+            "outputs": outputs,
+            "max_examples_per_batch": max_examples_per_batch,
+            "check_finite": check_finite,
+        }
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        # A MetricCollection takes metrics for one whose states have once been equal, whatever they score.
+        # A MetricCollection merges metrics whose states have once been equal, whatever they score.
         self.add_state("number", torch.tensor(next(_NUMBERS)), dist_reduce_fx="max")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Accumulated:
-        """A copy that scores the same model, as torchmetrics' ``clone``."""
+        """Return a copy that scores the same model, for torchmetrics' ``clone``."""
         memo[id(self.forward_func)] = self.forward_func
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
-    def compute(self) -> Tensor:
-        """The mean over what was seen."""
-        return self.total / self.count
-
-    def _add(self, scores: Tensor) -> None:
+    @no_graph()
+    def update(
+        self,
+        inputs: Tensors,
+        attributions: Tensors,
+        target: TargetType = None,
+        *,
+        feature_mask: Tensors | None = None,
+        additional_forward_args: object = None,
+    ) -> None:
+        """Add a batch; arguments as for `captum_idexpo.metrics.insertion_deletion`."""
+        scores = self._metric(
+            self.forward_func,
+            inputs,
+            attributions,
+            baselines=self.baselines,
+            feature_mask=feature_mask,
+            additional_forward_args=additional_forward_args,
+            target=target,
+            **self.options,
+        )
         self.total += scores.double().sum()
         self.count += len(scores)
+
+    def compute(self) -> Tensor:
+        """Return the mean over all examples so far."""
+        return self.total / self.count
 
 
 class Insertion(_Accumulated):
@@ -67,15 +107,16 @@ class Insertion(_Accumulated):
 
     Args:
         forward_func: what is scored; put it in eval mode.
-        baselines: what masked locations are set to.
-        metric_kwargs: of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
+        baselines, fraction, step_size, temperature, outputs, max_examples_per_batch, check_finite: as for
+            `captum_idexpo.metrics.insertion_deletion`.
+        metric_kwargs: arguments of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
 
     Example:
         >>> import torch
         >>> from captum_idexpo.attr import Saliency
         >>> from captum_idexpo.metrics import Insertion
         >>> model = torch.nn.Linear(6, 3)
-        >>> metric, saliency = Insertion(model), Saliency(model)
+        >>> metric, saliency = Insertion(model, fraction=0.5), Saliency(model)
         >>> for x, y in [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])), (torch.randn(2, 6), torch.tensor([1, 2]))]:
         ...     metric.update(x, saliency.attribute(x, target=y), target=y)
         >>> bool(0 < metric.compute() < 1)
@@ -83,11 +124,7 @@ class Insertion(_Accumulated):
     """
 
     higher_is_better = True
-
-    @no_graph()
-    def update(self, inputs: Any, attributions: Any, target: Any = None, **arguments: Any) -> None:
-        """Adds a batch; arguments as for `captum_idexpo.metrics.insertion`."""
-        self._add(insertion(self.forward_func, inputs, attributions, self.baselines, target=target, **arguments))
+    _metric = staticmethod(insertion)
 
 
 class Deletion(_Accumulated):
@@ -106,8 +143,4 @@ class Deletion(_Accumulated):
     """
 
     higher_is_better = False
-
-    @no_graph()
-    def update(self, inputs: Any, attributions: Any, target: Any = None, **arguments: Any) -> None:
-        """Adds a batch; arguments as for `captum_idexpo.metrics.deletion`."""
-        self._add(deletion(self.forward_func, inputs, attributions, self.baselines, target=target, **arguments))
+    _metric = staticmethod(deletion)

@@ -1,16 +1,19 @@
-"""What regularizers ask of an explainer: an attribution, at the inputs' locations, with a graph where one is wanted."""
+"""An explainer as a regularizer calls it, and how a layer's attribution gets to the locations of the inputs."""
 
 from __future__ import annotations
 
 import inspect
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import captum.attr as captum
 import torch
 from captum.attr import Attribution, LayerAttribution
-from torch import Tensor
+from torch import Generator, Tensor
 
 from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._trainable import require_trainable
 
@@ -22,18 +25,16 @@ class Explaining:
         explainer: an attribution of `captum_idexpo.attr`.
         attribute_kwargs: arguments of its ``attribute``.
 
+    Attributes:
+        seconds: that the last call took.
+
     Raises:
-        TypeError: no attribution, or Captum's own, through which nothing can be trained.
+        TypeError: no attribution, or one of Captum's own classes, through which nothing can be trained.
         ValueError: a distribution of baselines is needed and not given; a convergence delta is asked for.
     """
 
-    def __init__(self, explainer: Attribution, attribute_kwargs: dict[str, Any] | None) -> None:
-        if not isinstance(explainer, Attribution):
-            raise TypeError(
-                f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
-                "Example: LayerGradCam(model, model.layer3)."
-            )
-        self.explainer = explainer
+    def __init__(self, explainer: Attribution, attribute_kwargs: Mapping[str, Any] | None) -> None:
+        self.explainer = require_attribution(explainer)
         self.arguments = dict(attribute_kwargs or {})
         self.takes = require_trainable(explainer)
         if isinstance(explainer, captum.NoiseTunnel):
@@ -41,15 +42,30 @@ class Explaining:
         self._require_distribution()
         if self.arguments.get("return_convergence_delta"):
             raise ValueError("A convergence delta is no attribution: leave return_convergence_delta out.")
+        self.seconds = 0.0
 
-    def __call__(self, inputs: Any, create_graph: bool, offered: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The attribution's tensors; of what is offered the explainer is given what it takes."""
+    def __call__(self, inputs: Tensors, create_graph: bool, **offered: Any) -> tuple[Tensor, ...]:
+        """Return the attribution, one map per tensor, in single precision at least.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            create_graph: attach the attribution to the graph of the model's parameters.
+            offered: arguments, of which the explainer is given those that it takes and that are not fixed.
+        """
+        started = time.perf_counter()
         arguments = {name: value for name, value in offered.items() if name in self.takes}
         attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
+        self.seconds = time.perf_counter() - started
         return widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
 
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generator that the explainer is always given, if there is one."""
+        given = self.arguments.get("generator")
+        return [] if given is None else [given]
+
     def of_one_column(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether what is explained is a single column, of which class 0 is the complement."""
+        """Return True if the explained output is a single (binary) logit."""
         arguments = self.arguments.get("additional_forward_args")
         forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
         with no_graph(), eval_mode(module_of(self.explainer.forward_func)):  # a single row has no statistics
@@ -57,12 +73,12 @@ class Explaining:
 
     @property
     def of_layer(self) -> bool:
-        """Whether a layer is explained, in its own shape; also under a NoiseTunnel."""
+        """True if a layer is explained, in its own shape; also under a NoiseTunnel."""
         return isinstance(self._method, LayerAttribution)
 
     @property
     def signed_for_target(self) -> bool:
-        """Whether a positive attribution speaks for the target, so that it speaks against the other of two classes."""
+        """True if a positive attribution is evidence for the target, and so against the other of two classes."""
         magnitude = isinstance(self._method, captum.Saliency) and self.arguments.get("abs", True)
         squared = self.arguments.get("nt_type", "smoothgrad") != "smoothgrad"
         return "target" in self.takes and not magnitude and not squared
@@ -73,7 +89,7 @@ class Explaining:
         return method
 
     def _require_distribution(self) -> None:
-        """GradientShap and its like compare with a distribution of baselines, which masking does not have."""
+        """Refuse GradientShap and other classes that need a distribution of baselines if none is given."""
         baselines = inspect.signature(self.explainer.attribute).parameters.get("baselines")
         needed = baselines is not None and baselines.default is inspect.Parameter.empty
         if needed and "baselines" not in self.arguments:
@@ -83,16 +99,26 @@ class Explaining:
             )
 
 
+def require_attribution(explainer: object) -> Attribution:
+    """Return an explainer; TypeError for anything that is no attribution."""
+    if not isinstance(explainer, Attribution):
+        raise TypeError(
+            f"explainer must be an attribution of captum_idexpo.attr, given: {type(explainer).__name__}. "
+            "Example: LayerGradCam(model, model.layer3)."
+        )
+    return explainer
+
+
 def widened(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Maps in single precision at least: squares of halves vanish, and their ranks overflow."""
+    """Return maps in single precision at least, since squares of halves vanish and their ranks overflow."""
     return tuple(map.to(torch.promote_types(map.dtype, torch.float32)) for map in maps)
 
 
 def layer_cells(maps: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """A layer's attribution at the input's locations, and at its own cells ``(B, n_cells)``.
+    """Return a layer's attribution at the locations of the input, and at its own cells ``(B, n_cells)``.
 
-    Over images and sequences with channels ``(B, C, ...)`` the channels are averaged and cells expanded, to the
-    nearest; over rows ``(B, T)``, token ids for example, a further axis is that of the embedding and averaged.
+    For inputs ``(B, C, ...)``, images and series, channels are averaged and cells are enlarged to the nearest. For
+    inputs ``(B, T)``, such as token ids, a further axis of the attribution is that of the embedding and is averaged.
 
     Raises:
         ValueError: several layer outputs or inputs; a shape that has no place in the input's.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells
-from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors
+from captum_idexpo.regularizers._explaining import require_attribution
+from captum_idexpo.regularizers.base import Penalty, Weight
 
 
-class AttributionPrior(Regularizer):
-    """What `Smoothness` and `Sparsity` share: a penalty on an attribution alone."""
+class AttributionPrior(Penalty):
+    """A penalty on an attribution alone."""
 
     _term: str
 
@@ -24,28 +25,21 @@ class AttributionPrior(Regularizer):
         model: nn.Module | None = None,
         weight: Weight = 1.0,
         ratio: float = 1.0,
-        attribute_kwargs: dict[str, Any] | None = None,
+        attribute_kwargs: Mapping[str, Any] | None = None,
         outputs: str = "logits",
         eval_mode: bool = True,
     ) -> None:
-        explaining = Explaining(explainer, attribute_kwargs)
         super().__init__(
             self._term,
-            explainer.forward_func,
+            require_attribution(explainer).forward_func,
             model=model,
             weight=weight,
             ratio=ratio,
             outputs=outputs,
             eval_mode=eval_mode,
+            explainer=explainer,
+            attribute_kwargs=attribute_kwargs,
         )
-        self._explaining = explaining
-
-    def maps(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
-        """The attribution, a layer's brought to the input's size."""
-        tensors = as_tensors(inputs)
-        offered = {"target": self.explained_target(self._explaining, tensors, target)}
-        maps = self._explaining(inputs, torch.is_grad_enabled(), offered)
-        return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
 
 
 class Smoothness(AttributionPrior):
@@ -80,10 +74,10 @@ class Smoothness(AttributionPrior):
     _term = "smoothness"
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        """Total variation, summed over positions, averaged over the batch."""
+        """Return the total variation, summed over positions and averaged over the batch."""
         variations = [
             map.diff(dim=axis).abs().flatten(1).sum(1)
-            for map in self.maps(inputs, target)
+            for map in self.explain(inputs, target)
             for axis in range(min(2, map.dim() - 1), map.dim())
         ]
         return torch.stack(variations).sum(dim=0).mean()
@@ -123,8 +117,8 @@ class Sparsity(AttributionPrior):
     _term = "sparsity"
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        """1 - Gini coefficient of the features' mean magnitudes."""
-        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.maps(inputs, target)]
+        """Return 1 minus the Gini coefficient of the features' mean magnitudes."""
+        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(inputs, target)]
         ascending = torch.cat(magnitudes).sort().values
         n = len(ascending)
         ranks = 2 * torch.arange(1, n + 1, device=ascending.device, dtype=ascending.dtype) - n - 1

@@ -1,50 +1,242 @@
-"""What regularizers with a single term share: its weight, the model's mode, and checks of the target."""
+"""The public face of a regularizer: named, weighted terms, computed in eval mode.
+
+`Regularizer` is what the loss and the trainer know. `Penalty` is a regularizer of one term with a weight, which may be
+chosen from the first batch.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from captum.attr import Attribution
+from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.errors import NonFiniteError, warn
-from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.inputs import Tensors, as_batch, check_not_negative
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams
-from captum_idexpo._core.targets import class_labels, require_integers
-from captum_idexpo.metrics._scoring import OUTPUTS
-from captum_idexpo.regularizers._explaining import Explaining
+from captum_idexpo._core.targets import explained_class, require_integers
+from captum_idexpo.metrics._scoring import check_outputs
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells
 
 Weight = float | Literal["auto"]
-_HEAVIEST = 1e8  # beyond it an automatic weight would raise rounding errors
+_HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
 
 
 class Regularizer(nn.Module):
-    """One named, weighted loss term: ``weight * penalty``, the penalty a mean over the batch.
+    """Loss terms made of a model's explanations: called as ``regularizer(inputs, target, annotations)``.
 
-    Subclasses say what the penalty is. An automatic weight makes the term ``ratio`` times the task loss when training
-    starts, as the authors of ExpO set theirs (Plumb et al. 2020), so that one ratio serves many data sets.
+    A subclass computes its `terms`. They are called with the model in eval mode (BatchNorm, dropout), whatever mode the
+    training loop has set. `ExplanationRegularizedLoss` and the trainer also read the attributes below, which a subclass
+    may override.
 
     Args:
-        term: the term's name.
-        forward_func: what is evaluated; kept out of the submodules, since it belongs to the user.
-        model: the module held in eval mode; None: the forward function, if it is a module or a module's method.
-        weight: a number, or "auto".
-        ratio: of an automatically weighted term to the task loss, at the start.
-        eval_mode: whether passes for this term run in eval mode (BatchNorm, dropout).
+        forward_func: the function that is explained or evaluated: a module, or a callable of the input tensors.
+        model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
         outputs: what the forward function returns, as for `captum_idexpo.metrics.insertion_deletion`.
+        eval_mode: hold the model in eval mode while the terms are computed.
+        explainer: an attribution of `captum_idexpo.attr` that the terms use, see `explain`.
+        attribute_kwargs: further arguments of ``explainer.attribute``.
+        generator: source of random numbers that the terms draw; None: torch's global generator.
+
+    Attributes:
+        explainer_seconds: seconds that the explainer took in the last call.
+        measurements: numbers that the last call measured beside its terms, by name, as detached scalar tensors. The
+            trainer reports their means.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError: a forward function that cannot be called, an explainer that is none or cannot be trained through.
+        ValueError: unknown outputs, arguments that the explainer lacks.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo.attr import InputXGradient
+        >>> from captum_idexpo.regularizers import Regularizer
+        >>> class Norms(Regularizer):
+        ...     def terms(self, inputs, target, annotations):
+        ...         (maps,) = self.explain(inputs, target)
+        ...         return {"l1": 0.1 * maps.abs().mean(), "l2": 0.1 * maps.square().mean()}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout())
+        >>> regularizer = Norms(model, explainer=InputXGradient(model))
+        >>> terms = regularizer(torch.randn(5, 4), torch.randint(3, (5,)))
+        >>> sum(terms.values()).backward()
     """
 
     forward_func: Callable[..., Any]
     model: nn.Module | None
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        model: nn.Module | None = None,
+        outputs: str = "logits",
+        eval_mode: bool = True,
+        explainer: Attribution | None = None,
+        attribute_kwargs: Mapping[str, Any] | None = None,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_outputs(outputs)
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func must be a module or a forward function, given: {type(forward_func).__name__}."
+            )
+        # The model belongs to the user. As a submodule its parameters would stand in a second state dict.
+        self.__dict__["forward_func"] = forward_func
+        self.__dict__["model"] = module_of(forward_func) if model is None else model
+        self.outputs = outputs
+        self.eval_mode = eval_mode
+        if explainer is None and attribute_kwargs:
+            raise ValueError("attribute_kwargs belong to an explainer: pass explainer= as well.")
+        self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
+        self._explains_one_column: bool | None = None
+        self.generator = generator
+        self.explainer_seconds = 0.0
+        self.measurements: dict[str, Tensor] = {}
+        if eval_mode and not self.models:
+            warn(
+                "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
+                "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
+            )
+
+    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+        """Return the weighted terms: scalars by name, means over the batch.
+
+        Under `torch.no_grad` they have the same values and no graph.
+        """
+        raise NotImplementedError
+
+    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
+        """Return the weighted terms, scalars by name.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: labels ``(B,)``, or the targets of a regression.
+            annotations: what a loader yields third, see `RightForTheRightReasons`.
+
+        Raises:
+            ValueError: real numbers as targets where the outputs are said to be those of classes.
+        """
+        self._check_target(target)
+        with self.held_in_eval_mode():
+            terms = self.terms(inputs, target, annotations)
+        if self._explaining is not None:
+            self.explainer_seconds = self._explaining.seconds
+        return terms
+
+    def explain(self, inputs: Tensors, target: Any) -> tuple[Tensor, ...]:
+        """Return the explainer's attribution, one map per input tensor, a layer's in the size of the input.
+
+        Under enabled gradients it is attached to the graph of the model's parameters.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: labels ``(B,)``; the explainer gets none for a regression, and where it explains a single column.
+
+        Raises:
+            RuntimeError: the regularizer has no explainer; the attribution can have no graph.
+            TypeError: a target that names no class.
+        """
+        if self._explaining is None:
+            raise RuntimeError(f"{type(self).__name__} has no explainer: pass explainer= to Regularizer's constructor.")
+        tensors = as_batch(inputs)
+        explained = self._explained_target(self._explaining, tensors, target)
+        maps = self._explaining(inputs, torch.is_grad_enabled(), target=explained)
+        return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
+
+    def held_in_eval_mode(self) -> AbstractContextManager[None]:
+        """Hold the model in eval mode inside a ``with`` statement, unless `eval_mode` is False."""
+        return held_in_eval_mode(*self.models) if self.eval_mode else nullcontext()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The modules that are held in eval mode: `model`, and those behind the forward function and the explainer."""
+        functions = [self.forward_func] if self.explainer is None else [self.forward_func, self.explainer.forward_func]
+        candidates = (self.model, *map(module_of, functions))
+        return list(dict.fromkeys(module for module in candidates if module is not None))
+
+    @property
+    def explainer(self) -> Attribution | None:
+        """The attribution that the terms use, if there is one."""
+        return None if self._explaining is None else self._explaining.explainer
+
+    @property
+    def attribute_kwargs(self) -> dict[str, Any]:
+        """What the explainer's ``attribute`` is always given."""
+        return {} if self._explaining is None else self._explaining.arguments
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators that the terms draw from, beside the global ones. A resumed run restores them."""
+        of_explainer = [] if self._explaining is None else self._explaining.generators
+        return [generator for generator in (self.generator, *of_explainer) if generator is not None]
+
+    @property
+    def automatic_weights(self) -> dict[str, float]:
+        """The weights that the regularizer has chosen itself, by term."""
+        return {}
+
+    def prepare(self, loader: Iterable[Any]) -> None:
+        """Measure what depends on the training data. The trainer calls this before the first epoch."""
+
+    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
+        """Choose automatic weights from the first batch. The loss calls this before each of its calls."""
+
+    def _check_target(self, target: Any) -> None:
+        if self.outputs == "raw" or not isinstance(target, Tensor) or not target.is_floating_point():
+            return
+        if not bool(((target >= 0) & (target <= 1)).all()):
+            raise ValueError(
+                f"The targets are real numbers, as those of a regression, but outputs={self.outputs!r} announces "
+                "classes: pass outputs='raw', or integer labels."
+            )
+
+    def _explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: Any) -> TargetType:
+        """Return the target for an explainer: None for a regression, and where a single column is explained."""
+        labels = explained_class(target, self.outputs)
+        if labels is None:
+            return None
+        if self._explains_one_column is None:
+            # Looked at once, and without a trace in random streams: a run that is resumed looks again.
+            with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(*self.models):
+                self._explains_one_column = explaining.of_one_column(tensors)
+        if self._explains_one_column:
+            return None
+        if isinstance(labels, Tensor):
+            require_integers(labels)
+        return labels
+
+
+class Penalty(Regularizer):
+    """A regularizer of one term: ``weight * penalty``, the penalty a mean over the batch.
+
+    A subclass computes its `penalty`. An automatic weight makes the term ``ratio`` times the task loss when training
+    starts, as the authors of ExpO set theirs (Plumb et al. 2020), so that one ratio serves many data sets.
+
+    Args:
+        term: name of the term.
+        forward_func: the function that is explained or evaluated: a module, or a callable of the input tensors.
+        model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
+        weight: a number, or "auto".
+        ratio: of the term to the task loss at the start, for an automatic weight.
+        outputs: what the forward function returns, as for `captum_idexpo.metrics.insertion_deletion`.
+        eval_mode: hold the model in eval mode while the penalty is computed.
+        explainer: an attribution of `captum_idexpo.attr` that the penalty uses, see `Regularizer.explain`.
+        attribute_kwargs: further arguments of ``explainer.attribute``.
+        generator: source of random numbers that the penalty draws; None: torch's global generator.
+
+    Raises:
+        TypeError: a forward function that cannot be called.
+        ValueError: an argument out of range.
+    """
+
     auto_weight: Tensor
 
     def __init__(
@@ -55,85 +247,76 @@ class Regularizer(nn.Module):
         model: nn.Module | None = None,
         weight: Weight = 1.0,
         ratio: float = 1.0,
-        eval_mode: bool = True,
         outputs: str = "logits",
+        eval_mode: bool = True,
+        explainer: Attribution | None = None,
+        attribute_kwargs: Mapping[str, Any] | None = None,
+        generator: Generator | None = None,
     ) -> None:
-        super().__init__()
-        if outputs not in OUTPUTS:
-            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
-        if not callable(forward_func):
-            raise TypeError(f"The model must be a module or a forward function, given: {type(forward_func).__name__}.")
+        super().__init__(
+            forward_func,
+            model=model,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            explainer=explainer,
+            attribute_kwargs=attribute_kwargs,
+            generator=generator,
+        )
         self.term = term
-        self.__dict__["forward_func"] = forward_func
-        self.__dict__["model"] = module_of(forward_func) if model is None else model
-        self.is_automatic = isinstance(weight, str)
+        self.is_automatic = weight == "auto"
         if isinstance(weight, str):
             if weight != "auto":
                 raise ValueError(f"weight must be a number or 'auto', given: {weight!r}.")
-            # A buffer, so that a resumed run goes on with the weight it started with.
+            # A buffer, so that a resumed run continues with the weight it started with.
             self.register_buffer("auto_weight", torch.tensor(math.nan))
         else:
-            self._weight = not_negative("weight", weight)
-        self.ratio = not_negative("ratio", ratio)
+            self._weight = check_not_negative("weight", weight)
+        self.ratio = check_not_negative("ratio", ratio)
         self._waits = False
-        self._explains_one_column: bool | None = None
-        self.eval_mode = eval_mode
-        self.outputs = outputs
-        if eval_mode and self.model is None:
-            warn(
-                "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
-                "held in eval mode: give the module itself (or model= beside an explainer), or pass eval_mode=False if "
-                "there is nothing to hold.",
-            )
+
+    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+        """Return the scalar before it is weighted, a mean over the batch."""
+        raise NotImplementedError
 
     @property
     def weight(self) -> float:
-        """The term's weight; NaN while an automatic one is not set."""
+        """The term's weight; NaN while an automatic one is not chosen."""
         return float(self.auto_weight) if self.is_automatic else self._weight
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the weight is automatic and not set yet."""
+        """True if the weight is automatic and not chosen yet."""
         return self.is_automatic and math.isnan(self.weight)
 
-    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
-        """The weighted term, by name.
+    @property
+    def automatic_weights(self) -> dict[str, float]:
+        """The term's weight, if it is automatic."""
+        return {self.term: self.weight} if self.is_automatic else {}
 
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: labels ``(B,)``, or a regression's targets.
-            annotations: what a loader yields third, see `RightForTheRightReasons`; else not used.
-
-        Returns:
-            A scalar by name. Under `torch.no_grad` it has the same value and no graph. An evaluation before an
-            automatic weight is set gives 0.
+    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+        """Return the weighted term. An evaluation before an automatic weight is chosen gives 0.
 
         Raises:
-            RuntimeError: an automatic weight that was never set, in training.
+            RuntimeError: an automatic weight that was never chosen, in training.
         """
-        penalty = self._held_penalty(inputs, target, annotations)
+        penalty = self.penalty(inputs, target, annotations)
         if not self.needs_calibration:
             return {self.term: self.weight * penalty}
         if not self._waits and self._in_training:
             raise RuntimeError(
                 f"The weight of {type(self).__name__} is 'auto' and not set yet: before each step call "
-                "`regularizer.calibrate(task_loss, inputs, target)`, which does nothing once it is set, nor under "
-                "torch.no_grad(); ExplanationRegularizedLoss and the trainer do."
+                "`regularizer.calibrate(task_loss, inputs, target)`, which chooses it on the first batch. "
+                "ExplanationRegularizedLoss and the trainer do."
             )
         self._waits = False
         return {self.term: 0.0 * penalty}
 
-    @property
-    def _in_training(self) -> bool:
-        return self.training and torch.is_grad_enabled()
-
     def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
-        """Set an automatic weight from the first batch of the training: ``ratio * task_loss / penalty``, once.
+        """Choose an automatic weight from the first batch of the training: ``ratio * task_loss / penalty``, once.
 
-        An evaluation, in eval mode or under `torch.no_grad`, sets nothing.
-        Over several processes both are means over all of them. A penalty of next to nothing (a batch without
-        annotations, a model that is linear before it is trained) or a task loss of 0 leaves the weight to the next
-        batch, for which this has to be called again; the term counts for nothing with this one.
+        An evaluation, in eval mode or under `torch.no_grad`, chooses nothing. Over several processes task loss and
+        penalty are means over all of them. A penalty of nearly 0 (a batch without annotations, a model that is linear
+        before it is trained) or a task loss of 0 leaves the weight to the next batch, and the term is 0 for this one.
 
         Raises:
             NonFiniteError: the task loss or the penalty is NaN or infinite.
@@ -141,8 +324,9 @@ class Regularizer(nn.Module):
         """
         if not self.needs_calibration or not self._in_training:
             return
-        with no_graph():
-            penalty_now = self._held_penalty(inputs, target, annotations)
+        self._check_target(target)
+        with no_graph(), self.held_in_eval_mode():
+            penalty_now = self.penalty(inputs, target, annotations)
         both = torch.stack([task_loss.detach().float(), penalty_now.float()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)
@@ -156,61 +340,6 @@ class Regularizer(nn.Module):
         else:
             self._waits = True
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        """The scalar, before it is weighted."""
-        raise NotImplementedError
-
-    def _held_penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        self._check_target(target)
-        with held_in_eval_mode(self.model) if self.eval_mode else nullcontext():
-            return self.penalty(inputs, target, annotations)
-
-    def explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: Any) -> Any:
-        """The target as an explainer takes it: none for a regression, and none where a single column is explained."""
-        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
-            return None
-        if self._explains_one_column is None:
-            # Once, and so without a trace in random streams: a run that is resumed looks again.
-            with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(self.model):
-                self._explains_one_column = explaining.of_one_column(tensors)
-        if self._explains_one_column:
-            return None
-        labels = class_labels(target)
-        if isinstance(labels, Tensor):
-            require_integers(labels)
-        return labels
-
-    def _check_target(self, target: Any) -> None:
-        """Refuses a regression's targets where the outputs are said to be classes."""
-        if self.outputs == "raw" or not isinstance(target, Tensor) or not target.is_floating_point():
-            return
-        if not bool(((target >= 0) & (target <= 1)).all()):
-            raise ValueError(
-                f"The targets are real numbers, as a regression's, but outputs={self.outputs!r} speaks of classes: "
-                "pass outputs='raw', or integer labels."
-            )
-
-
-def as_tensors(inputs: Any) -> tuple[Tensor, ...]:
-    """A batch's tensors; TypeError for anything else, ValueError for an empty batch."""
-    tensors = as_tuple(inputs, "inputs")
-    if not tensors or not len(tensors[0]):
-        raise ValueError("The batch is empty: there is nothing to regularize.")
-    return tensors
-
-
-def require_real(tensors: tuple[Tensor, ...]) -> None:
-    """Refuses token ids and the like, which have no gradient and no neighbours; TypeError."""
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"inputs of {tensor.dtype} have no gradient and no neighbours: pass embeddings to a forward function "
-                "that takes them, or explain an embedding layer (explainer=LayerIntegratedGradients(model, layer))."
-            )
-
-
-def not_negative(name: str, value: float) -> float:
-    """A finite number, zero or positive; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number and not negative, given: {value}.")
-    return value
+    @property
+    def _in_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()

@@ -12,42 +12,48 @@ copies, through the attribution inside the masks, and, for Grad-CAM, through its
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.chunks import default_rows_per_forward, slices
+from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.chunks import default_rows_per_forward
 from captum_idexpo._core.errors import warn
 from captum_idexpo._core.features import MaskedInputs
-from captum_idexpo._core.forward import BatchForward
-from captum_idexpo._core.inputs import as_tuple, check_inputs, require_finite, with_batch_axis
+from captum_idexpo._core.forward import BatchForward, evaluate_given
+from captum_idexpo._core.inputs import (
+    Baseline,
+    Tensors,
+    check_inputs,
+    check_not_negative,
+    check_optional_count,
+    require_finite,
+    with_batch_axis,
+)
 from captum_idexpo._core.memory import MemoryBudget
-from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
-from captum_idexpo._core.modes import module_of, no_graph
-from captum_idexpo._core.targets import class_labels
+from captum_idexpo._core.modes import no_graph
+from captum_idexpo._core.targets import explained_class
+from captum_idexpo.baselines import mean_inputs
 from captum_idexpo.metrics._locations import Locations, groups_of
-from captum_idexpo.metrics._scoring import OUTPUTS, TargetScorer, predicted_class
-from captum_idexpo.metrics.insertion_deletion import (
+from captum_idexpo.metrics._masking import (
     InsertionDeletionScores,
     Masking,
     StepSchedule,
-    check_count,
-    check_max_rows,
     check_temperature,
     make_masks,
 )
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells
-from captum_idexpo.regularizers.base import not_negative
+from captum_idexpo.metrics._scoring import TargetScorer, predicted_class
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells, require_attribution
+from captum_idexpo.regularizers.base import Regularizer
 
 DELETION_FORMS = ("ratio", "log", "complement")
+_FLOOR_SHARE = "deletion_floor_share"
 
 
-class InsertionDeletion(nn.Module):
+class InsertionDeletion(Regularizer):
     r"""Penalises explanations whose insertion is low and whose deletion is high: ID-ExpO's loss terms, eq. (9)-(11).
 
     Called as ``regularizer(inputs, target)`` it returns named, already weighted terms, means over the batch; any
@@ -109,14 +115,13 @@ class InsertionDeletion(nn.Module):
         >>> (torch.nn.functional.cross_entropy(model(x), y) + sum(terms.values())).backward()
     """
 
-    forward_func: Callable[..., Any]
-    model: nn.Module | None
+    _explaining: Explaining
 
     def __init__(
         self,
         explainer: Attribution,
         *,
-        baselines: Any,
+        baselines: BaselineType | Callable[[Any], BaselineType] | Literal["mean"],
         forward_func: Callable[..., Any] | None = None,
         model: nn.Module | None = None,
         insertion_weight: float = 0.01,
@@ -129,83 +134,79 @@ class InsertionDeletion(nn.Module):
         deletion_floor: float | None = 1e-6,
         temperature: float | Literal["auto"] | None = "auto",
         outputs: str = "logits",
-        feature_mask: Any = None,
-        attribute_kwargs: dict[str, Any] | None = None,
+        feature_mask: Tensors | Callable[[Any], Tensors] | None = None,
+        attribute_kwargs: Mapping[str, Any] | None = None,
         eval_mode: bool = True,
         generator: Generator | None = None,
         max_examples_per_batch: int | None = None,
         memory_budget: float | None = None,
     ) -> None:
-        super().__init__()
-        self._explaining = Explaining(explainer, attribute_kwargs)
-        # The model belongs to the user: kept out of the submodules, its parameters stand in no second state dict.
-        self.__dict__["forward_func"] = explainer.forward_func if forward_func is None else forward_func
-        self.__dict__["model"] = model
+        super().__init__(
+            require_attribution(explainer).forward_func if forward_func is None else forward_func,
+            model=model,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            explainer=explainer,
+            attribute_kwargs=attribute_kwargs,
+            generator=generator,
+        )
         self.baselines = baselines
-        self.insertion_weight = not_negative("insertion_weight", insertion_weight)
-        self.deletion_weight = not_negative("deletion_weight", deletion_weight)
-        self.l2_weight = not_negative("l2_weight", l2_weight)
+        self.measures_baselines = isinstance(baselines, str)
+        self.insertion_weight = check_not_negative("insertion_weight", insertion_weight)
+        self.deletion_weight = check_not_negative("deletion_weight", deletion_weight)
+        self.l2_weight = check_not_negative("l2_weight", l2_weight)
         self.fraction = fraction
         self.step_size = step_size
-        self.steps_per_update = steps_per_update
+        self.steps_per_update = check_optional_count("steps_per_update", steps_per_update)
         self.deletion_form = deletion_form
         self.deletion_floor = deletion_floor
         self.temperature = temperature
-        self.outputs = outputs
         self.feature_mask = feature_mask
-        self.eval_mode = eval_mode
-        self.generator = generator
-        self.max_examples_per_batch = max_examples_per_batch
+        self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
         self.memory_budget = memory_budget
-        self.floor_share: Tensor | None = None
-        self.explainer_seconds = 0.0
         self._floor_reported = False
         self._check_settings()
 
     @property
-    def explainer(self) -> Attribution:
-        """The explainer whose attribution is scored."""
-        return self._explaining.explainer
+    def floor_share(self) -> Tensor | None:
+        """The share of masked copies at the deletion floor in the last call; None without a floor."""
+        return self.measurements.get(_FLOOR_SHARE)
 
-    @property
-    def attribute_kwargs(self) -> dict[str, Any]:
-        """What its ``attribute`` is always given."""
-        return self._explaining.arguments
+    def prepare(self, loader: Iterable[Any]) -> None:
+        """Measure the mean of the training inputs, if that is to be the baseline."""
+        if isinstance(self.baselines, str):
+            self.baselines = mean_inputs(loader)
 
-    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
-        """The weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
+    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+        """Return the weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
 
         Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them (attributions know no mappings: wrap a model of keyword
-                arguments in a module whose forward method takes tensors).
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: the labels, ``(B,)`` integers (any Captum target), or the ``(B, 1)`` zeros and ones of a binary
                 loss; ignored for raw outputs if floating point.
-            annotations: not used; accepted so that all regularizers are called alike.
-
-        Returns:
-            Scalars by name.
+            annotations: not used.
 
         Raises:
             RuntimeError: under enabled gradients, the explanation can have no graph.
             ValueError, TypeError, IndexError: as `captum_idexpo.metrics.insertion_deletion`.
         """
-        with self._eval_mode():
-            memory = MemoryBudget.of(self.memory_budget, torch.is_grad_enabled(), *self._models())
-            masking, cells = self._masking(inputs, target, self.temperature, torch.is_grad_enabled(), memory)
-            steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
-            terms = {}
-            if self.insertion_weight:
-                log_p = masking.scores("insertion", "log_probability", steps)
-                terms["insertion"] = -self.insertion_weight * (weights * log_p).sum(dim=1).mean()
-            if self.deletion_weight:
-                terms["deletion"] = self.deletion_weight * (weights * self._deletion(masking, steps)).sum(dim=1).mean()
-            if self.l2_weight:
-                terms["l2"] = self.l2_weight * cells.square().sum(dim=1).mean()
-            return terms
+        self.measurements = {}
+        memory = MemoryBudget.of(self.memory_budget, torch.is_grad_enabled(), *self.models)
+        masking, cells = self._masking(inputs, target, self.temperature, torch.is_grad_enabled(), memory)
+        steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
+        terms = {}
+        if self.insertion_weight:
+            log_p = masking.scores("insertion", "log_probability", steps)
+            terms["insertion"] = -self.insertion_weight * (weights * log_p).sum(dim=1).mean()
+        if self.deletion_weight:
+            terms["deletion"] = self.deletion_weight * (weights * self._deletion(masking, steps)).sum(dim=1).mean()
+        if self.l2_weight:
+            terms["l2"] = self.l2_weight * cells.square().sum(dim=1).mean()
+        return terms
 
     @no_graph()
     def scores(self, inputs: Any, target: Any = None) -> InsertionDeletionScores:
-        """Hard insertion and deletion of this explainer's attributions, with these settings and all steps.
+        """Return hard insertion and deletion of this explainer's attributions, with these settings and all steps.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
@@ -214,16 +215,16 @@ class InsertionDeletion(nn.Module):
         Returns:
             As `captum_idexpo.metrics.insertion_deletion`.
         """
-        with self._eval_mode():
+        with self.held_in_eval_mode():
             if target is None and self.outputs != "raw":
-                target = self._predicted_class(inputs)
+                target = self.predicted_class(inputs)
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             return masking.result()
 
     @no_graph()
     def attribution(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
-        """The attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
-        with self._eval_mode():
+        """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
+        with self.held_in_eval_mode():
             masking, _ = self._masking(inputs, target, None, create_graph=False)
             spread = masking.locations.layout.spread(masking.locations.values[None])
             pairs = [(values[0], tensor) for values, tensor in zip(spread, masking.inputs, strict=True)]
@@ -238,11 +239,11 @@ class InsertionDeletion(nn.Module):
         self,
         inputs: Any,
         target: Any,
-        temperature: Any,
+        temperature: float | Literal["auto"] | None,
         create_graph: bool,
         memory: MemoryBudget | None = None,
     ) -> tuple[Masking, Tensor]:
-        """The batch, ready to be masked by its explanation; and the explanation at its own cells ``(B, D)``."""
+        """Return the batch, ready to be masked by its explanation, and the explanation at its own cells ``(B, D)``."""
         if isinstance(self.baselines, str):
             raise ValueError(
                 f"baselines={self.baselines!r} is measured when the trainer's fit starts: before it, and in a loop of "
@@ -252,22 +253,17 @@ class InsertionDeletion(nn.Module):
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
         groups = groups_of(feature_mask, tensors)
-        if self.outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
-            target = None  # a regression's target names no column
-        target = class_labels(target)
-        max_rows = check_max_rows(self.max_examples_per_batch)
-        additional = self._additional_forward_args
+        target = explained_class(target, self.outputs)
+        additional, max_rows = self._additional_forward_args, self.max_examples_per_batch
         scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
-        same = self.explainer.forward_func is self.forward_func
+        same = self._explaining.explainer.forward_func is self.forward_func
         one_column = scorer.n_columns == 1 if same else self._explaining.of_one_column(tensors)
         offered = {
             "baselines": _like(inputs, tuple(map(_expanded, aligned, tensors))),
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
         }
-        started = time.perf_counter()
-        maps, cells = self._explain(inputs, tensors, None if one_column else target, create_graph, offered)
-        self.explainer_seconds = time.perf_counter() - started
+        maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups)
         require_finite((locations.values.detach(),), "attributions")
         if cells is None:
@@ -280,28 +276,34 @@ class InsertionDeletion(nn.Module):
         masked = MaskedInputs(tensors, aligned, locations.layout, finite=True)  # checked above
         return Masking(masked, locations, scorer, schedule, masks, check_scores, memory), cells
 
-    def _predicted_class(self, inputs: Any) -> Tensor:
+    def predicted_class(self, inputs: Any) -> Tensor:
+        """Return the class that the forward function predicts for each example, ``(B,)``.
+
+        Raises:
+            ValueError: raw outputs, which have no classes.
+        """
         tensors, _ = check_inputs(inputs, None, check_finite=True)
         forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
-        max_rows = check_max_rows(self.max_examples_per_batch) or default_rows_per_forward(tensors)
-        classes = [
-            predicted_class(forward(tuple(tensor[examples].clone() for tensor in tensors), examples), self.outputs)
-            for examples in slices(len(tensors[0]), max_rows)
-        ]
-        return torch.cat(classes)
 
-    def _explain(
+        def classes(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return predicted_class(forward(rows, examples, n_copies), self.outputs)
+
+        max_rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
+        with self.held_in_eval_mode():
+            return evaluate_given(classes, tuple(tensor[None].clone() for tensor in tensors), max_rows)[:, 0]
+
+    def _located(
         self,
-        inputs: Any,
+        inputs: Tensors,
         tensors: tuple[Tensor, ...],
-        target: Any,
+        target: TargetType,
         create_graph: bool,
         offered: dict[str, Any],
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)`` (None for others)."""
+        """Return attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)``, else None."""
         if self.attribute_kwargs.get("sampling", "captum") != "captum":
             offered = {**offered, "generator": self.generator}
-        maps = self._explaining(inputs, create_graph, {**offered, "target": target})
+        maps = self._explaining(inputs, create_graph, target=target, **offered)
         if self._explaining.of_layer:
             expanded, cells = layer_cells(maps, tensors)
             return (expanded,), cells
@@ -309,7 +311,7 @@ class InsertionDeletion(nn.Module):
         return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None
 
     def _deletion(self, masking: Masking, steps: Tensor) -> Tensor:
-        """The deletion penalty of each copy, ``(B, n_steps)``."""
+        """Return the deletion penalty of each copy, ``(B, n_steps)``."""
         if self.outputs == "raw":
             return masking.scores("deletion", "probability", steps)
         if self.deletion_form == "complement":
@@ -326,7 +328,7 @@ class InsertionDeletion(nn.Module):
         )
 
     def _report_floor(self, share: Tensor) -> None:
-        self.floor_share = share
+        self.measurements[_FLOOR_SHARE] = share
         if not self._floor_reported and bool(share > 0):
             self._floor_reported = True
             warn(
@@ -335,7 +337,7 @@ class InsertionDeletion(nn.Module):
             )
 
     def _draw_steps(self, schedule: StepSchedule, n_examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Steps ``(B or 1, n)`` and their weights, which add up to 1 for each example."""
+        """Return steps ``(B or 1, n)`` and their weights, which add up to 1 for each example."""
         if self.steps_per_update is None:
             return schedule.steps, schedule.weights(dtype)
         return schedule.draw(self.steps_per_update, n_examples, dtype, self.generator)
@@ -344,83 +346,32 @@ class InsertionDeletion(nn.Module):
     def _additional_forward_args(self) -> Any:
         return self.attribute_kwargs.get("additional_forward_args")
 
-    def _eval_mode(self) -> Any:
-        if not self.eval_mode:
-            return nullcontext()
-        return held_in_eval_mode(*self._models())
-
-    def _models(self) -> tuple[nn.Module | None, ...]:
-        return self.model, module_of(self.forward_func), module_of(self.explainer.forward_func)
-
     def _check_settings(self) -> None:
         StepSchedule.check_fraction(self.fraction, self.step_size)
         check_temperature(self.temperature)
-        for name in ("steps_per_update", "max_examples_per_batch"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
         if self.deletion_form not in DELETION_FORMS:
             raise ValueError(f"deletion_form must be one of {DELETION_FORMS}, given: {self.deletion_form!r}.")
         if self.deletion_floor is not None and not 0 <= self.deletion_floor < 1:
             raise ValueError(f"deletion_floor must be a probability below 1, or None; given: {self.deletion_floor}.")
         if isinstance(self.baselines, str) and self.baselines != "mean":
             raise ValueError(f"baselines must be numbers, tensors, a callable or 'mean', given: {self.baselines!r}.")
-        if self.outputs not in OUTPUTS:
-            raise ValueError(f"outputs must be one of {OUTPUTS}, given: {self.outputs!r}.")
         MemoryBudget.of(self.memory_budget, graph=False)
-        if self.eval_mode and all(model is None for model in self._models()):
-            warn(
-                "The forward function is neither a module nor a module's method, so BatchNorm and dropout cannot be "
-                "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
-            )
 
 
-def mean_inputs(loader: Iterable[Any]) -> Any:
-    """The mean of a loader's inputs, as baselines: for each tensor ``(1, C, 1, ...)``, or ``(1, D)`` for rows.
-
-    Raises:
-        ValueError: the loader yields no batch.
-        TypeError: its inputs are neither tensors nor tuples of them.
-
-    Example:
-        >>> import torch
-        >>> from captum_idexpo.regularizers import mean_inputs
-        >>> mean_inputs([(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 1]))])
-        tensor([[2., 4.]])
-    """
-    sums: list[Tensor] = []
-    n_examples, is_tuple = 0, False
-    for batch in loader:
-        inputs = batch[0]
-        is_tuple = isinstance(inputs, (tuple, list))
-        tensors = as_tuple(tuple(inputs) if is_tuple else inputs, "inputs")
-        channels = [_channel_means(tensor.double()) for tensor in tensors]
-        totals = [channel.sum(dim=0, keepdim=True) for channel in channels]
-        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
-        n_examples += len(tensors[0])
-    if not n_examples:
-        raise ValueError("The loader yielded no batch to take the mean of.")
-    baselines = tuple((total / n_examples).to(t.dtype) for total, t in zip(sums, tensors, strict=True))
-    return baselines if is_tuple else baselines[0]
-
-
-def _channel_means(tensor: Tensor) -> Tensor:
-    """Means over all axes behind the first two."""
-    return tensor.mean(dim=tuple(range(2, tensor.dim())), keepdim=True) if tensor.dim() > 2 else tensor
-
-
-def _like(inputs: Any, values: tuple[Any, ...]) -> Any:
-    """One value a tensor, as a tuple if the inputs are one."""
+def _like(inputs: Tensors, values: tuple[Baseline, ...]) -> BaselineType:
+    """Return one value per tensor, as a tuple if the inputs are one."""
     return values if isinstance(inputs, tuple) else values[0]
 
 
-def _expanded(baseline: Any, tensor: Tensor) -> Any:
-    """A baseline of each example in its input's shape, since not every explainer broadcasts it."""
-    own = isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) == len(tensor) > 1
-    return baseline.expand_as(tensor) if own else baseline
+def _expanded(baseline: Baseline, tensor: Tensor) -> Baseline:
+    """Return a baseline per example in the shape of its input, since not every explainer broadcasts it."""
+    if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) == len(tensor) > 1:
+        return baseline.expand_as(tensor)
+    return baseline
 
 
-def _broadcasting(feature_mask: Any, inputs: Any) -> Any:
-    """A feature mask that Captum broadcasts over the batch, whatever its size."""
+def _broadcasting(feature_mask: Tensors | None, inputs: Tensors) -> Tensors | None:
+    """Return a feature mask that Captum broadcasts over the batch, whatever its size."""
     if isinstance(feature_mask, tuple):
         return tuple(map(with_batch_axis, feature_mask, inputs))
     return with_batch_axis(feature_mask, inputs[0] if isinstance(inputs, tuple) else inputs)

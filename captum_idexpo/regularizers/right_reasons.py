@@ -10,7 +10,7 @@ other explanations when no annotations are at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,21 +19,23 @@ from torch import Tensor, nn
 
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
 from captum_idexpo._core.errors import warn
+from captum_idexpo._core.inputs import as_batch, check_count, require_real
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells, widened
-from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors, require_real
+from captum_idexpo.regularizers._explaining import widened
+from captum_idexpo.regularizers.base import Penalty, Weight
 
 
-class RightForTheRightReasons(Regularizer):
+class RightForTheRightReasons(Penalty):
     r"""Penalises evidence where annotations say that it must not be (Ross et al. 2017, eq. 2).
 
     The input gradient is that of the sum of *all* classes' log probabilities. With an `explainer` the same penalty is
     put on its attribution instead, as later work asks for. Its term is named "right_reasons".
 
     Args:
-        model: the module, or a forward function, that is explained.
+        forward_func: the function that is explained: a module, or a callable of the input tensors.
+        model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
         weight: the term's, or "auto": ``ratio`` times the task loss at the start. The authors' 1000 belongs to inputs
             in 0 to 255; in [0, 1] it is about 0.0154.
         explainer: an attribution of `captum_idexpo.attr` to penalise in place of the input gradient; a layer's is
@@ -64,27 +66,35 @@ class RightForTheRightReasons(Regularizer):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        forward_func: Callable[..., Any],
         *,
+        model: nn.Module | None = None,
         weight: Weight = 1.0,
         explainer: Attribution | None = None,
-        attribute_kwargs: dict[str, Any] | None = None,
+        attribute_kwargs: Mapping[str, Any] | None = None,
         annotates: Literal["wrong", "right"] = "wrong",
         ratio: float = 1.0,
         outputs: str = "logits",
         eval_mode: bool = True,
     ) -> None:
-        super().__init__("right_reasons", model, weight=weight, ratio=ratio, outputs=outputs, eval_mode=eval_mode)
+        super().__init__(
+            "right_reasons",
+            forward_func,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            explainer=explainer,
+            attribute_kwargs=attribute_kwargs,
+        )
         if annotates not in ("wrong", "right"):
             raise ValueError(f"annotates must be 'wrong' or 'right', given: {annotates!r}.")
-        if explainer is None and attribute_kwargs:
-            raise ValueError("attribute_kwargs are an explainer's: pass explainer= as well.")
         self.annotates = annotates
-        self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
         self._warned = False
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        """The squared evidence in forbidden places, summed over features, averaged over the batch.
+        """Return the squared evidence in forbidden places, summed over features, averaged over the batch.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
@@ -95,26 +105,21 @@ class RightForTheRightReasons(Regularizer):
         Raises:
             ValueError: annotations that are missing, do not fit, or lie outside [0, 1].
         """
-        tensors = as_tensors(inputs)
+        tensors = as_batch(inputs)
         masks = check_annotations(annotations, tensors)
         self._warn_of_full_masks(masks)
-        create_graph = torch.is_grad_enabled()
-        if self._explaining is None:
-            require_real(tensors)
-            saliency = Saliency(self._explained_sum)
-            maps: tuple[Tensor, ...] = saliency.attribute(tensors, abs=False, create_graph=create_graph)
-        else:
-            offered = {"target": self.explained_target(self._explaining, tensors, target)}
-            maps = self._explaining(inputs, create_graph, offered)
-            if self._explaining.of_layer:
-                maps = (layer_cells(maps, tensors)[0],)
-        maps = widened(maps)
+        maps = self._input_gradients(tensors) if self.explainer is None else self.explain(inputs, target)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)
         squares = [_weighted(map, mask).square().flatten(1).sum(1) for map, mask in zip(maps, forbidden, strict=True)]
         return torch.stack(squares).sum(dim=0).mean()
 
+    def _input_gradients(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        require_real(tensors)
+        saliency = Saliency(self._explained_sum)
+        return widened(saliency.attribute(tensors, abs=False, create_graph=torch.is_grad_enabled()))
+
     def _explained_sum(self, *inputs: Tensor) -> Tensor:
-        """The sum of all classes' log probabilities, or of raw outputs, ``(B,)``."""
+        """Return the sum of all classes' log probabilities, or of raw outputs, ``(B,)``."""
         output: Tensor = self.forward_func(*inputs)
         if self.outputs == "raw":
             return output.flatten(1).sum(1) if output.dim() > 1 else output
@@ -130,7 +135,7 @@ class RightForTheRightReasons(Regularizer):
 
 
 def check_annotations(annotations: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Annotations that broadcast against their inputs, in the inputs' dtype.
+    """Return annotations that broadcast against their inputs, in the inputs' dtype.
 
     Raises:
         ValueError: they are missing, of another number or shape than the inputs, or lie outside [0, 1].
@@ -170,7 +175,7 @@ def _fitting(mask: Any, tensor: Tensor) -> Tensor:
 
 
 def _weighted(map: Tensor, mask: Tensor) -> Tensor:
-    """The attribution times the mask; where it has one value for several, the mask's mean over these."""
+    """Return the attribution times the mask; where it has one value for several positions, times the mask's mean."""
     for axis in range(1, min(map.dim(), mask.dim())):
         if map.shape[axis] == 1 < mask.shape[axis]:
             mask = mask.mean(axis, keepdim=True)
@@ -241,8 +246,7 @@ def find_another_explanation(
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, given: {threshold}.")
-    if max_explanations < 1:
-        raise ValueError(f"max_explanations must be at least 1, given: {max_explanations}.")
+    check_count("max_explanations", max_explanations)
     annotations = torch.zeros_like(inputs)
     found: list[Explanation] = []
     while len(found) < max_explanations:
@@ -258,7 +262,7 @@ def find_another_explanation(
 
 
 def _used(model: nn.Module, inputs: Tensor, threshold: float, outputs: str, max_rows: int | None) -> Tensor:
-    """Where an example's input gradient exceeds so much of its largest, booleans of the inputs' shape.
+    """Return where an example's input gradient exceeds so much of its largest, booleans of the inputs' shape.
 
     The largest probability's logarithm has a gradient that goes to 0 as the probability goes to 1, and with it its
     digits; against that of all others together it points the same way and keeps them.

@@ -15,24 +15,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.rng import source
-from captum_idexpo._core.sharing import drawn_for
+from captum_idexpo._core.inputs import as_batch, require_real
+from captum_idexpo._core.modes import no_graph
+from captum_idexpo._core.rng import drawn_for, source
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
-from captum_idexpo.regularizers._explaining import Explaining
-from captum_idexpo.regularizers.base import Regularizer, Weight, as_tensors, require_real
+from captum_idexpo.regularizers.base import Penalty, Weight
 
 
-class SaliencyGuided(Regularizer):
-    """Asks for the same prediction when the features of least gradient are replaced (Ismail et al. 2021).
+class SaliencyGuided(Penalty):
+    """Penalises a change of the prediction when the features of least gradient are replaced (Ismail et al. 2021).
 
-    Which features these are, the gradient of the target's output says; it is not trained through, as in the paper. The
-    gradient reaches the weights through both predictions. Its term is named "saliency_guided".
+    The features are chosen by the gradient of the target's output, which is not trained through, as in the paper. The
+    gradient reaches the weights through both predictions. The term is named "saliency_guided".
 
     Args:
-        model: the module, or a forward function, that is trained.
+        forward_func: the function that is trained: a module, or a callable of the input tensors.
+        model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
         weight: the term's (the paper: 1), or "auto": ``ratio`` times the task loss at the start.
         fraction: share of the features that is replaced (the paper: 0.5 for images).
         value_range: (lowest, highest) of the random values, numbers or tensors that broadcast against one example;
@@ -57,8 +58,9 @@ class SaliencyGuided(Regularizer):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        forward_func: Callable[..., Any],
         *,
+        model: nn.Module | None = None,
         weight: Weight = 1.0,
         fraction: float = 0.5,
         value_range: tuple[Any, Any] | None = None,
@@ -67,29 +69,38 @@ class SaliencyGuided(Regularizer):
         eval_mode: bool = True,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__("saliency_guided", model, weight=weight, ratio=ratio, outputs=outputs, eval_mode=eval_mode)
+        super().__init__(
+            "saliency_guided",
+            forward_func,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            explainer=Saliency(forward_func),
+            generator=generator,
+        )
         if outputs == "raw":
             raise ValueError("Saliency-guided training compares distributions over classes: raw outputs have none.")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, given: {fraction}.")
-        self._explaining = Explaining(Saliency(model), None)
         self.fraction = fraction
         self.value_range = value_range
-        self.generator = generator
 
     def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
-        """KL(p(x) || p(x~)), averaged over the batch."""
-        tensors = as_tensors(inputs)
+        """Return KL(p(x) || p(x~)), averaged over the batch."""
+        tensors = as_batch(inputs)
         require_real(tensors)
-        replaced = self._replaced(tensors, self.explained_target(self._explaining, tensors, target))
+        with no_graph():  # the choice of the features is not trained through
+            gradients = self.explain(inputs, target)
+        replaced = self._replaced(tensors, gradients)
         plain = tuple(tensor.clone() for tensor in tensors)  # the model may write into its input
         log_p = log_probabilities(self.forward_func(*plain), self.outputs)
         log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 
-    def _replaced(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Tensor, ...]:
-        """The inputs, random values in place of the features of least gradient."""
-        gradients = self._explaining(tensors, False, {"target": target})
+    def _replaced(self, tensors: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the inputs with random values in place of the features of least gradient."""
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
         n_replaced = math.floor(self.fraction * flat.shape[1] + 1e-9)
         least = flat.argsort(dim=1, stable=True)[:, :n_replaced]
@@ -108,6 +119,6 @@ class SaliencyGuided(Regularizer):
             low, high = (torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device) for value in self.value_range)
         shape, at = tensor.shape[1:], source(tensor.device, self.generator)
         uniform = drawn_for(
-            len(tensor), lambda b: torch.rand(b, *shape, generator=self.generator, dtype=tensor.dtype, device=at), shape
+            len(tensor), lambda n: torch.rand(n, *shape, generator=self.generator, dtype=tensor.dtype, device=at)
         )
         return low + (high - low) * uniform.to(tensor.device)

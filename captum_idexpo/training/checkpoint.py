@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, checked before they are believed, loaded without running code.
+"""Checkpoints: written whole or not at all, checked before they are loaded, loaded without running code.
 
 A checkpoint is one file: a line that says what it is, the SHA-256 digest of the rest, and the state as `torch.save`
 writes it, which is loaded with ``weights_only=True``. It is written to a temporary name, flushed to the disk and
@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import random
 import re
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from captum_idexpo._core.errors import warn
-from captum_idexpo._core.rng import accelerators, set_streams, streams
-from captum_idexpo.training.generators import Generator, kind_of, set_state, state_of
+from captum_idexpo._core.rng import AnyGenerator
 
-_MAGIC = b"captum-idexpo checkpoint 4\n"
+_MAGIC = b"captum-idexpo checkpoint 5\n"
 _DIGEST_SIZE = 64
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _KEPT = 2
+_HOLDERS_OF_GENERATORS = ("sampler", "batch_sampler", "dataloader", "base_dataloader")
+"""Attributes by which loaders, also those that accelerate prepares, lead to their samplers."""
 
 
 class CheckpointError(RuntimeError):
@@ -36,9 +34,10 @@ class CheckpointError(RuntimeError):
 
 
 def save(state: dict[str, Any], folder: Path, step: int) -> Path:
-    """Writes a checkpoint of the run after so many updates, and removes all but the one before it.
+    """Write the checkpoint of a run after so many updates, and delete all others but the one before it.
 
-    Also those of more updates, from which a run that was resumed from an earlier one has turned away.
+    Checkpoints of more updates belong to the part of a run that was given up when an older one was resumed. They are
+    deleted, too.
 
     Raises:
         CheckpointError: it could not be written (a full disk); earlier ones are untouched.
@@ -73,10 +72,10 @@ def save(state: dict[str, Any], folder: Path, step: int) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Makes a folder for checkpoints, if there is none.
+    """Make a folder for checkpoints, if there is none.
 
     Raises:
-        CheckpointError: there can be none, or nothing can be written there.
+        CheckpointError: it cannot be made, or nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ def make(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file.
+    """Return the state in a checkpoint file.
 
     Raises:
         CheckpointError: it is missing, foreign, cut short or changed.
@@ -107,7 +106,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
-    """The state of a checkpoint file, or of the latest good one in a folder, and where it was found.
+    """Return the state of a checkpoint file, or of the latest good one in a folder, and where it was found.
 
     Raises:
         CheckpointError: there is none, or none that is good; names what is wrong with each.
@@ -125,49 +124,25 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
     raise CheckpointError(f"There is no checkpoint in {path}: start with fit(), without resume().")
 
 
-def random_state(generators: Iterable[Generator], device: torch.device) -> dict[str, Any]:
-    """The random streams of a process: Python's, NumPy's, torch's on the CPU and its devices, the generators given."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "torch": [device.type, streams(accelerators(device))],
-        "generators": [[kind_of(generator), state_of(generator)] for generator in generators],
-    }
-
-
-def set_random_state(state: dict[str, Any], generators: Iterable[Generator], device: torch.device) -> None:
-    """Puts all random streams back; with a warning all but those of another kind of device than this run's."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    kind, states = state["torch"]
-    devices = accelerators(device)[: len(states) - 1] if device.type == kind else []
-    set_streams(states[: 1 + len(devices)], devices)
-    kinds = {(kind, device.type)}
-    generators = list(generators)
-    if len(generators) != len(state["generators"]):
-        warn(
-            f"The checkpoint's run drew from {len(state['generators'])} generators, this one knows {len(generators)}: "
-            "some go on from another place, and the run does not end as it would have.",
-        )
-    for generator, (kind, own) in zip(generators, state["generators"], strict=False):
-        kinds.add((kind, kind_of(generator)))
-        if kind_of(generator) == kind:
-            set_state(generator, own)
-    for kind, here in kinds:
-        if kind != here:
-            warn(
-                f"The checkpoint's run drew random numbers on {kind}, this one draws them on {here}: they go on from "
-                "another place, and the run does not end as it would have.",
-            )
-
-
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder."""
+    """Return the checkpoint files in a folder."""
     return [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def generators_of(*loaders: object) -> list[AnyGenerator]:
+    """Return the random generators that loaders and their samplers hold, each once."""
+    found: dict[int, AnyGenerator] = {}
+    queue, seen = list(loaders), set()
+    while queue:
+        holder = queue.pop()
+        if holder is None or id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, AnyGenerator):
+            found[id(generator)] = generator
+        queue.extend(getattr(holder, name, None) for name in _HOLDERS_OF_GENERATORS)
+    return list(found.values())
 
 
 def _loaded(payload: bytes, what: str) -> dict[str, Any]:
@@ -182,7 +157,7 @@ def _loaded(payload: bytes, what: str) -> dict[str, Any]:
 
 
 def _plain(values: Any) -> Any:
-    """NumPy's numbers as Python's, which load without running code."""
+    """Return NumPy's numbers as Python's, which load without running code."""
     if isinstance(values, np.generic):
         return values.item()
     if type(values) is dict:  # an OrderedDict is a module's, and holds more than its items
@@ -191,7 +166,7 @@ def _plain(values: Any) -> Any:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes the renaming itself last, where the system lets a folder be flushed."""
+    """Write the new name to the disk, where the system allows it."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Generator as GeneratorType
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
-from captum_idexpo._core.rng import accelerators, seeded
+from captum_idexpo._core.rng import seeded
 from captum_idexpo._core.targets import class_labels
 from captum_idexpo.metrics._scoring import predicted_class
-from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.training.loaders import as_in_first_pass, gathered_examples, left
+from captum_idexpo.regularizers import InsertionDeletion, Regularizer
+from captum_idexpo.training.loaders import as_in_first_pass, failing_together, gathered_examples, left
 from captum_idexpo.training.loss import call_model, unpack_batch
-from captum_idexpo.training.processes import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,13 +28,13 @@ def evaluate(
     loader: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor],
     judge: InsertionDeletion | None,
-    regularizers: Iterable[Any],
+    regularizers: Iterable[Regularizer],
     *,
     accuracy_weight: float,
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
+    """Return mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
 
     Raises:
         ValueError: an unknown choice of what to explain, or a loader that yields no batch.
@@ -58,12 +57,12 @@ def example_scores(
     model: nn.Module,
     loader: Iterable[Any],
     judge: InsertionDeletion | None,
-    regularizers: Iterable[Any],
+    regularizers: Iterable[Regularizer],
     *,
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """Each example's scores; see `ExplanationRegularizedTrainer.example_scores`."""
+    """Return the scores per example; see `ExplanationRegularizedTrainer.example_scores`."""
     batches = [scores for _, _, scores in _scored(model, loader, judge, regularizers, explain, accelerator)]
     names = [name for name in batches[0] if all(name in scores for scores in batches)]
     return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in names}
@@ -73,20 +72,22 @@ def _scored(
     model: nn.Module,
     loader: Iterable[Any],
     judge: InsertionDeletion | None,
-    regularizers: Iterable[Any],
+    regularizers: Iterable[Regularizer],
     explain: Literal["predicted", "label"],
     accelerator: Accelerator,
 ) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
-    """Outputs, targets and each example's scores, batch by batch, of all processes."""
+    """Yield outputs, targets and scores per example, batch by batch, of all processes."""
     from accelerate.utils import send_to_device
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
-    announced = [] if judge is None else [judge]
-    announced += [r for r in regularizers if hasattr(r, "outputs") and hasattr(r, "forward_func")]
+    judges = [] if judge is None else [judge]
+    announced = [*judges, *regularizers]
     n_examples = 0
-    same_order, same_numbers = as_in_first_pass(loader), _same_random_numbers(judge, accelerator.device)
-    with same_order, left(loader), eval_mode(model), same_numbers:
+    # Every evaluation draws the same masks, from the seeds that the user has set.
+    generators = [generator for judge in judges for generator in judge.generators]
+    same_numbers = seeded(torch.initial_seed(), accelerator.device, generators)
+    with as_in_first_pass(loader), left(loader), eval_mode(model), same_numbers:
         for batch in loader:
             inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
             with failing_together(accelerator):
@@ -104,7 +105,7 @@ def _scored(
 
 
 def _n_examples(output: Any, target: Any) -> int:
-    """Of a batch, whatever its target is: a tensor, a nest of them, a list of one entry an example."""
+    """Return the size of a batch whose target is a tensor, a nest of tensors, or a list with one entry per example."""
     from accelerate.utils import find_batch_size
 
     for tensor in (target, output):
@@ -115,19 +116,19 @@ def _n_examples(output: Any, target: Any) -> int:
 
 
 def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:
-    """Hard scores of each example, ``(B,)``."""
+    """Return hard scores per example, ``(B,)``."""
     result = judge.scores(inputs, target)
     scores = {"insertion": result.insertion, "deletion": result.deletion}
     return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
 
 
 def _is_column(output: Any) -> bool:
-    """Whether an output is one number an example, ``(B,)`` or ``(B, 1)``."""
+    """Return True if an output is one number per example, ``(B,)`` or ``(B, 1)``."""
     return isinstance(output, Tensor) and (output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1))
 
 
 def _predicted(
-    model: nn.Module, inputs: Any, output: Any, judge: InsertionDeletion | None, announced: list[Any]
+    model: nn.Module, inputs: Any, output: Any, judge: InsertionDeletion | None, announced: list[Regularizer]
 ) -> Tensor | None:
     """The class predicted for each example ``(B,)``; None where outputs are no classes'. No value decides which.
 
@@ -143,12 +144,12 @@ def _predicted(
         if judge is None and "raw" in said:
             return None
         if judge is not None and not said and judge.model is model:
-            return judge._predicted_class(inputs)  # whatever the model's column is, this is made of it
+            return judge.predicted_class(inputs)  # whatever the model's column is, this is made of it
     return predicted_class(output, next((kind for kind in said if kind != "raw"), "logits"))
 
 
 def _accuracy(predicted: Tensor | None, target: Any, of_classes: bool, is_column: bool) -> dict[str, Tensor]:
-    """Whether each example is classified right, ``(B,)``; nothing where the target holds no labels."""
+    """Return which examples are classified right, ``(B,)`` of 0 and 1; nothing if the target holds no labels."""
     # Zeros and ones are labels where classes are spoken of; else floats are a regression's, whole numbers or not.
     labels = class_labels(target) if of_classes else target
     if predicted is None or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
@@ -159,25 +160,6 @@ def _accuracy(predicted: Tensor | None, target: Any, of_classes: bool, is_column
 
 
 def _with_validation_score(means: dict[str, float], accuracy_weight: float) -> dict[str, float]:
-    """Adds eq. (15), accuracy_weight x accuracy + insertion + 1 - deletion, as far as its terms are there."""
+    """Add eq. (15), accuracy_weight x accuracy + insertion + 1 - deletion, with the terms that there are."""
     score = accuracy_weight * means.get("accuracy", -means["loss"]) + means.get("insertion", 0.0)
     return {**means, "valscore": score + means.get("one_minus_deletion", -means.get("deletion", 0.0))}
-
-
-@contextmanager
-def _same_random_numbers(judge: InsertionDeletion | None, device: torch.device) -> Iterator[None]:
-    """Every evaluation draws the same masks, from the seeds the user set, and leaves all streams as they were."""
-    generators = [generator for generator in _generators(judge) if isinstance(generator, Generator)]
-    states = [generator.get_state() for generator in generators]
-    with seeded(torch.initial_seed(), accelerators(device)):
-        for generator in generators:
-            generator.manual_seed(generator.initial_seed())
-        try:
-            yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
-
-
-def _generators(judge: InsertionDeletion | None) -> list[Any]:
-    return [] if judge is None else [judge.generator, judge.attribute_kwargs.get("generator")]

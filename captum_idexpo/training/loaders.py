@@ -1,4 +1,4 @@
-"""Loaders as accelerate prepares them, or any iterable of batches: where they end, and what fills their last batch."""
+"""Loaders that accelerate has prepared, or any iterable of batches: where they end, and what all processes gather."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader
+
+from captum_idexpo._core.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 def is_accelerates(loader: Any) -> bool:
-    """Whether a loader is one that accelerate has prepared."""
+    """Return True for a loader that accelerate has prepared."""
     return hasattr(loader, "end_of_dataloader")
 
 
 @contextmanager
 def left(loader: Any) -> Iterator[None]:
-    """Ends a loader's pass also where it breaks off; accelerate would go on taking it for the one that is running."""
+    """End a loader's pass also when it breaks off, since accelerate would take it for the one that is running."""
     try:
         yield
     finally:
@@ -29,7 +32,7 @@ def left(loader: Any) -> Iterator[None]:
 
 @contextmanager
 def as_in_first_pass(loader: Any) -> Iterator[None]:
-    """A pass in the order of the first one: accelerate counts them, for samplers that shuffle anew in each."""
+    """Iterate as in the first epoch: accelerate shuffles by the number of the epoch, which it counts."""
     if not is_accelerates(loader):
         yield
         return
@@ -41,7 +44,7 @@ def as_in_first_pass(loader: Any) -> Iterator[None]:
 
 
 def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
-    """A loader's batches and whether one is the last; one of unknown length is looked into only if asked to."""
+    """Yield a loader's batches, and whether each is the last; without a known length only with ``look_ahead``."""
     batches = iter(loader)
     if is_accelerates(loader):
         return ((batch, loader.end_of_dataloader) for batch in batches)
@@ -51,10 +54,10 @@ def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
 
 
 def is_its_own(loader: DataLoader[Any], accelerator: Accelerator) -> bool:
-    """Whether a loader yields its batches in a way of its own, of which accelerate would make an ordinary loader.
+    """Return True for a subclass of DataLoader with an ``__iter__`` of its own, which accelerate would not call.
 
     Raises:
-        ValueError: several processes, which only an ordinary loader can share.
+        ValueError: there are several processes, which only an ordinary loader can share.
     """
     known = type(loader).__module__.startswith("torchdata.") or is_accelerates(loader)
     if known or type(loader).__iter__ is DataLoader.__iter__:
@@ -68,19 +71,22 @@ def is_its_own(loader: DataLoader[Any], accelerator: Accelerator) -> bool:
 
 
 def start_workers(loader: Any) -> None:
-    """Starts worker processes that persist, as a run's first epoch does, which draws a number for them."""
+    """Start workers that persist. The first epoch of a run does, and draws a random number for them."""
     ordinary = getattr(loader, "base_dataloader", loader)
     if isinstance(ordinary, DataLoader) and ordinary.persistent_workers:
         iter(ordinary)
 
 
 def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_before: int) -> Any:
-    """The values of all processes' examples, without those that fill up a loader's last batch.
+    """Return the values of all processes' examples, without those that fill up a loader's last batch.
+
+    accelerate's own `gather_for_metrics` computes how many fill it up from the length of the data set, which is wrong
+    for a sampler of another length and for a collate_fn that makes more or fewer examples.
 
     Args:
         accelerator: of the processes.
-        loader: what the batch is from.
-        values: tensors, one value an example, in any nest.
+        loader: where the batch comes from.
+        values: tensors, one value per example, in any nest.
         n_before: examples of the batches before.
     """
     from accelerate.utils import find_batch_size, recursively_apply
@@ -94,7 +100,7 @@ def gathered_examples(accelerator: Accelerator, loader: Any, values: Any, n_befo
 
 
 def _n_drawn(loader: Any, n_seen: int) -> int | None:
-    """How many examples an ordinary sampler drew for the examples seen; None where accelerate alone can know it."""
+    """Return how many examples an ordinary sampler drew for the examples seen; None if only accelerate can know it."""
     from accelerate.data_loader import DataLoaderDispatcher
 
     sampler = getattr(loader, "batch_sampler", None)
@@ -115,3 +121,19 @@ def _looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         before = batch
     if before is not nothing:
         yield before, True
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Raise the `NonFiniteError` of one process in all of them, which would else wait for it in the next collective."""
+    error: NonFiniteError | None = None
+    try:
+        yield
+    except NonFiniteError as own:
+        error = own
+    if accelerator.num_processes > 1:
+        failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device))
+        if float(failed) and error is None:
+            error = NonFiniteError("Another process met NaN or infinity; its message says where.")
+    if error is not None:
+        raise error

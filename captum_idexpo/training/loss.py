@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from captum_idexpo._core.errors import NonFiniteError
-from captum_idexpo._core.sharing import share_of_batch
+from captum_idexpo._core.rng import share_of_batch
+from captum_idexpo.regularizers import Regularizer
 
-_ROW = ("epoch", "loss", "valscore", "skipped", "seconds_per_step")
-"""What stands beside the terms in a row of the history."""
+_ROW = ("epoch", "loss", "valscore", "seconds_per_step")
+"""Names beside the terms in a row of the history."""
 
 
 class ExplanationRegularizedLoss(nn.Module):
@@ -23,8 +24,13 @@ class ExplanationRegularizedLoss(nn.Module):
     Args:
         model: called with the batch's inputs (a tuple is spread over its positional arguments, a mapping over its
             keyword arguments).
-        regularizers: modules called as ``regularizer(inputs, target, annotations)`` that return weighted terms by name.
+        regularizers: a `captum_idexpo.regularizers.Regularizer` each, or any module that is called as
+            ``regularizer(inputs, target, annotations)`` and returns weighted terms by name.
         loss_fn: (model output, target) -> scalar.
+
+    Attributes:
+        regularizer_factor: factor on all terms of the regularizers.
+        seconds: seconds of the last call by name: "task", "explainer", "metric".
 
     Raises:
         TypeError: a regularizer that is no module.
@@ -60,16 +66,19 @@ class ExplanationRegularizedLoss(nn.Module):
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn
         self.regularizer_factor = 1.0
-        self.pass_of_update = (0, 1)  # which, and of how many: those that accumulate an update's gradient
-        self._drawn: list[Any] = []
         self.seconds: dict[str, float] = {}
 
+    @property
+    def known_regularizers(self) -> list[Regularizer]:
+        """Those of the regularizers that are a `Regularizer`, and so have more to tell than their terms."""
+        return [regularizer for regularizer in self.regularizers if isinstance(regularizer, Regularizer)]
+
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch (inputs, target) or (inputs, target, annotations).
+        """Return the loss of a batch (inputs, target) or (inputs, target, annotations).
 
         Returns:
-            The scalar loss, and its parts by name, detached: "task", then each regularizer's terms; a name that
-            returns, or is the loss's own, gets a number ("insertion_2").
+            The scalar loss, and its parts by name, detached: "task", then the terms of each regularizer. A name that
+            is already used gets a number ("insertion_2").
 
         Raises:
             TypeError: a batch of another form.
@@ -80,7 +89,7 @@ class ExplanationRegularizedLoss(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def terms(self, batch: Any) -> dict[str, Tensor]:
-        """The loss's parts by name, with their graphs; errors as for `forward`."""
+        """Return the loss's parts by name, with their graphs; errors as for `forward`."""
         inputs, target, annotations = unpack_batch(batch)
         if isinstance(target, Tensor) and not target.numel():
             raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
@@ -89,7 +98,7 @@ class ExplanationRegularizedLoss(nn.Module):
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
         terms, self.seconds = {"task": task}, {"task": time.perf_counter() - started}
-        with share_of_batch(*self.pass_of_update, self._drawn):
+        with share_of_batch():
             for regularizer in self.regularizers:
                 started = time.perf_counter()
                 for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
@@ -99,15 +108,15 @@ class ExplanationRegularizedLoss(nn.Module):
                 self._time(regularizer, time.perf_counter() - started)
         return terms
 
-    def _time(self, regularizer: Any, seconds: float) -> None:
-        """Splits a regularizer's time into that of its explainer and the rest."""
-        explainer = getattr(regularizer, "explainer_seconds", 0.0)
+    def _time(self, regularizer: nn.Module, seconds: float) -> None:
+        """Split a regularizer's time into that of its explainer and the rest."""
+        explainer = regularizer.explainer_seconds if isinstance(regularizer, Regularizer) else 0.0
         for name, part in (("explainer", explainer), ("metric", seconds - explainer)):
             self.seconds[name] = self.seconds.get(name, 0.0) + part
 
 
 def unpack_batch(batch: Any) -> tuple[Any, Any, Any]:
-    """Inputs, target and annotations (or None) of what a loader yields; a list of inputs becomes a tuple.
+    """Return inputs, target and annotations (or None) of what a loader yields; a list of inputs becomes a tuple.
 
     Raises:
         TypeError: the loader yields something else than (inputs, target) or (inputs, target, annotations).
@@ -134,10 +143,10 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _regularize(regularizer: Any, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
-    """A regularizer's terms; where it meets NaN, the error names the term in which it arose."""
+def _regularize(regularizer: nn.Module, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
+    """Return a regularizer's terms; an error about NaN names the term in which it arose."""
     try:
-        if getattr(regularizer, "needs_calibration", False):
+        if isinstance(regularizer, Regularizer):
             regularizer.calibrate(task, inputs, target, annotations)
         terms = regularizer(inputs, target, annotations)
     except NonFiniteError as error:
@@ -147,7 +156,7 @@ def _regularize(regularizer: Any, inputs: Any, target: Any, annotations: Any, ta
     return dict(terms)
 
 
-def _check_terms(regularizer: Any, terms: Any) -> None:
+def _check_terms(regularizer: nn.Module, terms: object) -> None:
     if not isinstance(terms, Mapping):
         given, wanted = type(terms).__name__, "a mapping of terms by name, such as {'name': weight * penalty}"
     else:
@@ -161,7 +170,7 @@ def _check_terms(regularizer: Any, terms: Any) -> None:
 
 
 def unused(name: str, taken: Iterable[str]) -> str:
-    """The name, with a number from 2 on where it is taken."""
+    """Return the name, with a number from 2 on if it is taken."""
     number = 2
     free = name
     while free in taken:

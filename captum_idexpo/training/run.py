@@ -1,4 +1,4 @@
-"""Where a training run is, and what it has found so far: all that a checkpoint holds besides the trainer's parts."""
+"""The position of a training run and its results so far: what a checkpoint holds beside the trainer's parts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from captum_idexpo.training import checkpoint
-from captum_idexpo.training.generators import Generator
+from captum_idexpo._core import rng
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loaders import is_accelerates, left, with_last
 
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """Where a run is, and what it has found so far."""
+    """The position of a run and its results so far."""
 
-    def __init__(self, generators: list[Generator], accelerator: Accelerator) -> None:
+    def __init__(self, generators: list[rng.AnyGenerator], accelerator: Accelerator) -> None:
         self.generators = generators
         self._accelerator = accelerator
         self.history = History()
@@ -41,7 +40,7 @@ class Run:
         return [name for name in self._sums if not name.startswith("seconds") and not name.endswith("_norm")]
 
     def batches(self, loader: Any) -> GeneratorType[tuple[Any, bool], None, None]:
-        """This epoch's batches and whether one is the last; those done before the run was resumed are passed over."""
+        """Yield this epoch's batches, and whether each is the last; skip those done before the run was resumed."""
         done, here = self.step, self._here
         if is_accelerates(loader):
             loader.iteration = self.epoch - 1  # accelerate counts epochs for samplers that depend on them
@@ -60,31 +59,31 @@ class Run:
             yield from batches
 
     def add(self, parts: dict[str, float]) -> None:
-        """Counts a step and what it measured."""
+        """Count a step and add what it measured."""
         self.step += 1
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Means over the epoch's steps; of skipped batches the number."""
-        return {name: value if name == "skipped" else value / self._counts[name] for name, value in self._sums.items()}
+        """Return means over the epoch's steps."""
+        return {name: value / self._counts[name] for name, value in self._sums.items()}
 
     def next_epoch(self) -> None:
-        """Ends an epoch."""
+        """End an epoch."""
         self.epoch, self.step = self.epoch + 1, 0
         self._sums, self._counts, self._epoch_start = {}, {}, None
 
     def random_state(self) -> dict[str, Any]:
-        """This process's random streams."""
-        return checkpoint.random_state(self.generators, self._accelerator.device)
+        """Return this process's random state."""
+        return rng.random_state(self._accelerator.device, self.generators)
 
     def set_random_state(self, state: dict[str, Any]) -> None:
-        """Puts them back."""
-        checkpoint.set_random_state(state, self.generators, self._accelerator.device)
+        """Put a random state back."""
+        rng.set_random_state(state, self._accelerator.device, self.generators)
 
     def random_states(self) -> list[dict[str, Any]]:
-        """The random streams of each process, now and at the epoch's start."""
+        """Return the random states of each process, now and at the start of the epoch."""
         own = {"here": self.random_state(), "epoch_start": self._epoch_start}
         if self._accelerator.num_processes == 1:
             return [own]
@@ -93,7 +92,7 @@ class Run:
         return gathered
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run."""
+        """Return what a checkpoint holds of the run."""
         return {
             "id": self.id,
             "history": [dict(row) for row in self.history],
@@ -106,7 +105,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:
-        """Puts the run where it was."""
+        """Put the run where it was."""
         self.id = state["id"]
         self.history[:] = state["history"]
         self.epoch, self.step, self.updates = state["position"]

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from captum_idexpo.visualization.fronts import pareto_front
 
 Settings = dict[str, Any]
 Row = dict[str, Any]
 
 
 class Sweep(list[Row]):
-    """A row a setting: what was set and the scores it led to."""
+    """One row per setting: what was set and the scores it led to."""
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
-        """The rows that no other row beats in both scores, by descending x; none whose score is NaN."""
-        rows = [row for row in self if not math.isnan(row[x]) and not math.isnan(row[y])]
-        rows.sort(key=lambda row: (-row[x], -row[y]))
-        best = -math.inf
-        front = []
-        for row in rows:
-            if row[y] > best:
-                front.append(row)
-                best = row[y]
-        return front
+        """Return the rows that no other row beats in both scores, by descending x; none whose score is NaN."""
+        return pareto_front(self, x, y)
 
     def table(self, x: str = "accuracy", y: str = "insertion") -> str:
-        """A Markdown table, the front's rows marked."""
+        """Return a Markdown table in which the rows of the front are marked."""
         front = self.front(x, y)
         names = list(dict.fromkeys(name for row in self for name in row))
         lines = ["| " + " | ".join([*names, "front"]) + " |", "| " + " | ".join(["---"] * (len(names) + 1)) + " |"]
@@ -47,13 +38,13 @@ class Sweep(list[Row]):
         return "\n".join(lines)
 
     def plot(self, x: str = "accuracy", y: str = "insertion") -> Any:
-        """A matplotlib figure of all settings and the front; ImportError without matplotlib."""
+        """Return a matplotlib figure of all settings and the front; ImportError without matplotlib."""
         from captum_idexpo.visualization import plot_front
 
         return plot_front(self, self.front(x, y), x, y)
 
     def to_pandas(self) -> Any:
-        """The rows as a pandas DataFrame; ImportError without pandas."""
+        """Return the rows as a pandas DataFrame; ImportError without pandas."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -65,35 +56,31 @@ def sweep(
     run: Callable[..., Mapping[str, float]],
     grid: Mapping[str, Sequence[Any]],
     path: str | Path,
-    *,
-    devices: Sequence[str] = (),
 ) -> Sweep:
-    """Runs every combination of a grid that has not been run yet, and returns all of them.
+    """Run every combination of a grid that has not been run yet, and return all of them.
 
-    Each result is a line of JSON in a file, written when it is there: a sweep that is killed and started again goes on
-    where it stopped, and a larger grid adds what is missing.
+    Each result is written to a file at once, as a line of JSON. A sweep that was killed continues where it stopped, and
+    a larger grid adds what is missing. To use several devices, start one process per device, each with a part of the
+    grid and the same file, and then read all results by a call with the whole grid.
 
     Args:
         run: called with the settings as keyword arguments; trains and returns scores by name, those of
-            `ExplanationRegularizedTrainer.evaluate` for example. With several devices it is given ``device`` as well,
-            and has to be a module's function, since it runs in processes of its own.
+            `ExplanationRegularizedTrainer.evaluate` for example.
         grid: for each setting the values to try: numbers, strings, booleans or None.
         path: the file of results.
-        devices: names of devices, such as ``["cuda:0", "cuda:1"]``, on each of which one setting runs at a time; none:
-            one after the other in this process.
 
     Returns:
         A `Sweep`, in the order of the grid.
 
     Raises:
-        ValueError: an empty grid, or a setting named like a score or "device".
-        TypeError: a value that is neither of these.
+        ValueError: an empty grid, or a setting named like a score.
+        TypeError: a value of another type.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from captum_idexpo.training import sweep
-        >>> def run(weight, seed):  # trains, in earnest
+        >>> def run(weight, seed):  # trains a model
         ...     return {"accuracy": 0.9 - weight, "insertion": 0.5 + 10 * weight - seed}
         >>> path = Path(tempfile.mkdtemp()) / "sweep.jsonl"
         >>> found = sweep(run, {"weight": [0.0, 0.01], "seed": [0]}, path)
@@ -105,14 +92,12 @@ def sweep(
     path = Path(path)
     if not grid or not all(len(values) for values in grid.values()):
         raise ValueError("The grid is empty: give each setting at least one value.")
-    if "device" in grid:
-        raise ValueError("'device' is what `devices` hands out: name the setting otherwise.")
     grid = {name: [_plain(name, value) for value in values] for name, values in grid.items()}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     done = _read(path)
     missing = [settings for settings in combinations if _key(settings) not in done]
-    finished = _side_by_side(run, missing, devices) if devices else ((s, run(**s)) for s in missing)
-    for settings, scores in finished:
+    for settings in missing:
+        scores = run(**settings)
         if set(scores) & set(settings):
             raise ValueError(f"Scores and settings share names: {sorted(set(scores) & set(settings))}.")
         row = {"settings": settings, "scores": {name: float(value) for name, value in scores.items()}}
@@ -122,29 +107,8 @@ def sweep(
     return Sweep({**row["settings"], **row["scores"]} for row in rows)
 
 
-def _side_by_side(run: Callable[..., Mapping[str, float]], missing: list[Settings], devices: Sequence[str]) -> Any:
-    """(settings, scores) as they come in, one setting at a time on each device; an error when those that run are in."""
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-    with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
-        waiting, free = list(missing), list(devices)
-        running: dict[Future[Mapping[str, float]], tuple[Settings, str]] = {}
-        error: BaseException | None = None
-        while running or (waiting and error is None):
-            while waiting and free and error is None:
-                settings, device = waiting.pop(0), free.pop(0)
-                running[pool.submit(run, **settings, device=device)] = settings, device
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                settings, device = running.pop(future)
-                free.append(device)
-                if future.exception() is None:
-                    yield settings, future.result()
-                error = error or future.exception()
-        if error is not None:
-            raise error
-
-
 def _read(path: Path) -> dict[str, Row]:
-    """What the file holds; a line that was cut short is left out, and run again."""
+    """Return what the file holds, without a line that was cut short, whose setting is run again."""
     rows: dict[str, Row] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -165,8 +129,8 @@ def _append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A setting as JSON knows it, NumPy's numbers as Python's."""
+def _plain(name: str, value: object) -> Any:
+    """Return a setting that JSON can write, with Python's numbers in place of NumPy's."""
     value = value.item() if isinstance(value, np.generic) else value
     try:
         json.dumps(value)

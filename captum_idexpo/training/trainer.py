@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from captum_idexpo._core.errors import NonFiniteError, warn
-from captum_idexpo._core.modes import is_compiled, no_graph, training_mode
-from captum_idexpo.regularizers import InsertionDeletion, mean_inputs
+from captum_idexpo._core.inputs import check_count, check_optional_count
+from captum_idexpo._core.modes import Snapshot, is_compiled, no_graph, training_mode
+from captum_idexpo._core.rng import AnyGenerator
+from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.evaluation import evaluate, example_scores
 from captum_idexpo.training.fsdp import (
@@ -32,13 +34,10 @@ from captum_idexpo.training.fsdp import (
     prepare,
     weights_of,
 )
-from captum_idexpo.training.generators import generators_of
 from captum_idexpo.training.history import History
-from captum_idexpo.training.loaders import is_its_own, start_workers
+from captum_idexpo.training.loaders import failing_together, is_its_own, start_workers
 from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
-from captum_idexpo.training.processes import failing_together
 from captum_idexpo.training.run import Run
-from captum_idexpo.training.weights import Buffers, Weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,8 +54,8 @@ class ExplanationRegularizedTrainer:
         regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; none trains plainly.
         loss_fn: (model output, target) -> scalar, the task loss.
         scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
-        accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its number of
-            passes that accumulate an update's gradient counts as it is now.
+        accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
+            `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
         freeze_batch_norm: keep BatchNorm's statistics while training. Explaining and masking leave them alone anyway.
@@ -66,14 +65,16 @@ class ExplanationRegularizedTrainer:
         max_grad_norm: clip the gradient to this norm before each update.
         weight_schedule: the number of updates so far -> a factor on all regularizers' terms, `linear_warmup(500)` for
             example.
-        on_non_finite: "stop" with an error when a term turns NaN or infinite, or "skip" the batch with a warning.
         gradient_norms_every: measure each term's gradient norm every so many updates, and warn where one is more than
             ten times the task's; over several processes each on its share of the batch. Costs an additional forward
             and backward pass then.
-        checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. A run that is resumed from an
-            earlier one removes those that it has turned away from.
+        checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. Resuming from an older
+            checkpoint deletes the newer ones.
         checkpoint_every: write one after so many updates, besides those after each epoch.
         callbacks: called after each epoch with the trainer and the row of the history.
+        generators: random generators that the data set, the model or the loss draw from, of torch, NumPy or Python.
+            Checkpoints restore them, as they do the global streams and the generators of loaders, samplers and
+            regularizers, which the trainer finds itself.
         show_progress: show a progress bar an epoch, with the loss's parts.
 
     Trackers of the accelerator (``Accelerator(log_with="tensorboard", project_dir=...)`` after its ``init_trackers``)
@@ -122,23 +123,14 @@ class ExplanationRegularizedTrainer:
         patience: int = 10,
         max_grad_norm: float | None = None,
         weight_schedule: Callable[[int], float] | None = None,
-        on_non_finite: Literal["stop", "skip"] = "stop",
         gradient_norms_every: int | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int | None = None,
         callbacks: Iterable[Callable[[ExplanationRegularizedTrainer, dict[str, float]], None]] = (),
+        generators: Iterable[AnyGenerator] = (),
         show_progress: bool = True,
     ) -> None:
         _check_trainable(model, optimizer)
-        for name, value in (
-            ("patience", patience),
-            ("gradient_norms_every", gradient_norms_every),
-            ("checkpoint_every", checkpoint_every),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, given: {value}.")
-        if on_non_finite not in ("stop", "skip"):
-            raise ValueError(f"on_non_finite must be 'stop' or 'skip', given: {on_non_finite!r}.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, given: {max_grad_norm}.")
         loss = ExplanationRegularizedLoss(model, regularizers, loss_fn)
@@ -152,23 +144,20 @@ class ExplanationRegularizedTrainer:
         self.loss_fn = loss_fn
         judges = [regularizer for regularizer in loss.regularizers if isinstance(regularizer, InsertionDeletion)]
         self.evaluation = evaluation if evaluation is not None else next(iter(judges), None)
+        self._judges = judges if evaluation is None else [*judges, evaluation]
         self.freeze_batch_norm = freeze_batch_norm
         self.accuracy_weight = accuracy_weight
-        self.patience = patience
+        self.patience = check_count("patience", patience)
         self.max_grad_norm = max_grad_norm
         self.weight_schedule = weight_schedule
-        self.on_non_finite = on_non_finite
-        self.gradient_norms_every = gradient_norms_every
+        self.gradient_norms_every = check_optional_count("gradient_norms_every", gradient_norms_every)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every = check_optional_count("checkpoint_every", checkpoint_every)
         self.callbacks = list(callbacks)
+        self.generators = list(generators)
         self.show_progress = show_progress
         self.history = History()
-        judged = [*loss.regularizers, *([] if evaluation is None else [evaluation])]
-        # Those whose baselines are "mean", by their place; which others may be is for a checkpoint to say.
-        self._judged = judged
         self._n_passes = self.accelerator.gradient_accumulation_steps
-        self._measured = [k for k, r in enumerate(judged) if isinstance(getattr(r, "baselines", None), str)]
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
 
@@ -185,8 +174,8 @@ class ExplanationRegularizedTrainer:
             A row an epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the share of it spent on
             "task", each regularizer and "backward"; with a val_loader also the scores of `evaluate`, their names
             prefixed with "val" ("val_accuracy"), and "valscore". A weight that is "auto" is reported as
-            "<term>_weight", the deletion floor as "deletion_floor_share" (how many masked copies it binds), batches
-            that were left out as "skipped", gradient norms as "<term>_gradient_norm".
+            "<term>_weight", the share of masked copies at the deletion floor as "deletion_floor_share", gradient norms
+            as "<term>_gradient_norm".
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
@@ -195,9 +184,9 @@ class ExplanationRegularizedTrainer:
             TypeError, ValueError: a loader that yields something else, or nothing.
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, given: {epochs}.")
-        self._measure_mean_baselines(train_loader)
+        check_count("epochs", epochs)
+        for regularizer in (*self._unwrapped.known_regularizers, *self._judges):
+            regularizer.prepare(train_loader)
         train_loader, val_loader = self._prepare(train_loader), self._prepare(val_loader)
         # Every accelerator of a process shares this number: one that was made since may have changed it.
         self.accelerator.gradient_accumulation_steps = self._n_passes
@@ -246,7 +235,8 @@ class ExplanationRegularizedTrainer:
                 "continue with as many."
             )
         self._refuse_another_run(found, state["run"]["id"])
-        before, optimizer = Weights(self._unwrapped), copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
+        before = Snapshot(self._unwrapped, parameters=True)
+        optimizer = copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
         try:
             self._load(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -261,8 +251,8 @@ class ExplanationRegularizedTrainer:
         """What a checkpoint's parts have to be put back into."""
         has_state = isinstance(self.loss_fn, nn.Module) and len(self.loss_fn.state_dict())
         return {
-            "list of regularizers": [type(regularizer).__name__ for regularizer in self._regularizers],
-            "number of regularizers and judges": len(self._judged),
+            "list of regularizers": [type(regularizer).__name__ for regularizer in self._unwrapped.regularizers],
+            "number of judges": len(self._judges),
             "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
             "loss_fn": type(self.loss_fn).__name__ if has_state else None,
         }
@@ -290,16 +280,16 @@ class ExplanationRegularizedTrainer:
         load_weights(self.model, state["model"])
         if isinstance(self.loss_fn, nn.Module):
             self.loss_fn.load_state_dict(state["loss_fn"])
-        for regularizer, own in zip(self._regularizers, state["regularizers"], strict=True):
+        for regularizer, own in zip(self._unwrapped.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(own)
         load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for k, baselines in state["mean_baselines"].items():
-            self._judged[k].baselines = baselines
-        self._measured = list(state["mean_baselines"])
+        for judge, baselines in zip(self._judges, state["measured_baselines"], strict=True):
+            if judge.measures_baselines:
+                judge.baselines = baselines
 
     def evaluate(
         self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
@@ -336,33 +326,22 @@ class ExplanationRegularizedTrainer:
                 self.model,
                 self._prepare(loader),
                 self.evaluation,
-                self._regularizers,
+                self._unwrapped.known_regularizers,
                 explain=explain,
                 accelerator=self.accelerator,
             )
 
-    @property
-    def _regularizers(self) -> Iterable[Any]:
-        return cast(Iterable[Any], self._unwrapped.regularizers)
-
     def _automatic_weights(self) -> dict[str, float]:
-        """The weights that regularizers set themselves, "<term>_weight", the second of a term "<term>_weight_2"."""
+        """Return the weights that regularizers chose, "<term>_weight"; the second of a term is "<term>_weight_2"."""
         weights: dict[str, float] = {}
-        for regularizer in self._regularizers:
-            if getattr(regularizer, "is_automatic", False):
-                weights[unused(f"{regularizer.term}_weight", weights)] = regularizer.weight
+        for regularizer in self._unwrapped.known_regularizers:
+            for term, weight in regularizer.automatic_weights.items():
+                weights[unused(f"{term}_weight", weights)] = weight
         return weights
-
-    def _measure_mean_baselines(self, loader: Any) -> None:
-        for regularizer in (self._judged[k] for k in self._measured):
-            if isinstance(regularizer.baselines, str):
-                regularizer.baselines = mean_inputs(loader)
 
     def _start(self, train_loader: Any, val_loader: Any) -> Run:
         """A new run, or the one that is resumed."""
-        owners = (train_loader, val_loader, self._unwrapped, self.loss_fn, self.evaluation)
-        generators = list(generators_of(*owners))
-        run = Run(generators, self.accelerator)
+        run = Run(self._generators_of(train_loader, val_loader), self.accelerator)
         if self._resumed is not None:
             if self._resumed["run"]["position"][0] > 1:
                 start_workers(train_loader)
@@ -378,6 +357,13 @@ class ExplanationRegularizedTrainer:
                 checkpoint.make(self.checkpoint_dir)  # now, rather than after an epoch
         self.history = run.history
         return run
+
+    def _generators_of(self, *loaders: Any) -> list[AnyGenerator]:
+        """Return the generators that a run draws from, each once, in an order that depends on the arguments alone."""
+        regularizers = (*self._unwrapped.known_regularizers, *self._judges)
+        of_regularizers = [generator for regularizer in regularizers for generator in regularizer.generators]
+        every = [*checkpoint.generators_of(*loaders), *of_regularizers, *self.generators]
+        return list({id(generator): generator for generator in every}.values())
 
     def _select(self, run: Run, row: dict[str, float], scores: dict[str, float]) -> None:
         """Adds validation scores to a row, keeps the best weights, and ends the run when patience does."""
@@ -411,9 +397,9 @@ class ExplanationRegularizedTrainer:
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "loss_fn": self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {},
-                "regularizers": [regularizer.state_dict() for regularizer in self._regularizers],
+                "regularizers": [regularizer.state_dict() for regularizer in self._unwrapped.regularizers],
                 "kinds": self._kinds(),
-                "mean_baselines": {k: self._judged[k].baselines for k in self._measured},
+                "measured_baselines": [j.baselines if j.measures_baselines else None for j in self._judges],
                 "run": run.state_dict(),
                 "random": randoms,
             }
@@ -427,7 +413,7 @@ class ExplanationRegularizedTrainer:
                 loader,
                 self.loss_fn,
                 self.evaluation,
-                self._regularizers,
+                self._unwrapped.known_regularizers,
                 accuracy_weight=self.accuracy_weight,
                 explain=explain,
                 accelerator=self.accelerator,
@@ -437,7 +423,7 @@ class ExplanationRegularizedTrainer:
         """One pass over the data, or the rest of one; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
-        weights, last_batch = Weights(self._unwrapped), None
+        weights, last_batch = Snapshot(self._unwrapped, parameters=True), None
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         description = f"epoch {run.epoch}/{epochs}"
         with (
@@ -446,22 +432,16 @@ class ExplanationRegularizedTrainer:
         ):
             for batch, is_last in bar:
                 where = f"epoch {run.epoch}, step {run.step + 1}"
-                with self._training_mode():  # a loader of one's own may use the model, in another mode
+                with self._training_mode():  # a loader may use the model between batches, in another mode
+                    started = time.perf_counter()
                     try:
-                        started = time.perf_counter()
                         parts = self._step(batch, is_last, where, weights, run)
-                        parts = {**parts, "seconds_per_step": time.perf_counter() - started}
                     except NonFiniteError as error:
                         self._return_to_good(weights, last_batch, run)
-                        if self.on_non_finite == "stop":
-                            where = "" if where in str(error) else f" ({where})"
-                            raise NonFiniteError(
-                                f"{error}{where} The model is left with its last good weights."
-                            ) from error
-                        warn(f"{error} ({where}) The batch is left out.")
-                        self._drop_gradients()
-                        parts = {"skipped": 1.0}
-                last_batch = batch if "skipped" not in parts else last_batch
+                        where = "" if where in str(error) else f" ({where})"
+                        raise NonFiniteError(f"{error}{where} The model is left with its last good weights.") from error
+                parts["seconds_per_step"] = time.perf_counter() - started
+                last_batch = batch
                 run.add(parts)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items() if name in run.shown})
                 if self._checkpoint_is_due(run):
@@ -472,8 +452,6 @@ class ExplanationRegularizedTrainer:
                 "(an iterator is empty after one pass)."
             )
         self._drop_gradients()
-        if last_batch is None and "loss" not in run.means():
-            raise NonFiniteError(f"Every batch of epoch {run.epoch} was left out: no loss was finite.")
         with self._training_mode():
             finite = last_batch is None or self._task_loss_is_finite(last_batch, run)
         if not finite:
@@ -484,19 +462,17 @@ class ExplanationRegularizedTrainer:
             )
         return run.means()
 
-    def _step(self, batch: Any, is_last: bool, where: str, weights: Weights, run: Run) -> dict[str, float]:
+    def _step(self, batch: Any, is_last: bool, where: str, weights: Snapshot, run: Run) -> dict[str, float]:
         """One update; the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
         batch = send_to_device(batch, self.accelerator.device)
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
-        n_passes = self.accelerator.gradient_accumulation_steps
-        module.pass_of_update = (self.accelerator.step % n_passes, n_passes)
         norms = self._gradient_norms(batch, run)
         if is_last:  # of the epoch: the update is made of fewer passes
-            self.accelerator.step = n_passes - 1
-        # Shards add gradients up that are averaged each time: what waits for its average stands in no shard.
+            self.accelerator.step = self.accelerator.gradient_accumulation_steps - 1
+        # FSDP averages the gradients of each pass; DDP waits until the last one.
         waiting = [] if is_sharded(self.model) else [self._loss]
         with self.accelerator.accumulate(*waiting):
             with gathered(self.model):
@@ -513,7 +489,7 @@ class ExplanationRegularizedTrainer:
             if self.accelerator.sync_gradients:
                 self._drop_gradients()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
-        return {**named, **norms, **self._floor_shares(), **shares}
+        return {**named, **norms, **self._measurements(named), **shares}
 
     def _backward(self, batch: Any, where: str) -> dict[str, float]:
         """The gradient of a batch; its loss and parts, means over processes."""
@@ -552,10 +528,13 @@ class ExplanationRegularizedTrainer:
         for parameter in (*self._unwrapped.parameters(), *self._owned_parameters()):
             parameter.grad = None
 
-    def _floor_shares(self) -> dict[str, float]:
-        """How many masked copies the deletion floor binds, where there is one."""
-        shares = [r.floor_share for r in self._regularizers if getattr(r, "floor_share", None) is not None]
-        return {"deletion_floor_share": float(torch.stack(shares).mean())} if shares else {}
+    def _measurements(self, taken: Iterable[str]) -> dict[str, float]:
+        """Return what regularizers measured beside their terms, under names that no term has."""
+        found: dict[str, float] = {}
+        for regularizer in self._unwrapped.known_regularizers:
+            for name, value in regularizer.measurements.items():
+                found[unused(name, (*taken, *found))] = float(value)
+        return found
 
     def _gradient_norms(self, batch: Any, run: Run) -> dict[str, float]:
         """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
@@ -583,16 +562,16 @@ class ExplanationRegularizedTrainer:
     @contextmanager
     def _without_trace(self, run: Run) -> Iterator[None]:
         """Inside, random streams and buffers (BatchNorm's statistics, automatic weights) move for nothing."""
-        state, before = run.random_state(), Buffers(self._unwrapped)
+        state, before = run.random_state(), Snapshot(self._unwrapped)
         try:
             yield
         finally:
             run.set_random_state(state)
             before.restore()
 
-    def _return_to_good(self, weights: Weights, last_batch: Any, run: Run) -> None:
-        """Undoes what a failed step did: its statistics, and the last update if that is what made it fail."""
-        weights.buffers.restore()
+    def _return_to_good(self, weights: Snapshot, last_batch: Any, run: Run) -> None:
+        """Undo what a failed step did to the buffers, and the update before it if that made the loss infinite."""
+        weights.restore_buffers()
         if last_batch is None or not self._task_loss_is_finite(last_batch, run):
             weights.restore()
 

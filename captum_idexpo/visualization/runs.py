@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from captum_idexpo.training.sweep import Row, Sweep
 from captum_idexpo.visualization._figures import COLORS, figure_of, line_look, new_figure, one_axis, require_some
+from captum_idexpo.visualization.fronts import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NO_LOSSES = ("epoch", "skipped", "deletion_floor_share")
+_NO_LOSSES = ("epoch", "deletion_floor_share")
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -129,9 +129,8 @@ def plot_fronts(
         look = line_look(number)
         for score in filter(None, (x, y, x_error, y_error)):
             _column(rows, score)
-        found = Sweep(dict(row) for row in rows)
-        front = found.front(x, y)
-        beaten = [row for row in found if not any(row is other for other in front)]
+        front = pareto_front(rows, x, y)
+        beaten = [row for row in rows if not any(row is other for other in front)]
         handles.append(_draw_points(axis, front, x, y, errors, **look, label=name))
         if beaten:
             _draw_points(axis, beaten, x, y, errors, **look | {"linestyle": "none"}, fillstyle="none", alpha=0.7)
@@ -143,8 +142,10 @@ def plot_fronts(
     return figure_of(axis)
 
 
-def _draw_points(axis: Axes, rows: Sequence[Row], x: str, y: str, errors: Mapping[str, str | None], **look: Any) -> Any:
-    """What a legend shows of them."""
+def _draw_points(
+    axis: Axes, rows: Sequence[Mapping[str, float]], x: str, y: str, errors: Mapping[str, str | None], **look: Any
+) -> Any:
+    """Draw points and return what a legend shows of them."""
     whiskers: dict[str, Any] = {side: [row[name] for row in rows] for side, name in errors.items() if name is not None}
     return axis.errorbar(
         [row[x] for row in rows], [row[y] for row in rows], **whiskers, capsize=2, elinewidth=1, **look

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 
-from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo._core.errors import all_finite
 from captum_idexpo.attr import IntegratedGradients, Lime, Saliency
 from captum_idexpo.attr.surrogates import Ridge
@@ -41,14 +40,6 @@ def ends_early(x, **_):
     yield torch.zeros(1, 6)
 
 
-def fit(on_non_finite):
-    net = smooth_net()
-    trainer = ExplanationRegularizedTrainer(
-        net, torch.optim.SGD(net.parameters(), lr=0.1), on_non_finite=on_non_finite, show_progress=False
-    )
-    trainer.fit([(X * float("nan"), torch.tensor([0, 1, 2])), (X, torch.tensor([0, 1, 2]))])
-
-
 WARNED_OF = {
     "probabilities taken for logits": lambda: insertion(lambda x: NET(x).softmax(1), X, X, target=0),
     "a generator that ends": lambda: Lime(NET, Ridge(), perturb_func=ends_early).attribute(X[:1], target=0),
@@ -57,7 +48,6 @@ WARNED_OF = {
     "the deletion floor": lambda: InsertionDeletion(Saliency(NET), baselines=0.0, deletion_floor=0.9)(
         X, torch.tensor([0, 1, 2])
     ),
-    "a batch that is left out": lambda: fit("skip"),
 }
 
 

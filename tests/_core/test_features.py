@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
-from captum_idexpo._core.inputs import align_baselines
+from captum_idexpo._core.inputs import as_baselines
 
 
 def literal_spread(values, mask, shape):
@@ -134,7 +134,7 @@ def test_masks_keep_the_input_or_put_the_baseline(baseline, finite):
 def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected, finite):
     x = torch.ones(1, 2, dtype=dtype)
     layout = FeatureLayout.of_positions([x.shape[1:]])
-    masked = MaskedInputs((x,), align_baselines((baseline,), (x,)), layout, finite)
+    masked = MaskedInputs((x,), as_baselines((baseline,), (x,)), layout, finite)
     (copy,) = masked.copies(torch.tensor([[[True, False]]]))
     assert copy.dtype == expected
     last = baseline[0, 1] if isinstance(baseline, torch.Tensor) else baseline

@@ -39,19 +39,19 @@ def test_each_copy_of_each_example_is_evaluated_once(n_examples, n_copies, max_r
 def test_arguments_go_with_their_examples(target):
     seen = []
 
-    def forward(x, of_batch, single, scalar, text, of_list):
-        seen.append((x, of_batch, of_list))
+    def forward(x, of_batch, single, scalar, text, a_list):
+        seen.append((x, of_batch, a_list))
         assert single.shape == (1, 2)
         assert scalar.dim() == 0
         assert text == "as it is"
         return torch.stack([x[:, 0], x[:, 0] + 100], dim=1)
 
     arguments = (torch.tensor([10.0, 20.0, 30.0]), torch.zeros(1, 2), torch.tensor(1.0), "as it is", ["a", "b", "c"])
-    batch = BatchForward(forward, arguments, 3, target, lists_of_examples=True)
+    batch = BatchForward(forward, arguments, 3, target)
     rows = (torch.tensor([[2.0], [3.0], [2.5], [3.5]]),)  # two copies of examples 1 and 2
     output = batch(rows, slice(1, 3), 2)
     assert seen[0][1].tolist() == [20.0, 30.0, 20.0, 30.0]
-    assert seen[0][2] == ["b", "c", "b", "c"]
+    assert seen[0][2] == ["a", "b", "c"]
     chosen = {"list": [1, 0, 1, 0]}.get(type(target).__name__)
     if isinstance(target, torch.Tensor) and target.dim():
         chosen = [1, 0, 1, 0]
@@ -140,41 +140,17 @@ def test_a_list_is_for_all_copies_as_captum_has_it():
 
 
 @pytest.mark.filterwarnings("ignore:You are providing multiple inputs")
-def test_a_list_of_examples_goes_with_them_in_lime():
-    """Which Captum's LIME gives one entry at a time."""
-    torch.manual_seed(0)
-    w, x = torch.randn(4), torch.randn(3, 4)
-
-    def forward(x, words):
-        return x @ w * torch.tensor([len(word) for word in words])
-
-    words = ["a", "bc", "def"]
-    torch.manual_seed(0)
-    expected = captum.attr.KernelShap(forward).attribute(x, additional_forward_args=(words,), n_samples=40)
-    torch.manual_seed(0)
-    ours = KernelShap(forward).attribute(x, additional_forward_args=(words,), n_samples=40)
-    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
-    torch.manual_seed(0)
-    alone = KernelShap(forward).attribute(x[2:], additional_forward_args=(words[2:],), n_samples=40)
-    assert alone.shape == (1, 4)
-
-
 @pytest.mark.parametrize("n_classes", [2, 3])
-def test_a_single_number_is_one_examples_or_for_whatever_comes(n_classes):
+def test_a_tensor_as_long_as_a_batch_of_one_goes_with_its_example(n_classes):
     torch.manual_seed(0)
     net, temperature, x = nn.Linear(6, n_classes), torch.tensor([1.5]), torch.randn(1, 6)
-
-    def shared(x, t):
-        return net(x) / t
 
     def own(x, t):
         return net(x) / t[:, None]
 
-    def neither(x):
-        return net(x) / 1.5
+    def bound(x):
+        return net(x) / temperature
 
-    expected = masked_lime(neither, x, None, 1)
-    for forward in (shared, own):
-        torch.testing.assert_close(masked_lime(forward, x, (temperature,), 1), expected)
-        scores = insertion(forward, x, x, target=1, additional_forward_args=(temperature,))
-        torch.testing.assert_close(scores, insertion(neither, x, x, target=1))
+    torch.testing.assert_close(masked_lime(own, x, (temperature,), 1), masked_lime(bound, x, None, 1))
+    scores = insertion(own, x, x, target=1, additional_forward_args=(temperature,))
+    torch.testing.assert_close(scores, insertion(bound, x, x, target=1))

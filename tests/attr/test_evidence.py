@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from captum_idexpo.attr import KernelShap, Lime, MaskSimilarity
-from captum_idexpo.attr._evidence import averaged_ridge
 from captum_idexpo.attr.coalitions import kernel_shap_masks
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.surrogates import (
@@ -15,6 +14,7 @@ from captum_idexpo.attr.surrogates import (
     LinearRegression,
     Ridge,
     ShapleyRegression,
+    averaged_ridge,
 )
 from tests.helpers import gradient_error, smooth_net
 

@@ -64,8 +64,8 @@ def test_a_baseline_broadcasts_along_any_axes(name, n_examples, kept, n_missing)
         torch.manual_seed(0)
         model = specimen.model()
         if name == "scores":
-            scores = insertion_deletion(model, x, x.flip(0), baseline, target=y)
-            return [*scores[:2], sensitivity_n(model, x, x.flip(0), 3, baseline, target=y)]
+            scores = insertion_deletion(model, x, x.flip(0), baselines=baseline, target=y)
+            return [*scores[:2], sensitivity_n(model, x, x.flip(0), 3, baselines=baseline, target=y)]
         if name == "regularizers":
             gradient = InsertionDeletion(attr.Saliency(model), baselines=baseline)
             neighbors = Stability(model, MaskedNeighbors(baseline))

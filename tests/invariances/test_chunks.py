@@ -60,8 +60,10 @@ def test_rows_of_a_forward_pass_do_not_change_scores(n_examples, max_rows, tempe
 
     def scores(rows):
         torch.manual_seed(0)
-        both = insertion_deletion(model, x, phi, 0.3, temperature=temperature, max_examples_per_batch=rows, **arguments)
-        return [*both[:2], sensitivity_n(model, x, phi, 2, 0.3, max_examples_per_batch=rows, **arguments)]
+        both = insertion_deletion(
+            model, x, phi, baselines=0.3, temperature=temperature, max_examples_per_batch=rows, **arguments
+        )
+        return [*both[:2], sensitivity_n(model, x, phi, 2, baselines=0.3, max_examples_per_batch=rows, **arguments)]
 
     assert_same(scores(max_rows), scores(None))
 

@@ -125,7 +125,9 @@ def test_scores_without_a_check_of_finite_numbers(temperature, value):
     broken = x.clone()
     broken[:, 1, 0, 0] = value
     arguments = {"target": torch.arange(3), "fraction": 0.4, "temperature": temperature, "check_finite": False}
-    expected, scores = (insertion_deletion(model, inputs, phi, 0.0, **arguments) for inputs in (x, broken))
+    expected, scores = (insertion_deletion(model, inputs, phi, baselines=0.0, **arguments) for inputs in (x, broken))
     assert_same(scores.insertion, expected.insertion, rtol=1e-3)
     mask = feature_mask(SPECIMEN)
-    assert sensitivity_n(model, broken, phi, 1, 0.0, mask, target=0, check_finite=False).shape == (3,)
+    assert sensitivity_n(
+        model, broken, phi, 1, baselines=0.0, feature_mask=mask, target=0, check_finite=False
+    ).shape == (3,)

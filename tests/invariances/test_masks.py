@@ -26,7 +26,7 @@ MASKED = {
         x, 0.3, target=y, feature_mask=mask, n_samples=64, sampling="independent"
     ),
     "insertion, deletion": lambda x, y, mask: insertion_deletion(
-        NET, x, x.flip(1), 0.3, target=y, feature_mask=mask, step_size=1
+        NET, x, x.flip(1), baselines=0.3, target=y, feature_mask=mask, step_size=1
     )[:2],
     "NeuronFeatureAblation": lambda x, y, mask: attr.NeuronFeatureAblation(NET, NET[0]).attribute(
         x, neuron_selector=1, feature_mask=mask
@@ -47,7 +47,7 @@ ORDERED = {
     "KernelShap, leverage": lambda x, y, mask: attr.KernelShap(NET).attribute(
         x, 0.3, target=y, feature_mask=mask, sampling="leverage", n_samples=7
     ),
-    "sensitivity-n": lambda x, y, mask: sensitivity_n(NET, x, x.flip(1), 1, 0.3, target=y, feature_mask=mask),
+    "sensitivity-n": lambda x, y, mask: sensitivity_n(NET, x, x.flip(1), 1, baselines=0.3, target=y, feature_mask=mask),
     "Fidelity": lambda x, y, mask: Fidelity(NET, MaskedNeighbors(0.3, mask))(x, y)["fidelity"],
     "InsertionDeletion": lambda x, y, mask: list(
         InsertionDeletion(attr.Saliency(NET), baselines=0.3, feature_mask=mask)(x, y).values()

@@ -83,7 +83,7 @@ def test_a_row_is_scored_alike_in_any_batch(specimen, temperature):
             model,
             rows_of(inputs, rows),
             rows_of(attributions, rows),
-            specimen.baselines(),
+            baselines=specimen.baselines(),
             target=target[rows],
             **arguments,
         )

@@ -110,9 +110,9 @@ def test_metrics_and_losses_of_a_function_that_writes():
     def results(model):
         x = X.clone()
         torch.manual_seed(0)
-        scores = insertion_deletion(model, x, phi, 0.3, target=Y)
+        scores = insertion_deletion(model, x, phi, baselines=0.3, target=Y)
         lime = attr.Lime(model, Ridge(0.1))
-        found = [scores.insertion, scores.deletion, sensitivity_n(model, x, phi, 3, 0.3, target=Y)]
+        found = [scores.insertion, scores.deletion, sensitivity_n(model, x, phi, 3, baselines=0.3, target=Y)]
         regularizers = [
             InsertionDeletion(lime, baselines=0.3, feature_mask=mask),
             Fidelity(model, MaskedNeighbors(0.3, mask)),

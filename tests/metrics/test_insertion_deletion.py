@@ -14,7 +14,7 @@ from torch import nn
 
 from captum_idexpo import NonFiniteError
 from captum_idexpo.metrics import deletion, insertion, insertion_deletion
-from captum_idexpo.metrics.insertion_deletion import StepSchedule
+from captum_idexpo.metrics._masking import StepSchedule
 from tests.helpers import gradient_error, smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def test_equals_the_equations(temperature, fraction, step_size):
         return range(step, int(fraction * n + 1e-9) + 1, step)
 
     arguments = {"target": Y, "fraction": fraction, "step_size": step_size, "temperature": temperature}
-    scores = insertion_deletion(net, IMAGES, PIXELS, 0.3, **arguments)
+    scores = insertion_deletion(net, IMAGES, PIXELS, baselines=0.3, **arguments)
     t = 1.0 if temperature == "auto" else temperature
     for direction, ours in (("insertion", scores.insertion), ("deletion", scores.deletion)):
         torch.testing.assert_close(ours.detach(), literal_images(net, PIXELS, 0.3, s_values, direction, t))
@@ -87,8 +87,8 @@ def test_equals_the_equations(temperature, fraction, step_size):
     torch.testing.assert_close(scores.fractions, expected)
     assert scores.insertion_curve.shape == scores.deletion_curve.shape == (4, len(expected))
     torch.testing.assert_close(scores.insertion_curve.mean(1), scores.insertion)
-    assert torch.equal(insertion(net, IMAGES, PIXELS, 0.3, **arguments), scores.insertion)
-    assert torch.equal(deletion(net, IMAGES, PIXELS, 0.3, **arguments), scores.deletion)
+    assert torch.equal(insertion(net, IMAGES, PIXELS, baselines=0.3, **arguments), scores.insertion)
+    assert torch.equal(deletion(net, IMAGES, PIXELS, baselines=0.3, **arguments), scores.deletion)
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
@@ -99,7 +99,15 @@ def test_a_feature_mask_makes_groups_locations(temperature):
     features[1] %= 6
     features[2] = 4
     scores = insertion_deletion(
-        net, IMAGES, PIXELS, 0.3, features, target=Y, fraction=1.0, step_size=1, temperature=temperature
+        net,
+        IMAGES,
+        PIXELS,
+        baselines=0.3,
+        feature_mask=features,
+        target=Y,
+        fraction=1.0,
+        step_size=1,
+        temperature=temperature,
     )
     t = 1.0 if temperature == "auto" else None
     for direction, ours in (("insertion", scores.insertion), ("deletion", scores.deletion)):
@@ -152,13 +160,13 @@ def test_a_mask_or_baseline_without_batch_axis_broadcasts_whatever_the_batch_siz
     images, maps = IMAGES.repeat(2, 1, 1, 1)[:6], PIXELS.repeat(2, 1, 1)[:6]
     mask = torch.arange(36).view(6, 6) // 12
     baseline = torch.randn(2, 6, 6, dtype=torch.float64)
-    whole = insertion(net, images, maps, baseline, mask, target=1)
+    whole = insertion(net, images, maps, baselines=baseline, feature_mask=mask, target=1)
     for b in range(6):
-        alone = insertion(net, images[b : b + 1], maps[b : b + 1], baseline, mask, target=1)
+        alone = insertion(net, images[b : b + 1], maps[b : b + 1], baselines=baseline, feature_mask=mask, target=1)
         torch.testing.assert_close(whole[b : b + 1], alone)
     columns, x = torch.randn(6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
-    whole = insertion(smooth_net(), x, x, columns, target=1)
-    torch.testing.assert_close(whole[:1], insertion(smooth_net(), x[:1], x[:1], columns, target=1))
+    whole = insertion(smooth_net(), x, x, baselines=columns, target=1)
+    torch.testing.assert_close(whole[:1], insertion(smooth_net(), x[:1], x[:1], baselines=columns, target=1))
 
 
 def test_raw_outputs_of_one_value_need_no_target_in_any_shape():
@@ -192,7 +200,7 @@ def test_tuples_are_ranked_together(temperature):
     phi_a, phi_b = torch.randn_like(a), torch.randn_like(b)
     scale = torch.rand(4, 1, dtype=torch.float64)
     arguments = {"additional_forward_args": scale, "target": Y, "temperature": temperature, "step_size": 2}
-    ours = insertion(net, (a, b), (phi_a, phi_b), (0.1, torch.full((1, 2, 2), 0.2).double()), **arguments)
+    ours = insertion(net, (a, b), (phi_a, phi_b), baselines=(0.1, torch.full((1, 2, 2), 0.2).double()), **arguments)
     for i in range(4):
 
         def probability(values, i=i):
@@ -220,14 +228,19 @@ def test_integers_beside_floats_stay_integers_under_hard_masks(ids_first):
         return pair[::-1] if ids_first else pair
 
     forward = (lambda ids, x: floats_first(x, ids)) if ids_first else floats_first
-    ours = insertion(forward, order((x, ids)), order(phi), order((0.0, 0)), target=Y)
+    ours = insertion(forward, order((x, ids)), order(phi), baselines=order((0.0, 0)), target=Y)
     # One group for each token's embedding, the rows of which are masked by that of token 0.
     groups = torch.arange(3)[None], torch.arange(3, 8)[None, :, None].expand(1, 5, 4)
     embedded = (x, embedding(ids).detach())
     spread = (phi[0], phi[1][..., None].expand(-1, -1, 4))
     baselines = (0.0, embedding.weight[0].detach().expand(1, 5, 4))
     theirs = insertion(
-        lambda x, e: head(torch.cat([x, e.flatten(1)], dim=1)), embedded, spread, baselines, groups, target=Y
+        lambda x, e: head(torch.cat([x, e.flatten(1)], dim=1)),
+        embedded,
+        spread,
+        baselines=baselines,
+        feature_mask=groups,
+        target=Y,
     )
     torch.testing.assert_close(ours, theirs)
 
@@ -255,8 +268,10 @@ def test_a_constant_map_is_harmless_and_alone(temperature):
     net, phi = smooth_conv_net(), PIXELS.clone()
     phi[2] = 0.7
     phi.requires_grad_()
-    scores = insertion(net, IMAGES, phi, 0.3, target=Y, temperature=temperature)
-    others = insertion(net, IMAGES[[0, 1, 3]], PIXELS[[0, 1, 3]], 0.3, target=Y[[0, 1, 3]], temperature=temperature)
+    scores = insertion(net, IMAGES, phi, baselines=0.3, target=Y, temperature=temperature)
+    others = insertion(
+        net, IMAGES[[0, 1, 3]], PIXELS[[0, 1, 3]], baselines=0.3, target=Y[[0, 1, 3]], temperature=temperature
+    )
     torch.testing.assert_close(scores[[0, 1, 3]], others)
     if temperature:
         blend = net(0.5 * IMAGES[2:3] + 0.5 * 0.3).softmax(1)[0, Y[2]]

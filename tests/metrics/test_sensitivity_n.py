@@ -34,7 +34,7 @@ def literal(net, x, phi, y, subsets, baseline):
 def test_tends_to_the_correlation_over_all_subsets(n):
     net = smooth_net()
     ours = sensitivity_n(
-        net, X, PHI, n, 0.4, target=Y, n_samples=20_000, generator=torch.Generator().manual_seed(0)
+        net, X, PHI, n, baselines=0.4, target=Y, n_samples=20_000, generator=torch.Generator().manual_seed(0)
     ).detach()
     for b in range(4):
         expected = literal(net, X[b], PHI[b], Y[b], itertools.combinations(range(6), n), 0.4)
@@ -48,7 +48,7 @@ def test_equals_numpys_correlation_on_the_drawn_subsets():
         seen.append(x.detach())
         return net(x)
 
-    ours = sensitivity_n(forward, X[:1], PHI[:1], 3, math.pi, target=1, n_samples=30).detach()
+    ours = sensitivity_n(forward, X[:1], PHI[:1], 3, baselines=math.pi, target=1, n_samples=30).detach()
     subsets = [(row == math.pi).nonzero().flatten().tolist() for row in torch.cat(seen[2:])]
     assert {len(subset) for subset in subsets} == {3}
     assert float(ours) == pytest.approx(literal(net, X[0], PHI[0], 1, subsets, math.pi), abs=1e-9)
@@ -93,7 +93,9 @@ def test_groups_of_a_feature_mask_are_masked_together():
         return net(x)
 
     cells = torch.arange(36).view(1, 1, 6, 6) // 9
-    sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=5)
+    sensitivity_n(
+        forward, images, torch.randn(2, 6, 6).double(), 2, baselines=7.0, feature_mask=cells, target=0, n_samples=5
+    )
     for row in torch.cat(seen[3:]):
         masked = (row == 7.0).all(0).flatten().view(4, 9)
         assert masked.all(1).sum() == 2
@@ -110,7 +112,9 @@ def test_groups_that_occur_in_other_examples_only_are_never_drawn():
 
     cells = (torch.arange(36).view(1, 1, 6, 6) // 9 * 2).repeat(2, 1, 1, 1)
     cells[1] %= 4
-    sensitivity_n(forward, images, torch.randn(2, 6, 6).double(), 2, 7.0, cells, target=0, n_samples=40)
+    sensitivity_n(
+        forward, images, torch.randn(2, 6, 6).double(), 2, baselines=7.0, feature_mask=cells, target=0, n_samples=40
+    )
     for index, row in enumerate(torch.cat(seen[3:])):
         masked = (row == 7.0).all(0)
         groups = cells[index % 2, 0]

@@ -20,10 +20,10 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 @pytest.mark.parametrize(("metric", "function"), [(Insertion, insertion), (Deletion, deletion)])
 def test_batches_of_any_size_give_the_mean_over_examples(metric, function):
     net = smooth_net()
-    accumulated = metric(net, baselines=0.3)
+    accumulated = metric(net, baselines=0.3, fraction=0.5)
     for part in (slice(0, 5), slice(5, 7)):
-        accumulated.update(X[part], MAPS[part], target=Y[part], fraction=0.5)
-    expected = function(net, X, MAPS, 0.3, target=Y, fraction=0.5).mean()
+        accumulated.update(X[part], MAPS[part], target=Y[part])
+    expected = function(net, X, MAPS, baselines=0.3, target=Y, fraction=0.5).mean()
     torch.testing.assert_close(accumulated.compute(), expected.detach())
     accumulated.reset()
     assert int(accumulated.count) == 0

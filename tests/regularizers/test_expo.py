@@ -10,7 +10,8 @@ from torch import nn
 from captum_idexpo.attr.similarity import MaskSimilarity
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, MaskedNeighbors, Stability, UniformNeighbors
-from captum_idexpo.regularizers.expo import Neighbors, residuals
+from captum_idexpo.regularizers.expo import residuals
+from captum_idexpo.regularizers.neighbors import Neighbors
 from captum_idexpo.testing import assert_trainable
 from tests.helpers import smooth_conv_net, smooth_net
 

@@ -16,7 +16,7 @@ from captum_idexpo.attr import IntegratedGradients, KernelShap, LayerGradCam, Li
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import insertion, insertion_deletion
-from captum_idexpo.metrics.insertion_deletion import StepSchedule
+from captum_idexpo.metrics._masking import StepSchedule
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.testing import assert_trainable
 from tests.attr.cases import ONE_EACH
@@ -382,7 +382,7 @@ def test_lime_may_explain_probabilities_while_the_loss_is_taken_on_logits():
     terms = regularizer(x, Y)
     torch.manual_seed(0)
     phi = id_expo_lime(net).attribute(x, target=Y, n_samples=20, baselines=0.2)
-    soft = insertion_deletion(net, x, phi, 0.2, target=Y, fraction=0.5, temperature="auto").insertion_curve
+    soft = insertion_deletion(net, x, phi, baselines=0.2, target=Y, fraction=0.5, temperature="auto").insertion_curve
     torch.testing.assert_close(terms["insertion"], -0.7 * soft.log().mean())
 
 
@@ -438,7 +438,17 @@ def test_additional_forward_args_reach_explainer_and_metric():
     terms = regularizer(x, Y)
     torch.manual_seed(0)
     phi = explainer.attribute(x, 0.2, Y, (shift,))
-    expected = insertion_deletion(model, x, phi, 0.2, None, shift, Y, fraction=0.5, temperature="auto")
+    expected = insertion_deletion(
+        model,
+        x,
+        phi,
+        baselines=0.2,
+        feature_mask=None,
+        additional_forward_args=shift,
+        target=Y,
+        fraction=0.5,
+        temperature="auto",
+    )
     torch.testing.assert_close(terms["insertion"], -0.7 * expected.insertion_curve.log().mean())
 
 
@@ -476,7 +486,7 @@ def test_one_column_that_is_scored_as_other_than_two_classes_keeps_its_sign(n_co
     regularizer = InsertionDeletion(explainer, forward_func=scored, outputs=outputs, **settings)
     scores = regularizer.scores(x, y)
     phi = explainer.attribute(x)
-    expected = insertion_deletion(scored, x, phi, 0.0, target=y, fraction=0.5, outputs=outputs)
+    expected = insertion_deletion(scored, x, phi, baselines=0.0, target=y, fraction=0.5, outputs=outputs)
     for a, b in zip(scores, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -491,7 +501,7 @@ def test_regression_uses_the_outputs_themselves():
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), outputs="raw", **SETTINGS)
     terms = regularizer(X, torch.tensor([0.3, -1.0, 2.0]))
     phi = LayerGradCam(net, net[4]).attribute(X)
-    scores = insertion_deletion(net, X, phi, 0.2, fraction=0.5, temperature="auto", outputs="raw")
+    scores = insertion_deletion(net, X, phi, baselines=0.2, fraction=0.5, temperature="auto", outputs="raw")
     torch.testing.assert_close(terms["insertion"], -0.7 * scores.insertion.mean())
     torch.testing.assert_close(terms["deletion"], 0.4 * scores.deletion.mean())
 
@@ -503,7 +513,7 @@ def test_scores_are_the_hard_metric_of_the_predicted_class():
     for target, given in ((predicted, None), (Y, Y)):
         phi = LayerGradCam(net, net[4]).attribute(X, target=target)
         with torch.no_grad():
-            expected = insertion_deletion(net, X, phi, 0.2, target=target, fraction=0.5, step_size=3)
+            expected = insertion_deletion(net, X, phi, baselines=0.2, target=target, fraction=0.5, step_size=3)
         ours = regularizer.scores(X, given)
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -614,7 +624,7 @@ def test_the_attribution_of_grouped_positions_goes_back_into_the_metrics():
     maps = regularizer.attribution(vectors, 1)
     expected = explainer.attribute(vectors, target=1).mean(-1, keepdim=True).expand_as(vectors)
     torch.testing.assert_close(maps[0], expected)
-    scores = insertion_deletion(reader, vectors, maps, 0.0, tokens, target=1)
+    scores = insertion_deletion(reader, vectors, maps, baselines=0.0, feature_mask=tokens, target=1)
     torch.testing.assert_close(scores.insertion, regularizer.scores(vectors, 1).insertion)
 
 
@@ -657,7 +667,7 @@ def test_magnitudes_do_not_change_sign_for_the_class_of_zeros():
         def two_columns(x):
             return torch.cat([torch.zeros(len(x), 1), model(x)], dim=1)
 
-        expected = insertion(two_columns, x, maps, 0.0, target=target.long().flatten(), fraction=0.5)
+        expected = insertion(two_columns, x, maps, baselines=0.0, target=target.long().flatten(), fraction=0.5)
         torch.testing.assert_close(regularizer.scores(x, target).insertion, expected)
 
 

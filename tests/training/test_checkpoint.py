@@ -25,7 +25,6 @@ from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity, Saliency
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, Smoothness, Sparsity
 from captum_idexpo.training import CheckpointError, checkpoint
-from captum_idexpo.training.generators import generators_of
 from tests.helpers import smooth_conv_net
 
 X = torch.randn(20, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -145,9 +144,11 @@ def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, killed
         regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean", insertion_weight=1.0)
         judge = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean")
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        data = Noisy()
         settings = {"checkpoint_dir": folder, "checkpoint_every": 1, "evaluation": judge, "show_progress": False}
+        settings["generators"] = [data.transform.source]
         trainer = ExplanationRegularizedTrainer(net, optimizer, [regularizer], **settings)
-        return trainer, DataLoader(Subset(Noisy(), range(18)), batch_size=4, shuffle=True, drop_last=True)
+        return trainer, DataLoader(Subset(data, range(18)), batch_size=4, shuffle=True, drop_last=True)
 
     whole, loader = trainer_and_loader(None)
     expected = whole.fit(loader, [(X, Y)], epochs=2)
@@ -219,25 +220,6 @@ def test_a_new_trainer_of_the_same_regularizers_resumes_their_mean_baselines(tmp
         again.resume()
         assert len(again.fit(loader, epochs=epochs)) == epochs
         torch.testing.assert_close(regularizer.baselines, measured)
-
-
-def test_generators_are_looked_for_in_finite_time():
-    class Cyclic(Noisy):
-        def __init__(self):
-            super().__init__()
-            self.transform.dataset = self
-
-    data = [([0.0] * 300, 0)] * 20_000
-    started = time.perf_counter()
-    cyclic = Cyclic()
-    assert list(generators_of(DataLoader(cyclic), DataLoader(data))) == [cyclic.transform.source]
-    assert time.perf_counter() - started < 1
-
-
-def test_a_generator_that_is_made_later_is_told_of():
-    state = checkpoint.random_state([torch.Generator(), torch.Generator()], torch.device("cpu"))
-    with pytest.warns(UserWarning, match="drew from 2 generators, this one knows 1"):
-        checkpoint.set_random_state(state, [torch.Generator()], torch.device("cpu"))
 
 
 def test_a_run_that_is_resumed_from_an_earlier_one_leaves_the_later_ones(tmp_path):
@@ -372,24 +354,9 @@ def test_the_previous_good_one_is_found(folder, damage):
 
 def test_another_format_is_told_from_a_foreign_file(folder):
     path = paths(folder)[0]
-    path.write_bytes(path.read_bytes().replace(b"checkpoint 4\n", b"checkpoint 3\n", 1))
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 5\n", b"checkpoint 3\n", 1))
     with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
         checkpoint.load(path)
-
-
-def test_random_streams_of_another_kind_of_device_are_left_out():
-    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(3)
-    state = checkpoint.random_state([generator], cpu)
-    first = torch.rand(1)
-    state["torch"][0] = "cuda"
-    with pytest.warns(UserWarning, match="drew random numbers on cuda, this one draws them on cpu"):
-        checkpoint.set_random_state(state, [generator], cpu)
-    assert torch.equal(torch.rand(1), first)
-    state["torch"][0], state["generators"] = "cpu", [["cuda", torch.zeros(16, dtype=torch.uint8)]]
-    before = generator.get_state()
-    with pytest.warns(UserWarning, match="drew random numbers on cuda, this one draws them on cpu"):
-        checkpoint.set_random_state(state, [generator], cpu)
-    assert torch.equal(generator.get_state(), before)
 
 
 def test_code_is_never_run(folder):
@@ -401,7 +368,7 @@ def test_code_is_never_run(folder):
     torch.save({"model": Evil()}, payload)
     digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
     path = folder / "checkpoint-000000099.pt"
-    path.write_bytes(b"captum-idexpo checkpoint 4\n" + digest + b"\n" + payload.getvalue())
+    path.write_bytes(b"captum-idexpo checkpoint 5\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()
@@ -439,23 +406,6 @@ def test_a_checkpoint_holds_the_users_own_names(folder):
     assert state["run"]["history"][0]["sparsity_weight"] > 0
 
 
-def test_random_streams_are_put_back():
-    generators = [torch.Generator().manual_seed(3)]
-    state = checkpoint.random_state(generators, torch.device("cpu"))
-
-    def draw():
-        return (
-            random.random(),
-            float(np.random.randn()),
-            torch.rand(1).item(),
-            torch.rand(1, generator=generators[0]).item(),
-        )
-
-    first = draw()
-    checkpoint.set_random_state(state, generators, torch.device("cpu"))
-    assert draw() == first
-
-
 def test_a_new_run_does_not_write_over_another(folder):
     trainer, loaders = trainer_of(folder)
     with pytest.raises(CheckpointError, match=r"another run: call resume\(\)"):
@@ -483,13 +433,13 @@ def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
     without = ExplanationRegularizedTrainer(
         trainer.model,
         torch.optim.Adam(trainer.model.parameters(), lr=0.01),
-        trainer._regularizers,
+        trainer._unwrapped.regularizers,
         checkpoint_dir=folder,
         show_progress=False,
     )
     with pytest.raises(CheckpointError, match="its scheduler is StepLR, this one's None"):
         without.resume()
-    others = [*list(trainer._regularizers)[:1], *list(trainer._regularizers)[:1]]
+    others = [*list(trainer._unwrapped.regularizers)[:1], *list(trainer._unwrapped.regularizers)[:1]]
     other = ExplanationRegularizedTrainer(
         trainer.model, torch.optim.Adam(trainer.model.parameters()), others, scheduler=trainer.scheduler
     )
@@ -606,7 +556,7 @@ def test_a_refused_scheduler_leaves_the_optimizer_as_it_was(folder):
         (Broken(optimizer, 1), "no such state"),
     ):
         other = ExplanationRegularizedTrainer(
-            trainer.model, optimizer, trainer._regularizers, scheduler=scheduler, show_progress=False
+            trainer.model, optimizer, trainer._unwrapped.regularizers, scheduler=scheduler, show_progress=False
         )
         with pytest.raises(CheckpointError, match=message):
             other.resume(folder)

@@ -16,7 +16,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons
@@ -169,12 +169,12 @@ def fsdp2_of_accelerate():
     return accelerator
 
 
-def skipped(n_processes):
-    """The weights after three batches of which the second is NaN in the first process."""
+def stopped(n_processes):
+    """The weights that are left after three batches of which the second is NaN in the first process."""
     x = X[:12].clone()
     x[4] = float("nan")
-    trainer = trainer_of("Grad-CAM", "layers" if n_processes > 1 else None, on_non_finite="skip")
-    with pytest.warns(UserWarning, match="left out"):
+    trainer = trainer_of("Grad-CAM", "layers" if n_processes > 1 else None)
+    with pytest.raises(NonFiniteError, match="last good weights"):
         trainer.fit(DataLoader(TensorDataset(x, Y[:12]), batch_size=4 // n_processes))
     return whole(trainer.model.parameters())
 
@@ -223,7 +223,7 @@ def main(folder):
         "resumed": {
             str(at): resumed_training("LIME", "layers", at, checkpoints / str(at), n_processes) for at in KILLED_AT
         },
-        "skipped": skipped(n_processes),
+        "stopped": stopped(n_processes),
     }
     half = Accelerator(cpu=True, gradient_accumulation_steps=2)
     result["accumulated"] = training("Grad-CAM", "layers", 2 * n_processes, accelerator=half)["weights"]
@@ -312,9 +312,9 @@ def test_a_checkpoint_holds_whole_weights_under_the_users_names(results):
     assert moments["exp_avg"].shape == net[0].weight.shape
 
 
-def test_a_batch_that_is_not_finite_is_skipped_by_all(results):
+def test_a_batch_that_is_not_finite_stops_all(results):
     for process in results[0]:
-        assert process["skipped"] == pytest.approx(skipped(1), rel=1e-6, abs=1e-9)
+        assert process["stopped"] == pytest.approx(stopped(1), rel=1e-6, abs=1e-9)
 
 
 def test_what_cannot_be_trained_is_refused_before_training_starts(results):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import numpy as np
@@ -14,10 +13,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
-from captum_idexpo.attr import GradientShap, KernelShap, LayerGradCam, Lime, MaskSimilarity
+from captum_idexpo.attr import GradientShap, LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion_deletion
-from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, InsertionDeletion, SaliencyGuided
+from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import History
 from tests.helpers import smooth_conv_net
 from tests.training.test_loss import Term
@@ -452,51 +451,3 @@ def test_a_model_that_says_nothing_new_is_still_an_ordinary_module():
     history = make(net, regularized=False).fit(batches(), batches(), epochs=2)
     names = {name for name in history[0] if not name.startswith("seconds")}
     assert names == {"epoch", "loss", "task", "val_loss", "val_accuracy", "valscore"}
-
-
-def drawing(name, net):
-    """A regularizer that draws, from a generator of its own."""
-    generator = torch.Generator().manual_seed(5)
-    quarters = torch.arange(36).view(1, 1, 6, 6) // 9
-    arguments = {"baselines": 0.0, "generator": generator, "steps_per_update": 2, "feature_mask": quarters}
-    sampled = {"sampling": "independent", "n_samples": 9}
-    if name == "Fidelity":
-        return Fidelity(net, GaussianNeighbors(one_dimensional=True), weight=10.0, generator=generator)
-    if name == "saliency-guided":
-        return SaliencyGuided(net, value_range=(-2.0, 2.0), generator=generator)
-    if name == "KernelSHAP":
-        return InsertionDeletion(KernelShap(net), attribute_kwargs={**sampled, "n_samples": 40}, **arguments)
-    if name == "superpixels":  # of which each batch may have another number
-        sizes = itertools.cycle([6, 9])
-        arguments["feature_mask"] = lambda x: torch.arange(36).view(1, 1, 6, 6) // next(sizes)
-    if name == "shared":
-        sampled["share_masks"] = True
-    if name == "captum":  # from torch's global generator
-        del sampled["sampling"]
-    return InsertionDeletion(Lime(net, Ridge(0.1), MaskSimilarity()), attribute_kwargs=sampled, **arguments)
-
-
-def trained_by_passes(name, n_passes, x=X[:16]):
-    from accelerate import Accelerator
-
-    net = net_without_dropout()
-    torch.manual_seed(0)
-    accelerator = Accelerator(gradient_accumulation_steps=n_passes)
-    trainer = make(net, regularizers=[drawing(name, net)], accelerator=accelerator)
-    trainer.fit(DataLoader(TensorDataset(x, Y[: len(x)]), batch_size=8 // n_passes), epochs=2)
-    return net
-
-
-@pytest.mark.parametrize("name", ["LIME", "shared", "captum", "KernelSHAP", "Fidelity", "saliency-guided"])
-@pytest.mark.parametrize("n_passes", [2, 4])
-def test_what_is_drawn_does_not_depend_on_accumulation(name, n_passes):
-    """The first pass of an update draws for all of its passes."""
-    whole, parts = trained_by_passes(name, 1), trained_by_passes(name, n_passes)
-    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["LIME", "superpixels"])
-def test_passes_of_other_sizes_and_features_draw_for_themselves(name):
-    """Twenty-two examples in batches of four: five and a half; superpixels: other features in each batch."""
-    assert finite(trained_by_passes(name, 2, X))

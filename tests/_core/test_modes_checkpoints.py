@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 from captum_idexpo import attr
-from captum_idexpo._core.checkpointing import depends_on_mode, refused_inside
-from captum_idexpo._core.modes import eval_mode
+from captum_idexpo._core.modes import depends_on_mode, eval_mode, refused_inside_checkpoints
 from captum_idexpo.attr import Lime
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, SaliencyGuided, Sparsity
@@ -19,11 +17,6 @@ from captum_idexpo.testing import assert_trainable
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1])
-
-
-class Functional(nn.Module):
-    def forward(self, x):
-        return dropout(x, 0.3, self.training)
 
 
 class Checkpointed(nn.Module):
@@ -59,7 +52,7 @@ each = pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
 
 @each
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("middle", [nn.Dropout(0.3), nn.BatchNorm1d(8), Functional()])
+@pytest.mark.parametrize("middle", [nn.Dropout(0.3), nn.BatchNorm1d(8)])
 def test_eval_mode_is_refused_where_it_would_be_over_before_the_second_computation(make, middle, reentrant):
     model = Checkpointed(middle, reentrant)
     with pytest.raises(RuntimeError, match=r"is run by torch\.utils\.checkpoint.*`if self.training`.*eval_mode=False"):
@@ -136,27 +129,22 @@ def test_without_a_graph_nothing_is_refused():
 
 def test_a_checkpointed_part_s_own_output_may_matter_unless_another_part_is_around_it():
     model = Checkpointed(nn.Tanh(), False)
-    with refused_inside([model.second], "so.", output_only=True):
+    with refused_inside_checkpoints([model.second], "so.", output_only=True):
         model(X)
         with pytest.raises(RuntimeError, match=r"Sequential is run by .* so"):
             checkpoint(model, X, use_reentrant=False)
-    with refused_inside([model.second], "so."), pytest.raises(RuntimeError, match="Sequential is run by"):
+    with refused_inside_checkpoints([model.second], "so."), pytest.raises(RuntimeError, match="Sequential is run by"):
         model(X)
-    with refused_inside([model.first, model.last, model], "so."):
+    with refused_inside_checkpoints([model.first, model.last, model], "so."):
         model(X)
 
 
 def test_what_depends_on_the_mode():
-    class Nested(nn.Module):
-        @torch.enable_grad()
-        def forward(self, x):
-            return (lambda rows: dropout(rows, 0.3, self.training))(x)
-
     class NoDropout(nn.Dropout):
         pass
 
     depending = [nn.Dropout(), nn.BatchNorm2d(2), nn.InstanceNorm1d(2, track_running_stats=True), nn.RReLU()]
-    depending += [nn.MultiheadAttention(4, 2, dropout=0.1), nn.AlphaDropout(0.2), Functional(), Nested()]
+    depending += [nn.MultiheadAttention(4, 2, dropout=0.1), nn.AlphaDropout(0.2)]
     depending += [nn.LSTM(2, 2, 2, dropout=0.1), NoDropout(0.1)]
     not_depending = [nn.Dropout(0), nn.Linear(2, 2), nn.LayerNorm(2), nn.GRU(2, 2), nn.MultiheadAttention(4, 2)]
     not_depending += [nn.InstanceNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), NoDropout(0)]

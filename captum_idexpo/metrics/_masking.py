@@ -1,0 +1,244 @@
+"""One batch whose locations are masked in the order of an attribution, step by step, and scored.
+
+The metrics take all steps and the probability of the target. The regularizer takes some steps and logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.features import MaskedInputs
+from captum_idexpo._core.forward import evaluate_copies
+from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.rng import drawn_for, source
+from captum_idexpo.metrics._locations import Locations, groups_of
+from captum_idexpo.metrics._scoring import Score, TargetScorer
+from captum_idexpo.metrics.masks import HardMasks, SoftMasks
+
+MAX_DEFAULT_STEPS = 32
+
+Direction = Literal["insertion", "deletion"]
+
+
+class InsertionDeletionScores(NamedTuple):
+    """Both scores of each example and the curves they are means of.
+
+    Attributes:
+        insertion: ``(B,)``, high where the attribution is faithful.
+        deletion: ``(B,)``, low where the attribution is faithful.
+        fractions: share of the locations inserted or deleted at each step, ``(n_steps,)``; ``(B, n_steps)`` where a
+            feature mask gives the examples different numbers of locations (a curve then holds its last value once its
+            own steps are used up).
+        insertion_curve: ``(B, n_steps)``.
+        deletion_curve: ``(B, n_steps)``.
+    """
+
+    insertion: Tensor
+    deletion: Tensor
+    fractions: Tensor
+    insertion_curve: Tensor
+    deletion_curve: Tensor
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """After how many locations a score is taken.
+
+    Attributes:
+        steps: numbers of locations ``(B or 1, n_steps)``, ascending; an example with fewer steps repeats its last.
+        n_steps: how many of them are the example's own, ``(B or 1, 1)``.
+        n_locations: D, ``(B or 1, 1)``.
+    """
+
+    steps: Tensor
+    n_steps: Tensor
+    n_locations: Tensor
+
+    @classmethod
+    def of(
+        cls, n_locations: Tensor, fraction: float, step_size: int | None, device: torch.device | None = None
+    ) -> StepSchedule:
+        """The steps s = step_size, 2 step_size, ... up to S = floor(fraction x D).
+
+        Args:
+            n_locations: D for each example, or one for all; on the CPU.
+            fraction, step_size: as for `insertion_deletion`.
+            device: of the schedule's tensors; None: the CPU.
+
+        Raises:
+            ValueError: fraction not in (0, 1], step_size not in 1..S, or no location in S, for every example.
+        """
+        cls.check_fraction(fraction, step_size)
+        counts = n_locations[:, None]
+        total = (counts.double() * fraction + 1e-9).floor().long()
+        most = int(total.max())
+        if most < (step_size or 1):
+            raise ValueError(
+                f"fraction={fraction} of {int(counts.max())} locations is {most}, less than one step of "
+                f"{step_size or 1}: raise fraction" + (" or lower step_size." if step_size else ".")
+            )
+        size = total // (MAX_DEFAULT_STEPS + 1) + 1 if step_size is None else torch.full_like(total, step_size)
+        # An image of few superpixels among others takes one step: all it has, if that is less than the step size.
+        n_steps = (total // size).clamp_min(1)
+        numbers = torch.arange(1, int(n_steps.max()) + 1, device=counts.device)
+        steps = torch.minimum(torch.minimum(numbers, n_steps) * size, counts)
+        return cls(steps.to(device), n_steps.to(device), counts.to(device))
+
+    @staticmethod
+    def check_fraction(fraction: float, step_size: int | None) -> None:
+        """Raises ValueError for a fraction not in (0, 1] or a step size that is no positive integer."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], given: {fraction}.")
+        if step_size is not None:
+            check_count("step_size", step_size)
+
+    def mean(self, curve: Tensor) -> Tensor:
+        """The mean over each example's own steps, ``(B,)``, of a curve ``(B, n_steps)``."""
+        return (curve * self.weights(curve.dtype)).sum(dim=1) if len(self.steps) > 1 else curve.mean(dim=1)
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """The share of each step in an example's mean, ``(B or 1, n_steps)``."""
+        own = torch.arange(self.steps.shape[1], device=self.steps.device) < self.n_steps
+        return own.to(dtype) / self.n_steps
+
+    def draw(
+        self, k: int, n_examples: int, dtype: torch.dtype, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of each of k equal strata, anew for each example: steps and weights ``(n_examples, k)``.
+
+        The weighted sum over the drawn steps is an unbiased estimate of the mean over all: where k does not divide
+        the number of steps, a stratum weighs as much as it has steps.
+
+        Raises:
+            ValueError: k is more than the number of steps.
+        """
+        if k > self.steps.shape[1]:
+            raise ValueError(
+                f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, or lower step_size."
+            )
+        device = self.steps.device
+        at = source(device, generator)
+        uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=at, generator=generator)).to(device)
+        bounds = torch.arange(k + 1, device=device) * self.n_steps // k
+        sizes = bounds.diff(dim=1)
+        drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))
+        drawn = torch.minimum(drawn, self.n_steps - 1)
+        weights = sizes.to(dtype) / self.n_steps
+        return self.steps.expand(n_examples, -1).gather(1, drawn), weights.expand(n_examples, -1)
+
+    def fractions(self, dtype: torch.dtype) -> Tensor:
+        """Share of the locations at each step, ``(n_steps,)`` or, where it differs by example, ``(B, n_steps)``."""
+        fractions = self.steps.to(dtype) / self.n_locations
+        return fractions[0] if len(fractions) == 1 else fractions
+
+
+@dataclass(frozen=True)
+class Masking:
+    """One batch, its attributions' order and a scorer: all that it takes to score masked copies.
+
+    The metrics take all steps and the target's probability, a regularizer some steps and logarithms.
+    """
+
+    masked: MaskedInputs
+    locations: Locations
+    scorer: TargetScorer
+    schedule: StepSchedule
+    masks: HardMasks | SoftMasks
+    check_finite: bool
+    memory: MemoryBudget | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The batch."""
+        return self.masked.inputs
+
+    @classmethod
+    def of(
+        cls,
+        forward_func: Callable[..., Any],
+        inputs: Tensors,
+        attributions: Tensors,
+        *,
+        baselines: BaselineType,
+        feature_mask: Tensors | None,
+        additional_forward_args: object,
+        target: TargetType,
+        fraction: float,
+        step_size: int | None,
+        temperature: float | str | None,
+        outputs: str,
+        max_examples_per_batch: int | None,
+        check_finite: bool,
+    ) -> Masking:
+        """Checks a metric's arguments and prepares them."""
+        tensors, aligned = check_inputs(inputs, baselines, check_finite)
+        locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
+        if check_finite:
+            require_finite((locations.values,), "attributions")
+        check_temperature(temperature)
+        schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
+        max_rows = check_optional_count("max_examples_per_batch", max_examples_per_batch)
+        scorer = TargetScorer(forward_func, tensors, target, additional_forward_args, outputs, check_finite, max_rows)
+        masks = make_masks(locations, scorer.sign(), temperature, tensors)
+        masked = MaskedInputs(tensors, aligned, locations.layout, finite=check_finite or None)
+        return cls(masked, locations, scorer, schedule, masks, check_finite)
+
+    def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
+        """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
+        steps = self.schedule.steps if steps is None else steps
+        n_examples = len(self.inputs[0])
+        thresholds = self.masks.thresholds(steps.expand(n_examples, -1).T)
+
+        def perturb(examples: slice, copies: slice, values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            kept = self.masks(thresholds[copies, examples], examples, values, complement=direction == "deletion")
+            return self.masked.copies(kept, examples, inputs)
+
+        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return self.scorer(rows, examples, n_copies, score)
+
+        through = (self.masks.values, *self.inputs)
+        scores = evaluate_copies(
+            evaluate, perturb, n_examples, len(thresholds), self.scorer.max_rows, through=through, memory=self.memory
+        )
+        if self.check_finite:
+            require_finite((scores.detach(),), f"the forward function's output during {direction}")
+        return scores
+
+    def result(self) -> InsertionDeletionScores:
+        """Both metrics with their curves."""
+        insertion_curve = self.scores("insertion", "probability")
+        deletion_curve = self.scores("deletion", "probability")
+        return InsertionDeletionScores(
+            self.schedule.mean(insertion_curve),
+            self.schedule.mean(deletion_curve),
+            self.schedule.fractions(insertion_curve.dtype),
+            insertion_curve,
+            deletion_curve,
+        )
+
+
+def check_temperature(temperature: float | str | None) -> None:
+    """Raises ValueError for anything but None, "auto" and positive numbers."""
+    if temperature is None or temperature == "auto":
+        return
+    if isinstance(temperature, str) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be None, 'auto' or a positive number, given: {temperature!r}.")
+
+
+def make_masks(
+    locations: Locations, sign: Tensor | None, temperature: float | str | None, inputs: tuple[Tensor, ...]
+) -> HardMasks | SoftMasks:
+    """The locations' masks, in the order of their attributions or, where the sign is -1, against it."""
+    values = locations.values if sign is None else locations.values * sign
+    if temperature is None:
+        dtypes = {tensor.dtype for tensor in inputs}  # hard masks are of the inputs' own, which they multiply
+        return HardMasks(values, locations.present, *(dtypes if len(dtypes) == 1 else ()))
+    return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

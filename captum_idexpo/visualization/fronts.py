@@ -1,0 +1,33 @@
+"""The Pareto front of settings by two scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
+    """Return the rows that no other row beats in both scores, by descending x; none whose score is NaN.
+
+    Args:
+        rows: the scores of each setting, by name.
+        x, y: names of the scores, higher being better.
+
+    Example:
+        >>> from captum_idexpo.visualization.fronts import pareto_front
+        >>> rows = [{"accuracy": 0.9, "insertion": 0.5}, {"accuracy": 0.8, "insertion": 0.4}]
+        >>> pareto_front(rows, "accuracy", "insertion")
+        [{'accuracy': 0.9, 'insertion': 0.5}]
+    """
+    scored = [row for row in rows if not math.isnan(row[x]) and not math.isnan(row[y])]
+    scored.sort(key=lambda row: (-row[x], -row[y]))
+    best = -math.inf
+    front = []
+    for row in scored:
+        if row[y] > best:
+            front.append(row)
+            best = row[y]
+    return front
