@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.inputs import check_inputs
 from captum_idexpo._core.modes import Snapshot
@@ -121,7 +122,7 @@ def assert_complete(
     attribute: Callable[[], Any],
     forward_func: Callable[..., Tensor],
     inputs: Tensor | tuple[Tensor, ...],
-    baselines: Any = None,
+    baselines: BaselineType = None,
     *,
     rtol: float = 1e-5,
 ) -> None:

@@ -46,7 +46,7 @@ from captum_idexpo.metrics.masks import SoftMasks
 from captum_idexpo.regularizers import InsertionDeletion
 
 # The module, whose name the metrics give to a function too.
-masking = importlib.import_module("captum_idexpo.metrics.insertion_deletion")
+masking = importlib.import_module("captum_idexpo.metrics._masking")
 EPOCHS = 6
 WEIGHT = 0.005
 SEEDS = range(5)

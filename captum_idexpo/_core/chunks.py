@@ -132,7 +132,7 @@ def _measured(
     layers = _layers(module_of(forward_func))
     sizes: list[int] = []
 
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def note(module: nn.Module, _inputs: object, output: object) -> None:
         if module in layers:
             outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
             n_rows = n_examples * n_copies
@@ -162,7 +162,7 @@ def _independent(
     forward_func: Callable[..., Any],
     evaluate: Evaluate,
     inputs: tuple[Tensor, ...],
-    output: Any,
+    output: object,
     n_seen: int,
     n_copies: int,
 ) -> bool:
@@ -188,7 +188,7 @@ def _independent(
     in_training: list[nn.Module] = []
     tensors = [*inputs, output]
 
-    def note(module: nn.Module, arguments: Any) -> None:
+    def note(module: nn.Module, arguments: tuple[object, ...]) -> None:
         if depends_on_batch(module):
             in_training.append(module)
         tensors.extend(argument for argument in arguments if isinstance(argument, Tensor))

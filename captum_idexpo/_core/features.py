@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_idexpo._core.errors import InputError, all_finite
-from captum_idexpo._core.inputs import broadcasts, with_batch_axis
+from captum_idexpo._core.inputs import Baseline, broadcasts, with_batch_axis
 
 
 def as_numbers(masks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +43,7 @@ class FeatureLayout:
         return cls(shapes, [None] * len(shapes), sum(math.prod(shape) for shape in shapes))
 
     @classmethod
-    def of(cls, feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout:
+    def of(cls, feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout:
         """Return the layout of a feature mask; without one every position is a feature.
 
         Errors: see `of_mask`.
@@ -54,7 +53,7 @@ class FeatureLayout:
         return cls.of_mask(feature_mask, inputs)
 
     @classmethod
-    def of_mask(cls, feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout:
+    def of_mask(cls, feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout:
         """Return the layout of a Captum feature mask, in which equal numbers mark one feature.
 
         Numbers are names: only those that occur are features, in ascending order.
@@ -167,7 +166,11 @@ class MaskedInputs:
     """
 
     def __init__(
-        self, inputs: tuple[Tensor, ...], baselines: tuple[Any, ...], layout: FeatureLayout, finite: bool | None = None
+        self,
+        inputs: tuple[Tensor, ...],
+        baselines: tuple[Baseline, ...],
+        layout: FeatureLayout,
+        finite: bool | None = None,
     ) -> None:
         self.inputs = inputs
         self.baselines = baselines
@@ -229,19 +232,20 @@ class MaskedInputs:
         return tuple(copies)
 
 
-def _of_examples(baseline: Any, tensor: Tensor, examples: slice) -> Any:
-    per_example = isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() > 0 and len(baseline) > 1
-    return baseline[examples] if per_example else baseline
+def _of_examples(baseline: Baseline, tensor: Tensor, examples: slice) -> Baseline:
+    if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() > 0 and len(baseline) > 1:
+        return baseline[examples]
+    return baseline
 
 
-def _copies_dtype(tensor: Tensor, baseline: Any, keep: Tensor) -> torch.dtype:
+def _copies_dtype(tensor: Tensor, baseline: Baseline, keep: Tensor) -> torch.dtype:
     if tensor.is_floating_point() and not isinstance(baseline, Tensor):
         return tensor.dtype
     dtype = torch.result_type(tensor, baseline)
     return dtype if dtype.is_floating_point or not keep.is_floating_point() else keep.dtype
 
 
-def _mix(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
+def _mix(tensor: Tensor, baseline: Baseline, mask: Tensor) -> Tensor:
     """Return the tensor where the mask is 1, the baseline where it is 0, both to the last digit; else a mixture."""
     copies: Tensor = mask * tensor
     if not isinstance(baseline, Tensor) and baseline == 0:
@@ -253,7 +257,7 @@ def _mix(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
     return mixed
 
 
-def _choose(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
+def _choose(tensor: Tensor, baseline: Baseline, mask: Tensor) -> Tensor:
     """Return the same where NaN or infinity may occur: there a mask above 1/2 keeps the tensor."""
     baseline = torch.as_tensor(baseline, device=tensor.device).to(mask.dtype)
     finite = tensor.isfinite() & baseline.isfinite()
@@ -263,7 +267,7 @@ def _choose(tensor: Tensor, baseline: Any, mask: Tensor) -> Tensor:
     return torch.where(finite, mixed, torch.where(mask > 0.5, tensor, baseline))
 
 
-def _aligned_mask(mask: Any, tensor: Tensor) -> Tensor:
+def _aligned_mask(mask: object, tensor: Tensor) -> Tensor:
     """Return a feature mask as int64 ``(1 or B, ...)`` that broadcasts against its input."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"feature_mask must be a tensor of whole numbers, given: {type(mask).__name__}.")

@@ -118,16 +118,16 @@ def require_real(tensors: tuple[Tensor, ...]) -> None:
             )
 
 
-def check_count(name: str, value: object) -> int:
+def check_count(name: str, value: object, or_none: str = "") -> int:
     """Return a positive integer; InputError for anything else."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive integer, given: {value!r}.")
+        raise InputError(f"{name} must be {or_none}a positive integer, given: {value!r}.")
     return int(value)
 
 
 def check_optional_count(name: str, value: object) -> int | None:
     """Return a positive integer or None; InputError for anything else."""
-    return None if value is None else check_count(name, value)
+    return None if value is None else check_count(name, value, "None or ")
 
 
 def check_not_negative(name: str, value: object) -> float:

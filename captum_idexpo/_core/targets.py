@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.errors import InputError, InputTypeError
 
 
@@ -41,7 +42,7 @@ def require_integers(target: Tensor) -> None:
         )
 
 
-def target_indices(target: Any, n_examples: int, device: torch.device) -> Tensor | None:
+def target_indices(target: TargetType, n_examples: int, device: torch.device) -> Tensor | None:
     """Return a target in any of Captum's forms as indices ``(B, n)``."""
     if target is None:
         return None
@@ -110,7 +111,7 @@ def captum_target(target: Any, n_examples: int | None = None) -> Any:
     return target.long()
 
 
-def require_tensor(output: Any, numbers: bool = False) -> None:
+def require_tensor(output: object, numbers: bool = False) -> None:
     """Raise InputTypeError if a forward function returns something else than a tensor.
 
     Args:
@@ -127,5 +128,5 @@ def require_tensor(output: Any, numbers: bool = False) -> None:
     raise InputTypeError(f"The forward function must return a tensor, given: {given}.{cure}")
 
 
-def _is_integer(number: Any) -> bool:
+def _is_integer(number: object) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)

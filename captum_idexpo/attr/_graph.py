@@ -17,11 +17,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from captum.attr import Attribution
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from captum_idexpo._core.errors import calling_modules
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.memory import leaves_of
 from captum_idexpo._core.modes import module_of, no_graph, no_weights_left
 
@@ -78,9 +80,9 @@ def note_output(output: Tensor) -> None:
 
 
 def by_gradients(
-    explainer: Any,
+    explainer: Attribution,
     compute: Computation,
-    inputs: Any,
+    inputs: Tensors,
     create_graph: bool,
     *,
     of_inputs: bool = False,
@@ -116,13 +118,13 @@ def by_gradients(
     return computed
 
 
-def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: bool) -> Any:
+def by_outputs(explainer: Attribution, compute: Computation, inputs: Tensors, create_graph: bool) -> Any:
     """An attribution made of outputs alone, attached to the graph of the model's parameters or detached.
 
     `compute` runs with gradients enabled or disabled accordingly. Arguments and errors as for `by_gradients`.
     """
 
-    def of_copies(inputs: Any) -> Any:
+    def of_copies(inputs: Tensors) -> Any:
         return compute(_copies(inputs, require_gradient=False))
 
     if keeps_graph():
@@ -134,7 +136,7 @@ def by_outputs(explainer: Any, compute: Computation, inputs: Any, create_graph: 
     return _with_graph(explainer, of_copies, inputs)
 
 
-def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:
+def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors) -> Any:
     """What `compute` gives with everything it takes on the way keeping its graph; RuntimeError where there is none."""
     name = type(explainer).__name__
     require_gradients_enabled(name)
@@ -147,7 +149,7 @@ def _with_graph(explainer: Any, compute: Computation, inputs: Any) -> Any:
 
 
 @contextmanager
-def twice_differentiable(explainer: Any) -> Iterator[None]:
+def twice_differentiable(explainer: Attribution) -> Iterator[None]:
     """Chooses kernels with a double backward: the mathematical one of attention; not cuDNN's of recurrent layers."""
     modules = (module_of(explainer.forward_func), getattr(explainer, "layer", None))
     recurrent = any(
@@ -202,7 +204,7 @@ def _keeping() -> Iterator[InnerGradients]:
         _outer.reset(token)
 
 
-def _copies(inputs: Any, require_gradient: bool, detached: bool = False) -> Any:
+def _copies(inputs: Tensors, require_gradient: bool, detached: bool = False) -> Any:
     """Return the same values as new tensors.
 
     Captum switches ``requires_grad`` of the tensors that it is given, and a forward function may write into them.

@@ -38,12 +38,14 @@ def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
         handles.append(call.entered.register_hook(changed))
         return (call.entered, *arguments[1:])
 
-    def leave(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+    def leave(_module: nn.Module, _arguments: object, output: Any) -> Any:
         call = calls.pop()
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         handles.append(output.register_hook(call.of_output.append))
-        return call.given.copy_(output) if output is call.entered else output.clone()
+        if isinstance(call.given, Tensor) and output is call.entered:
+            return call.given.copy_(output)
+        return output.clone()
 
     handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
@@ -51,7 +53,7 @@ def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
 class _Call:
     """A call of a module: what it was given, the copy of that, and the gradient of its output."""
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: object) -> None:
         self.given = given
         self.entered: Tensor | None = None
         self.of_output: list[Tensor] = []

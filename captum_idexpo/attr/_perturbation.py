@@ -15,7 +15,7 @@ from captum_idexpo._core.chunks import look, repeated_rows, slices
 from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs, as_numbers
 from captum_idexpo._core.forward import BatchForward, evaluate_copies
-from captum_idexpo._core.inputs import as_baselines, as_tuple
+from captum_idexpo._core.inputs import Baseline, as_baselines, as_tuple
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
@@ -41,7 +41,7 @@ class Problem:
     joint: bool = False
 
     @classmethod
-    def of(cls, inputs: Any, baselines: Any, feature_mask: Any) -> Problem:
+    def of(cls, inputs: object, baselines: object, feature_mask: object) -> Problem:
         """Read a call's arguments.
 
         Raises:
@@ -76,7 +76,7 @@ class Problem:
         return self.masked.inputs
 
     @property
-    def baselines(self) -> tuple[Any, ...]:
+    def baselines(self) -> tuple[Baseline, ...]:
         return self.masked.baselines
 
     @property
@@ -225,7 +225,7 @@ class Problem:
         """Return rows as the forward function knows them."""
         return tuple(row.flatten(0, 1) if odd else row for row, odd in zip(rows, self.ragged, strict=True))
 
-    def _number(self, output: Any) -> Tensor:
+    def _number(self, output: object) -> Tensor:
         dtype = torch.float64 if self.inputs[0].dtype == torch.float64 else torch.float32
         return torch.tensor([output], dtype=dtype, device=self.device)
 

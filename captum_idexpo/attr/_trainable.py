@@ -17,11 +17,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_idexpo._core.errors import InputError, InputTypeError
-from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.inputs import Tensors, as_tuple
 from captum_idexpo._core.targets import captum_target, require_tensor
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, on_its_own
 
@@ -112,12 +113,12 @@ class Trainable:
         if "attribute" not in vars(cls):
             cls.attribute = _written(cls)  # type: ignore[attr-defined]
 
-    def _explain(self, inputs: Any, create_graph: bool, arguments: dict[str, Any]) -> Any:
+    def _explain(self, inputs: Tensors, create_graph: bool, arguments: dict[str, Any]) -> Any:
         """Return the attribution for arguments that have been read: attached or detached."""
         create_graph = asks_for_graph(create_graph, arguments.get("grad_kwargs"))
         self._refuse(create_graph)
 
-        def compute(inputs: Any) -> Any:
+        def compute(inputs: Tensors) -> Any:
             with self._one_call(arguments) as explainer:
                 try:
                     return explainer._compute(inputs, arguments)
@@ -139,7 +140,7 @@ class Trainable:
         if "target" in arguments:
             arguments["target"] = captum_target(arguments["target"])
 
-    def _no_gradient(self, inputs: Any) -> InputTypeError:
+    def _no_gradient(self, inputs: Tensors) -> InputTypeError:
         dtypes = [str(tensor.dtype) for tensor in as_tuple(inputs, "inputs")]
         return InputTypeError(
             f"{type(self).__name__} takes gradients with respect to the inputs, which integers do not have; given: "
@@ -169,7 +170,7 @@ class Trainable:
         """Put taps in place of this explainer's layers, if it explains any, and return them."""
         return ()
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         """Captum's computation."""
         return captums_method(type(self))(self, inputs, **arguments)
 
@@ -196,12 +197,12 @@ def captums_method(cls: type) -> Callable[..., Any]:
     return cast(Callable[..., Any], inspect.unwrap(vars(owner)["attribute"]))
 
 
-def _are_numbers(inputs: Any) -> bool:
+def _are_numbers(inputs: Tensors) -> bool:
     """Return True if inputs can have gradients."""
     return all(tensor.is_floating_point() or tensor.is_complex() for tensor in as_tuple(inputs, "inputs"))
 
 
-def require_number_per_row(output: Any) -> None:
+def require_number_per_row(output: object) -> None:
     """Raise an error unless each row of an output is a single number, for there is no target."""
     require_tensor(output)
     if isinstance(output, Tensor) and output.dim() and len(output) and output[0].numel() != 1:
@@ -285,7 +286,7 @@ def part(explainer: type) -> Callable[..., Any]:
     return attribute
 
 
-def require_trainable(explainer: Any) -> set[str]:
+def require_trainable(explainer: Attribution) -> set[str]:
     """Return the names that ``explainer.attribute`` takes; TypeError if ``create_graph`` is not one of them."""
     names = set(inspect.signature(explainer.attribute).parameters)
     if "create_graph" not in names:
@@ -297,7 +298,7 @@ def require_trainable(explainer: Any) -> set[str]:
     return names
 
 
-def read_inputs(inputs: Any) -> tuple[Tensor, ...]:
+def read_inputs(inputs: Tensors) -> tuple[Tensor, ...]:
     """Return the inputs' tensors.
 
     Raises:
@@ -336,13 +337,10 @@ class ForwardFunction:
 
     @classmethod
     def of(cls, forward_func: Callable[..., Any], *taps: Tap, check: Callable[[Any], None]) -> Callable[..., Any]:
-        """Return such a function, of one that is such a function already the same."""
+        """Return such a function; one that is such a function already is returned as it is."""
         if isinstance(forward_func, cls):
             return forward_func
-        function = cls(forward_func, taps, check)
-        if isinstance(forward_func, nn.Module) or inspect.signature(forward_func).parameters:
-            return function
-        return lambda: function()  # Captum calls a function without parameters without the inputs
+        return cls(forward_func, taps, check)
 
     def __call__(self, *arguments: Any) -> Any:
         """Return the output."""
@@ -443,7 +441,7 @@ class Tap(nn.Module):
             )
 
 
-def require_layer(layer: Any) -> None:
+def require_layer(layer: object) -> None:
     """Raise InputTypeError if a layer, or one of a list, is no module."""
     for single in layer if isinstance(layer, list) else [layer]:
         if not isinstance(single, nn.Module):
@@ -453,7 +451,7 @@ def require_layer(layer: Any) -> None:
             )
 
 
-def require_module(model: Any, name: str) -> None:
+def require_module(model: object, name: str) -> None:
     """Raise InputTypeError if an explainer that changes modules is given something else."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(

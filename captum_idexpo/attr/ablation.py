@@ -10,6 +10,7 @@ from typing import Any
 import captum.attr as captum
 import numpy as np
 import torch
+from captum.attr import Attribution
 from torch import Tensor
 
 from captum_idexpo._core.captum import (
@@ -25,7 +26,7 @@ from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_batches
-from captum_idexpo._core.inputs import as_baselines, as_tuple, check_optional_count
+from captum_idexpo._core.inputs import Tensors, as_baselines, as_tuple, check_optional_count
 from captum_idexpo.attr._graph import by_outputs, note_output
 from captum_idexpo.attr._trainable import TensorOrTensors, logged
 
@@ -53,10 +54,10 @@ class BatchOutputs:
 
     def __init__(
         self,
-        explainer: Any,
-        inputs: Any,
+        explainer: Attribution,
+        inputs: object,
         target: TargetType,
-        additional_forward_args: Any,
+        additional_forward_args: object,
         perturbations_per_eval: int | None,
     ) -> None:
         self._at_a_time = check_optional_count("perturbations_per_eval", perturbations_per_eval)
@@ -192,7 +193,7 @@ class FeatureAblation(captum.FeatureAblation):
             AssertionError, IndexError: as Captum, on arguments that do not fit.
         """
 
-        def compute(inputs: Any) -> Any:
+        def compute(inputs: Tensors) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             masked = outputs.masked(baselines, feature_mask)
             features = torch.arange(masked.layout.n_features, device=outputs.tensors[0].device)
@@ -259,7 +260,7 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
         if n_samples < 1:
             raise InputError(f"n_samples must be at least 1, given: {n_samples}.")
 
-        def compute(inputs: Any) -> Any:
+        def compute(inputs: Tensors) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             layout = FeatureLayout.of(feature_mask, outputs.tensors)
             regions = _exchangeable(layout, outputs.tensors) * n_samples
@@ -383,7 +384,7 @@ class Occlusion(captum.Occlusion, FeatureAblation):
             RuntimeError, AssertionError, IndexError: as for `FeatureAblation`.
         """
 
-        def compute(inputs: Any) -> Any:
+        def compute(inputs: Tensors) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             windows = _Windows(outputs.tensors, sliding_window_shapes, strides)
             masked = outputs.masked(baselines, None)

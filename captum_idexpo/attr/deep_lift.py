@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_idexpo._core.captum import format_callable_baseline
 from captum_idexpo._core.errors import InputError, warn
-from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.inputs import Tensors, as_tuple
 from captum_idexpo._core.modes import depends_on_batch, precision
 from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._hooks import change_gradient
@@ -100,7 +100,7 @@ class RescaleRule(Trainable):
                 handle.remove()
                 explainer._seen.clear()
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         result = super()._compute(inputs, arguments)
         contributions = self.multiplies_by_inputs and arguments["custom_attribution_func"] is None
         if contributions and self._outputs is not None:
@@ -262,7 +262,7 @@ class OverBaselines(RescaleRule):
     }
     _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         arguments = dict(arguments)
         n_rows, baselines = arguments.pop("internal_batch_size", None), arguments.pop("baselines")
         baselines = format_callable_baseline(baselines, inputs)

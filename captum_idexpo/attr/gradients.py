@@ -21,7 +21,7 @@ from captum_idexpo._core.captum import (
 )
 from captum_idexpo._core.chunks import slices
 from captum_idexpo._core.errors import InputError, warn
-from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.inputs import Tensors, as_tuple
 from captum_idexpo._core.targets import captum_target
 from captum_idexpo.attr._graph import by_outputs, keeps_graph
 from captum_idexpo.attr._trainable import Trainable, captums_method, logged, part, read_inputs, require_trainable
@@ -96,7 +96,7 @@ class InSteps(Trainable):
             explainer._internal_batch_size = arguments["internal_batch_size"]
             yield explainer
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         # Captum's own way to chunk, which cuts the graph, is not taken.
         return super()._compute(inputs, {**arguments, "internal_batch_size": None})
 
@@ -198,7 +198,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
         if "target" in arguments:
             arguments["target"] = captum_target(arguments["target"])
 
-    def _explain(self, inputs: Any, create_graph: bool, arguments: dict[str, Any]) -> Any:
+    def _explain(self, inputs: Tensors, create_graph: bool, arguments: dict[str, Any]) -> Any:
         if self.is_gradient_method:
             return super()._explain(inputs, create_graph, arguments)
         self._refuse(create_graph)
@@ -208,7 +208,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[NoiseTunnel]:
         yield self  # the attribution method makes a copy of itself
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         own = inspect.signature(captums_method(NoiseTunnel)).parameters
         return self._smooth(
             inputs,
@@ -221,7 +221,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
 
     def _smooth(
         self,
-        inputs: Any,
+        inputs: Tensors,
         nt_type: str,
         sizes: list[int],
         stdevs: float | tuple[float, ...],
@@ -297,14 +297,14 @@ class GradientShap(Trainable, captum.GradientShap):
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
     _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         between = InputBaselineXGradient(self.forward_func, self.multiplies_by_inputs)
         between.gradient_func = self.gradient_func
         return smoothed_over_baselines(between, inputs, **arguments)
 
 
 def smoothed_over_baselines(
-    between: Any, inputs: Any, baselines: Any, n_samples: int, internal_batch_size: int | None, **arguments: Any
+    between: Any, inputs: Tensors, baselines: Any, n_samples: int, internal_batch_size: int | None, **arguments: Any
 ) -> Any:
     """Return the mean of an attribution over noise and baselines, as GradientShap and its layer form take it."""
     distribution = format_callable_baseline(baselines, inputs)
@@ -352,7 +352,7 @@ class RowsAtATime(captum.GradientAttribution):
     @logged
     def attribute(
         self,
-        inputs: Any,
+        inputs: Tensors,
         baselines: Any,
         target: Any = None,
         additional_forward_args: Any = None,

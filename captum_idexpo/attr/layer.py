@@ -17,6 +17,7 @@ from captum_idexpo._core.captum import (
     format_tensor_into_tuples,
     forward_layer_eval,
 )
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import refused_inside_checkpoints
 from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._trainable import Tap, Trainable, part
@@ -48,7 +49,7 @@ class OfLayer(Trainable):
         self.layer = taps if several else taps[0]
         return tuple(taps)
 
-    def _activations(self, inputs: Any, arguments: dict[str, Any], additional_forward_args: Any = None) -> Any:
+    def _activations(self, inputs: Tensors, arguments: dict[str, Any], additional_forward_args: object = None) -> Any:
         """Return the layer's tensors as a tuple, for a list of layers a list of tuples."""
         return forward_layer_eval(
             self.forward_func,
@@ -60,7 +61,7 @@ class OfLayer(Trainable):
             grad_enabled=keeps_graph(),
         )
 
-    def _of_activations(self, ablation: type, inputs: Any, arguments: dict[str, Any], **features: Any) -> Any:
+    def _of_activations(self, ablation: type, inputs: Tensors, arguments: dict[str, Any], **features: Any) -> Any:
         """Return an ablation of the layer's activations."""
         additional = format_additional_forward_args(arguments["additional_forward_args"]) or ()
         originals = format_tensor_into_tuples(inputs) + additional
@@ -169,7 +170,7 @@ class LayerActivation(OfLayer, captum.LayerActivation):
     _returns = PER_ACTIVATION
     _by_gradients = False
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         evaluated = self._activations(inputs, arguments, arguments["additional_forward_args"])
         if isinstance(self.layer, nn.Module):
             return format_output(len(evaluated) > 1, evaluated)
@@ -298,7 +299,7 @@ class LayerGradientShap(OfLayer, captum.LayerGradientShap):
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
     _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         between = LayerInputBaselineXGradient(self.forward_func, self.layer, self.device_ids, self.multiplies_by_inputs)
         return smoothed_over_baselines(between, inputs, **arguments)
 
@@ -328,7 +329,7 @@ class LayerFeatureAblation(OfLayer, captum.LayerFeatureAblation):
     _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
     _by_gradients = False
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         return self._of_activations(
             FeatureAblation,
             inputs,
@@ -364,7 +365,7 @@ class LayerFeaturePermutation(OfLayer, captum.LayerFeaturePermutation):
     _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
     _by_gradients = False
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         return self._of_activations(FeaturePermutation, inputs, arguments, feature_mask=arguments["layer_mask"])
 
 

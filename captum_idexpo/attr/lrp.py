@@ -24,11 +24,12 @@ from captum_idexpo._core.captum import (
     GammaRule,
     IdentityRule,
     PropagationRule,
+    TargetType,
     format_output,
     run_forward,
 )
 from captum_idexpo._core.errors import InputError, InputTypeError
-from captum_idexpo._core.inputs import as_tuple
+from captum_idexpo._core.inputs import Tensors, as_tuple
 from captum_idexpo._core.modes import refused_inside_checkpoints
 from captum_idexpo.attr._trainable import Trainable, captums_method
 from captum_idexpo.attr.gradients import WITH_DELTA
@@ -63,7 +64,7 @@ class RelevancePropagation(Trainable):
         rules = [vars(module).get("rule") for module in self.model.modules()]
         return [rule for rule in rules if isinstance(rule, PropagationRule) and type(rule) not in _RULES]
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         if self._is_captums():
             with _rules_kept(self.model):
                 return captums_method(type(self))(self, inputs, **arguments)
@@ -71,9 +72,9 @@ class RelevancePropagation(Trainable):
 
     def _propagated(
         self,
-        inputs: Any,
-        target: Any,
-        additional_forward_args: Any,
+        inputs: Tensors,
+        target: TargetType,
+        additional_forward_args: object,
         return_convergence_delta: bool,
         verbose: bool,
         attribute_to_layer_input: bool = False,
@@ -200,7 +201,7 @@ class Passes:
             entered.append(arguments[0])
             return (arguments[0].clone(), *arguments[1:])  # which the activation may write into
 
-        def leave(_module: nn.Module, _arguments: Any, output: Tensor) -> Any:
+        def leave(_module: nn.Module, _arguments: object, output: Tensor) -> Any:
             return _Carried.apply(entered.pop(), output, self._phase)
 
         self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -228,7 +229,7 @@ class Passes:
 
             return relevance
 
-        def leave(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        def leave(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
             def quotient(share: Tensor) -> Tensor:
                 self.relevance_out[module] = (share,)
                 # In half precision the factor would be 0.

@@ -13,6 +13,7 @@ import captum.attr as captum
 from torch import Tensor
 
 from captum_idexpo._core.captum import construct_neuron_grad_fn, verify_select_neuron
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo.attr._trainable import part
 from captum_idexpo.attr.ablation import FeatureAblation
 from captum_idexpo.attr.deep_lift import DeepLift, DeepLiftShap
@@ -39,7 +40,7 @@ class OfNeuron(OfLayer):
             explainer._explained = self.forward_func
             yield explainer
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         own = ("neuron_selector", "attribute_to_neuron_input")
         counterpart = self._counterpart(self._explained)
         counterpart._multiply_by_inputs = self.multiplies_by_inputs
@@ -268,7 +269,7 @@ class NeuronFeatureAblation(OfLayer, captum.NeuronFeatureAblation):
     _defaults: ClassVar[dict[str, Any]] = {"perturbations_per_eval": None}
     _by_gradients = False
 
-    def _compute(self, inputs: Any, arguments: dict[str, Any]) -> Any:
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         arguments = dict(arguments)
         selector = arguments.pop("neuron_selector")
         of_its_input = {"attribute_to_neuron_input": arguments.pop("attribute_to_neuron_input")}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.errors import InputError, warn
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo.attr._graph import by_outputs
 from captum_idexpo.attr._trainable import TensorOrTensors, logged, part
 from captum_idexpo.attr.ablation import BatchOutputs
@@ -84,7 +85,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         if n_samples < 1:
             raise InputError(f"n_samples must be at least 1, given: {n_samples}.")
 
-        def compute(inputs: Any) -> Any:
+        def compute(inputs: Tensors) -> Any:
             outputs = BatchOutputs(self, inputs, target, additional_forward_args, perturbations_per_eval)
             masked = outputs.masked(baselines, feature_mask)
             coalitions = self._coalitions(masked.layout.n_features, n_samples, outputs.tensors[0].device)

@@ -38,7 +38,7 @@ class MaskSimilarity:
         cosine = masks.mean(dim=-1).sqrt()  # of a binary z with the vector of ones
         return torch.exp(-((1 - cosine) ** 2) / (2 * self.kernel_width**2))
 
-    def __call__(self, _original: Any, _perturbed: Any, interpretable: Tensor, **_: Any) -> Tensor:
+    def __call__(self, _original: object, _perturbed: object, interpretable: Tensor, **_: Any) -> Tensor:
         """Captum's way of asking, sample by sample."""
         return self.weights(interpretable)
 

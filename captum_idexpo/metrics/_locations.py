@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Locations:
     present: Tensor | None
 
     @classmethod
-    def of(cls, attributions: Any, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
+    def of(cls, attributions: object, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
         """Return the locations of attributions of the inputs' shape or of one channel, or the groups of a feature mask.
 
         Raises:
@@ -63,7 +62,7 @@ class Locations:
         return counts[:1] if bool((counts == counts[0]).all()) else counts
 
 
-def groups_of(feature_mask: Any, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
+def groups_of(feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
     """Return the groups of a feature mask, None without one; errors: see `FeatureLayout.of_mask`."""
     return None if feature_mask is None else FeatureLayout.of_mask(feature_mask, inputs)
 

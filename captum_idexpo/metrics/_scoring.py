@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.chunks import look
 from captum_idexpo._core.errors import NonFiniteError, all_finite, warn
 from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_for_chunks
@@ -54,8 +55,8 @@ class TargetScorer:
         self,
         forward_func: Callable[..., Any],
         inputs: tuple[Tensor, ...],
-        target: Any,
-        additional_forward_args: Any = None,
+        target: TargetType,
+        additional_forward_args: object = None,
         outputs: str = "logits",
         check_values: bool = True,
         max_rows: int | None = None,

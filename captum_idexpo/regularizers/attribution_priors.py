@@ -9,6 +9,8 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
+from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo.regularizers._explaining import require_attribution
 from captum_idexpo.regularizers.base import Penalty, Weight
 
@@ -73,7 +75,7 @@ class Smoothness(AttributionPrior):
 
     _term = "smoothness"
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return the total variation, summed over positions and averaged over the batch."""
         variations = [
             map.diff(dim=axis).abs().flatten(1).sum(1)
@@ -116,7 +118,7 @@ class Sparsity(AttributionPrior):
 
     _term = "sparsity"
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return 1 minus the Gini coefficient of the features' mean magnitudes."""
         magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(inputs, target)]
         ascending = torch.cat(magnitudes).sort().values

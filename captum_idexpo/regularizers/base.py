@@ -106,14 +106,14 @@ class Regularizer(nn.Module):
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
             )
 
-    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
         """Return the weighted terms: scalars by name, means over the batch.
 
         Under `torch.no_grad` they have the same values and no graph.
         """
         raise NotImplementedError
 
-    def forward(self, inputs: Any, target: Any, annotations: Any = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensors, target: TargetType, annotations: Tensors | None = None) -> dict[str, Tensor]:
         """Return the weighted terms, scalars by name.
 
         Args:
@@ -131,7 +131,7 @@ class Regularizer(nn.Module):
             self.explainer_seconds = self._explaining.seconds
         return terms
 
-    def explain(self, inputs: Tensors, target: Any) -> tuple[Tensor, ...]:
+    def explain(self, inputs: Tensors, target: TargetType) -> tuple[Tensor, ...]:
         """Return the explainer's attribution, one map per input tensor, a layer's in the size of the input.
 
         Under enabled gradients it is attached to the graph of the model's parameters.
@@ -186,10 +186,12 @@ class Regularizer(nn.Module):
     def prepare(self, loader: Iterable[Any]) -> None:
         """Measure what depends on the training data. The trainer calls this before the first epoch."""
 
-    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
+    def calibrate(
+        self, task_loss: Tensor, inputs: Tensors, target: TargetType, annotations: Tensors | None = None
+    ) -> None:
         """Choose automatic weights from the first batch. The loss calls this before each of its calls."""
 
-    def _check_target(self, target: Any) -> None:
+    def _check_target(self, target: TargetType) -> None:
         if self.outputs == "raw" or not isinstance(target, Tensor) or not target.is_floating_point():
             return
         if not bool(((target >= 0) & (target <= 1)).all()):
@@ -198,7 +200,7 @@ class Regularizer(nn.Module):
                 "classes: pass outputs='raw', or integer labels."
             )
 
-    def _explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: Any) -> TargetType:
+    def _explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: TargetType) -> TargetType:
         """Return the target for an explainer: None for a regression, and where a single column is explained."""
         labels = explained_class(target, self.outputs)
         if labels is None:
@@ -274,7 +276,7 @@ class Penalty(Regularizer):
         self.ratio = check_not_negative("ratio", ratio)
         self._waits = False
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return the scalar before it is weighted, a mean over the batch."""
         raise NotImplementedError
 
@@ -293,7 +295,7 @@ class Penalty(Regularizer):
         """The term's weight, if it is automatic."""
         return {self.term: self.weight} if self.is_automatic else {}
 
-    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
         """Return the weighted term. An evaluation before an automatic weight is chosen gives 0.
 
         Raises:
@@ -311,7 +313,9 @@ class Penalty(Regularizer):
         self._waits = False
         return {self.term: 0.0 * penalty}
 
-    def calibrate(self, task_loss: Tensor, inputs: Any, target: Any, annotations: Any = None) -> None:
+    def calibrate(
+        self, task_loss: Tensor, inputs: Tensors, target: TargetType, annotations: Tensors | None = None
+    ) -> None:
         """Choose an automatic weight from the first batch of the training: ``ratio * task_loss / penalty``, once.
 
         An evaluation, in eval mode or under `torch.no_grad`, chooses nothing. Over several processes task loss and

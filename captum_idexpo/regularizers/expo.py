@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.chunks import look
 from captum_idexpo._core.forward import evaluate_given
-from captum_idexpo._core.inputs import as_batch, check_count, check_optional_count
+from captum_idexpo._core.inputs import Tensors, as_batch, check_count, check_optional_count
 from captum_idexpo._core.modes import precision
 from captum_idexpo._core.targets import explained_class
 from captum_idexpo.metrics._scoring import TargetScorer
@@ -68,7 +69,7 @@ class _LocalPenalty(Penalty):
         self.n_neighbors = check_optional_count("n_neighbors", n_neighbors)
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
 
-    def _outputs(self, tensors: tuple[Tensor, ...], target: Any) -> tuple[Outputs, int]:
+    def _outputs(self, tensors: tuple[Tensor, ...], target: TargetType) -> tuple[Outputs, int]:
         """Return the function that evaluates rows, and the rows of a forward pass.
 
         It returns all outputs of a row, or the probability of the target if the neighbours are masked copies.
@@ -89,7 +90,7 @@ class _LocalPenalty(Penalty):
 
         return probabilities, scorer.max_rows
 
-    def _evaluate(self, tensors: tuple[Tensor, ...], target: Any, *copies: tuple[Tensor, ...]) -> list[Tensor]:
+    def _evaluate(self, tensors: tuple[Tensor, ...], target: TargetType, *copies: tuple[Tensor, ...]) -> list[Tensor]:
         """Return the outputs ``(B, n, K)`` on each of some sets of copies ``(n, B, ...)`` of a batch."""
         # Differences of neighbouring outputs are smaller than what half precision resolves.
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -165,7 +166,7 @@ class Fidelity(_LocalPenalty):
             max_examples_per_batch=max_examples_per_batch,
         )
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return the mean squared residual of the local fits."""
         tensors = _in_single(as_batch(inputs))
         needed = self.neighborhood.n_unknowns(tensors) + 1
@@ -233,7 +234,7 @@ class Stability(_LocalPenalty):
             max_examples_per_batch=max_examples_per_batch,
         )
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return the mean squared difference of the outputs on neighbours from those on the inputs."""
         tensors = _in_single(as_batch(inputs))
         assert self.n_neighbors is not None

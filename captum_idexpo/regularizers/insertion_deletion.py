@@ -177,7 +177,7 @@ class InsertionDeletion(Regularizer):
         if isinstance(self.baselines, str):
             self.baselines = mean_inputs(loader)
 
-    def terms(self, inputs: Any, target: Any, annotations: Any) -> dict[str, Tensor]:
+    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
         """Return the weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
 
         Args:
@@ -205,7 +205,7 @@ class InsertionDeletion(Regularizer):
         return terms
 
     @no_graph()
-    def scores(self, inputs: Any, target: Any = None) -> InsertionDeletionScores:
+    def scores(self, inputs: Tensors, target: TargetType = None) -> InsertionDeletionScores:
         """Return hard insertion and deletion of this explainer's attributions, with these settings and all steps.
 
         Args:
@@ -222,7 +222,7 @@ class InsertionDeletion(Regularizer):
             return masking.result()
 
     @no_graph()
-    def attribution(self, inputs: Any, target: Any) -> tuple[Tensor, ...]:
+    def attribution(self, inputs: Tensors, target: TargetType) -> tuple[Tensor, ...]:
         """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
         with self.held_in_eval_mode():
             masking, _ = self._masking(inputs, target, None, create_graph=False)
@@ -237,8 +237,8 @@ class InsertionDeletion(Regularizer):
 
     def _masking(
         self,
-        inputs: Any,
-        target: Any,
+        inputs: Tensors,
+        target: TargetType,
         temperature: float | Literal["auto"] | None,
         create_graph: bool,
         memory: MemoryBudget | None = None,
@@ -276,7 +276,7 @@ class InsertionDeletion(Regularizer):
         masked = MaskedInputs(tensors, aligned, locations.layout, finite=True)  # checked above
         return Masking(masked, locations, scorer, schedule, masks, check_scores, memory), cells
 
-    def predicted_class(self, inputs: Any) -> Tensor:
+    def predicted_class(self, inputs: Tensors) -> Tensor:
         """Return the class that the forward function predicts for each example, ``(B,)``.
 
         Raises:

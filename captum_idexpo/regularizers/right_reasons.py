@@ -17,9 +17,10 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
+from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
 from captum_idexpo._core.errors import warn
-from captum_idexpo._core.inputs import as_batch, check_count, require_real
+from captum_idexpo._core.inputs import Tensors, as_batch, check_count, require_real
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
@@ -93,7 +94,7 @@ class RightForTheRightReasons(Penalty):
         self.annotates = annotates
         self._warned = False
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return the squared evidence in forbidden places, summed over features, averaged over the batch.
 
         Args:
@@ -134,7 +135,7 @@ class RightForTheRightReasons(Penalty):
             )
 
 
-def check_annotations(annotations: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def check_annotations(annotations: object, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return annotations that broadcast against their inputs, in the inputs' dtype.
 
     Raises:
@@ -151,7 +152,7 @@ def check_annotations(annotations: Any, tensors: tuple[Tensor, ...]) -> tuple[Te
     return tuple(_fitting(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True))
 
 
-def _fitting(mask: Any, tensor: Tensor) -> Tensor:
+def _fitting(mask: object, tensor: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(f"annotations must be tensors, given: {type(mask).__name__}.")
     fitting = mask.to(tensor.device, tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())

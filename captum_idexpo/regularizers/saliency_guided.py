@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.inputs import as_batch, require_real
+from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.inputs import Tensors, as_batch, require_real
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.rng import drawn_for, source
 from captum_idexpo.attr import Saliency
@@ -87,7 +88,7 @@ class SaliencyGuided(Penalty):
         self.fraction = fraction
         self.value_range = value_range
 
-    def penalty(self, inputs: Any, target: Any, annotations: Any) -> Tensor:
+    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
         """Return KL(p(x) || p(x~)), averaged over the batch."""
         tensors = as_batch(inputs)
         require_real(tensors)

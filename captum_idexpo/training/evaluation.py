@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo._core.rng import seeded
 from captum_idexpo._core.targets import class_labels
@@ -115,20 +117,20 @@ def _n_examples(output: Any, target: Any) -> int:
     return int(find_batch_size(target)) if of_tensors else len(target)
 
 
-def _judge_batch(judge: InsertionDeletion, inputs: Any, target: Any) -> dict[str, Tensor]:
+def _judge_batch(judge: InsertionDeletion, inputs: Tensors, target: TargetType) -> dict[str, Tensor]:
     """Return hard scores per example, ``(B,)``."""
     result = judge.scores(inputs, target)
     scores = {"insertion": result.insertion, "deletion": result.deletion}
     return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
 
 
-def _is_column(output: Any) -> bool:
+def _is_column(output: object) -> bool:
     """Return True if an output is one number per example, ``(B,)`` or ``(B, 1)``."""
     return isinstance(output, Tensor) and (output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1))
 
 
 def _predicted(
-    model: nn.Module, inputs: Any, output: Any, judge: InsertionDeletion | None, announced: list[Regularizer]
+    model: nn.Module, inputs: Any, output: object, judge: InsertionDeletion | None, announced: list[Regularizer]
 ) -> Tensor | None:
     """The class predicted for each example ``(B,)``; None where outputs are no classes'. No value decides which.
 

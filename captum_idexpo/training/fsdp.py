@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from captum_idexpo._core.modes import is_batch_norm
 from captum_idexpo.training.loss import ExplanationRegularizedLoss
@@ -57,7 +58,7 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(_sharded_modules(model))
 
 
-def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimizer: Any) -> tuple[Any, Any]:
+def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimizer: Optimizer) -> tuple[Any, Any]:
     """Loss and optimizer as the accelerator trains them; under FSDP2 the model is what is sharded.
 
     The loss would then be FSDP's root, through which every pass has to go; but explainers, evaluation and users call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def is_accelerates(loader: Any) -> bool:
+def is_accelerates(loader: object) -> TypeGuard[Any]:
     """Return True for a loader that accelerate has prepared."""
     return hasattr(loader, "end_of_dataloader")
 
 
 @contextmanager
-def left(loader: Any) -> Iterator[None]:
+def left(loader: object) -> Iterator[None]:
     """End a loader's pass also when it breaks off, since accelerate would take it for the one that is running."""
     try:
         yield
@@ -31,7 +31,7 @@ def left(loader: Any) -> Iterator[None]:
 
 
 @contextmanager
-def as_in_first_pass(loader: Any) -> Iterator[None]:
+def as_in_first_pass(loader: object) -> Iterator[None]:
     """Iterate as in the first epoch: accelerate shuffles by the number of the epoch, which it counts."""
     if not is_accelerates(loader):
         yield
@@ -43,7 +43,7 @@ def as_in_first_pass(loader: Any) -> Iterator[None]:
         loader.iteration = n_passes
 
 
-def with_last(loader: Any, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
+def with_last(loader: Iterable[Any], look_ahead: bool) -> Iterator[tuple[Any, bool]]:
     """Yield a loader's batches, and whether each is the last; without a known length only with ``look_ahead``."""
     batches = iter(loader)
     if is_accelerates(loader):
@@ -70,7 +70,7 @@ def is_its_own(loader: DataLoader[Any], accelerator: Accelerator) -> bool:
     return True
 
 
-def start_workers(loader: Any) -> None:
+def start_workers(loader: object) -> None:
     """Start workers that persist. The first epoch of a run does, and draws a random number for them."""
     ordinary = getattr(loader, "base_dataloader", loader)
     if isinstance(ordinary, DataLoader) and ordinary.persistent_workers:

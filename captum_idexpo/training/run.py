@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Generator as GeneratorType
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ class Run:
         """The names that a progress bar shows."""
         return [name for name in self._sums if not name.startswith("seconds") and not name.endswith("_norm")]
 
-    def batches(self, loader: Any) -> GeneratorType[tuple[Any, bool], None, None]:
+    def batches(self, loader: Iterable[Any]) -> GeneratorType[tuple[Any, bool], None, None]:
         """Yield this epoch's batches, and whether each is the last; skip those done before the run was resumed."""
         done, here = self.step, self._here
         if is_accelerates(loader):

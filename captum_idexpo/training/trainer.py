@@ -187,7 +187,8 @@ class ExplanationRegularizedTrainer:
         check_count("epochs", epochs)
         for regularizer in (*self._unwrapped.known_regularizers, *self._judges):
             regularizer.prepare(train_loader)
-        train_loader, val_loader = self._prepare(train_loader), self._prepare(val_loader)
+        train_loader = self._prepare(train_loader)
+        val_loader = None if val_loader is None else self._prepare(val_loader)
         # Every accelerator of a process shares this number: one that was made since may have changed it.
         self.accelerator.gradient_accumulation_steps = self._n_passes
         self._drop_gradients()
@@ -339,7 +340,7 @@ class ExplanationRegularizedTrainer:
                 weights[unused(f"{term}_weight", weights)] = weight
         return weights
 
-    def _start(self, train_loader: Any, val_loader: Any) -> Run:
+    def _start(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Run:
         """A new run, or the one that is resumed."""
         run = Run(self._generators_of(train_loader, val_loader), self.accelerator)
         if self._resumed is not None:
@@ -358,7 +359,7 @@ class ExplanationRegularizedTrainer:
         self.history = run.history
         return run
 
-    def _generators_of(self, *loaders: Any) -> list[AnyGenerator]:
+    def _generators_of(self, *loaders: object) -> list[AnyGenerator]:
         """Return the generators that a run draws from, each once, in an order that depends on the arguments alone."""
         regularizers = (*self._unwrapped.known_regularizers, *self._judges)
         of_regularizers = [generator for regularizer in regularizers for generator in regularizer.generators]
@@ -406,7 +407,7 @@ class ExplanationRegularizedTrainer:
             checkpoint.save(state, self.checkpoint_dir, run.updates)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate(self, loader: Any, explain: Literal["predicted", "label"]) -> dict[str, float]:
+    def _evaluate(self, loader: Iterable[Any], explain: Literal["predicted", "label"]) -> dict[str, float]:
         with gathered(self.model):
             return evaluate(
                 self.model,
@@ -419,7 +420,7 @@ class ExplanationRegularizedTrainer:
                 accelerator=self.accelerator,
             )
 
-    def _train_epoch(self, loader: Any, run: Run, epochs: int) -> dict[str, float]:
+    def _train_epoch(self, loader: Iterable[Any], run: Run, epochs: int) -> dict[str, float]:
         """One pass over the data, or the rest of one; means of the loss and its parts."""
         from tqdm.auto import tqdm
 
@@ -596,7 +597,7 @@ class ExplanationRegularizedTrainer:
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self.scheduler.step()
 
-    def _prepare(self, loader: Any) -> Any:
+    def _prepare(self, loader: Iterable[Any]) -> Any:
         if not isinstance(loader, DataLoader) or is_its_own(loader, self.accelerator):
             return loader
         if id(loader) not in self._prepared:  # the accelerator keeps every loader that it has prepared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +49,9 @@ def new_figure(n_rows: int, n_columns: int, size: tuple[float, float]) -> Figure
     return figure
 
 
-def figure_of(axis: Any) -> Figure:
+def figure_of(axis: Axes) -> Figure:
     """The figure that an axis lies in."""
-    figure: Figure = axis.get_figure()
-    return figure
+    return cast("Figure", axis.get_figure())
 
 
 def one_axis(axis: Axes | None, size: tuple[float, float]) -> Axes:

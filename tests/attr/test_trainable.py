@@ -73,13 +73,6 @@ def test_signatures_are_captums_and_create_graph():
         attr.Saliency(smooth_net()).attribute(X, targt=1)
 
 
-def test_a_forward_function_without_parameters():
-    net = smooth_net()
-    assert attr.LayerActivation(lambda: net(X), net[0]).attribute(X).shape == (4, 8)
-    attribution = attr.LayerGradientXActivation(lambda: net(X), net[0]).attribute(X, target=1)
-    torch.testing.assert_close(attribution, attr.LayerGradientXActivation(net, net[0]).attribute(X, target=1))
-
-
 def test_a_target_for_each_row_of_the_output():
     """Which need not be the inputs' rows."""
 
