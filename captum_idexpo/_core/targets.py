@@ -31,43 +31,20 @@ def class_labels(target: Any) -> Any:
     return target.long() if zeros_and_ones or not real else target
 
 
-def require_integers(target: Tensor) -> None:
-    """Refuses what names no class, soft labels for example; TypeError."""
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        mend = "target.long(), or, where it is a regression's, with outputs='raw'"
-        if target.dim() == 2 and target.shape[1] > 1:
-            mend = "target.argmax(dim=1)"
-        raise TypeError(
-            f"target must hold integers, given: {target.dtype} of shape {tuple(target.shape)}; mend it with {mend}."
-        )
-
-
 def target_indices(target: TargetType, n_examples: int, device: torch.device) -> Tensor | None:
-    """Return a target in any of Captum's forms as indices ``(B, n)``."""
+    """Return a target in any of Captum's forms as indices ``(B, n)``, one for each axis of an output; None for None.
+
+    Errors: see `captum_target`.
+    """
+    target = captum_target(target, n_examples)
     if target is None:
         return None
     if isinstance(target, Tensor):
-        require_integers(target)
-        if target.numel() == 1:
-            return target.reshape(1, 1).to(device, torch.long).expand(n_examples, 1)
-        if target.dim() == 1 and len(target) == n_examples:
-            return target[:, None].to(device, torch.long)
-        raise ValueError(
-            f"target of shape {tuple(target.shape)} does not fit {n_examples} examples: give ({n_examples},)."
-        )
-    if isinstance(target, list):
-        if len(target) != n_examples:
-            raise ValueError(f"target is a list of {len(target)} for {n_examples} examples: give one for each.")
-        rows = [entry if isinstance(entry, tuple) else (entry,) for entry in target]
-    else:
-        rows = [target if isinstance(target, tuple) else (target,)] * n_examples
-    for row in rows:
-        if not all(isinstance(number, Integral) and not isinstance(number, bool) for number in row):
-            raise TypeError(
-                f"target must be an integer, a tuple of integers, a tensor, a list or None; given: {target!r}."
-            )
+        return target.reshape(-1, 1).to(device).expand(n_examples, 1)
+    rows = target if isinstance(target, list) and len(target) == n_examples else [target] * n_examples
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
     if len({len(row) for row in rows}) != 1:
-        raise ValueError("target is a list of tuples of different lengths: give as many numbers for each example.")
+        raise InputError("target is a list of tuples of different lengths: give as many numbers for each example.")
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 
@@ -75,32 +52,44 @@ def captum_target(target: Any, n_examples: int | None = None) -> Any:
     """Return a target of an attribution as Captum reads it: integers of other types as int64, columns as rows.
 
     Args:
-        target: the user's.
+        target: the user's: an integer, a tuple of integers, a tensor, a list of integers or tuples, or None.
         n_examples: rows of the output; None: Captum compares the target with the output itself.
 
     Raises:
         InputTypeError: booleans, fractions, or objects that are neither numbers nor tensors.
-        InputError: a tensor that has not one number per example.
+        InputError: a tensor or list that has neither one entry per example nor one for all.
     """
+    if target is None:
+        return None
+    if isinstance(target, Tensor):
+        return _target_tensor(target, n_examples)
+    if not all(map(_is_integer, _numbers_of(target))):
+        given = repr(target) if isinstance(target, (list, tuple)) else type(target).__name__
+        cure = "torch.as_tensor(target)" if hasattr(target, "__array__") else "an integer"
+        raise InputTypeError(
+            f"target must be an integer, a tuple of integers, a tensor, a list or None; given: {given}. Pass {cure}."
+        )
     if isinstance(target, list) and n_examples is not None and len(target) not in (1, n_examples):
         raise InputError(
             f"target is a list of {len(target)} for {n_examples} examples: give one for each, or one number for all."
         )
-    if target is None or isinstance(target, (list, tuple)):
-        return target
-    if _is_integer(target):
-        return int(target)
-    if not isinstance(target, Tensor):
-        cure = "torch.as_tensor(target)" if hasattr(target, "__array__") else "an integer"
-        raise InputTypeError(
-            "target must be an integer, a tuple of integers, a tensor, a list or None; given: "
-            f"{type(target).__name__}. Pass {cure}."
-        )
-    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
-        raise InputTypeError(
-            f"target must hold integers, the numbers of outputs; given: {target.dtype} of shape {tuple(target.shape)}. "
-            "Pass target.long() for labels; no target for an output per example, such as a regression's."
-        )
+    return target if isinstance(target, (list, tuple)) else int(target)
+
+
+def require_integers(target: Tensor) -> None:
+    """Raise InputTypeError for a tensor that names no classes, such as soft labels."""
+    if target.dtype != torch.bool and not target.is_floating_point() and not target.is_complex():
+        return
+    soft = target.dim() == 2 and target.shape[1] > 1
+    cure = "target.argmax(dim=1) for soft labels" if soft else "target.long() for labels"
+    raise InputTypeError(
+        f"target must hold integers, the numbers of outputs; given: {target.dtype} of shape {tuple(target.shape)}. "
+        f"Pass {cure}; for a regression no target, or outputs='raw'."
+    )
+
+
+def _target_tensor(target: Tensor, n_examples: int | None) -> Tensor:
+    require_integers(target)
     if target.dim() == 2 and target.shape[1] == 1:
         target = target.squeeze(1)
     if n_examples is not None and (target.dim() > 1 or target.numel() not in (1, n_examples)):
@@ -109,6 +98,12 @@ def captum_target(target: Any, n_examples: int | None = None) -> Any:
             "number for all."
         )
     return target.long()
+
+
+def _numbers_of(target: object) -> list[object]:
+    """Return the numbers in an integer, a tuple of integers, or a list of either."""
+    rows = target if isinstance(target, list) else [target]
+    return [number for row in rows for number in (row if isinstance(row, tuple) else (row,))]
 
 
 def require_tensor(output: object, numbers: bool = False) -> None:

@@ -174,7 +174,7 @@ def test_the_columns_that_count_are_those_of_what_is_explained():
 
 @pytest.mark.parametrize("make", [SaliencyGuided, lambda model: Sparsity(InputXGradient(model))])
 def test_soft_labels_are_an_error_that_says_what_to_do(make):
-    with pytest.raises(TypeError, match=r"float64 of shape \(8, 3\); mend it with target\.argmax\(dim=1\)"):
+    with pytest.raises(TypeError, match=r"float64 of shape \(8, 3\)\. Pass target\.argmax\(dim=1\)"):
         make(smooth_net())(X, torch.full((8, 3), 1 / 3).double())
 
 
