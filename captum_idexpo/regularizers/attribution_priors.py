@@ -16,7 +16,7 @@ from captum_idexpo.regularizers.base import Penalty, Weight
 
 
 class AttributionPrior(Penalty):
-    """A penalty on an attribution alone."""
+    """A penalty that depends on an attribution alone."""
 
     _term: str
 
@@ -53,7 +53,7 @@ class Smoothness(AttributionPrior):
     Args:
         explainer: an attribution of `captum_idexpo.attr`; expected gradients are `GradientShap`.
         model: the module held in eval mode; None: the explainer's forward function, if it is a module or its method.
-        weight: the term's, or "auto": ``ratio`` times the task loss at the start.
+        weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
@@ -94,7 +94,7 @@ class Sparsity(AttributionPrior):
     Args:
         explainer: an attribution of `captum_idexpo.attr`; expected gradients are `GradientShap`.
         model: the module held in eval mode; None: the explainer's forward function, if it is a module or its method.
-        weight: the term's, or "auto": ``ratio`` times the task loss at the start.
+        weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.

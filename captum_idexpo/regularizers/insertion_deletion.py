@@ -56,49 +56,53 @@ _FLOOR_SHARE = "deletion_floor_share"
 class InsertionDeletion(Regularizer):
     r"""Penalises explanations whose insertion is low and whose deletion is high: ID-ExpO's loss terms, eq. (9)-(11).
 
-    Called as ``regularizer(inputs, target)`` it returns named, already weighted terms, means over the batch; any
-    training loop adds them to its loss: ``loss = cross_entropy(model(x), y) + sum(regularizer(x, y).values())``.
-    Under `torch.no_grad` the terms have the same values and no graph.
+    Called as ``regularizer(inputs, target)`` it returns named, weighted terms, means over the batch. Any training loop
+    can add them to its loss: ``loss = cross_entropy(model(x), y) + sum(regularizer(x, y).values())``. Under
+    `torch.no_grad` the terms have the same values and no graph.
+
+    Locations are ranked from the most positive attribution, so pass magnitudes (``abs`` of Saliency) where signs do not
+    matter. For images ``(B, C, H, W)`` without a feature mask, channels are averaged and a location is a pixel. A
+    layer's attribution is enlarged to the size of the inputs (to the nearest, as in the paper); that of an embedding
+    ``(B, T, E)`` of rows ``(B, T)`` is averaged over E.
 
     Args:
-        explainer: an attribution of `captum_idexpo.attr`; what it takes and is not given here comes from
-            `attribute_kwargs` (a neuron_selector, a distribution of baselines). A layer's map is brought to the inputs'
-            size (nearest, the paper's expansion); of an embedding ``(B, T, E)`` of rows ``(B, T)`` the last axis is
-            averaged. For images ``(B, C, H, W)`` without feature mask, channels are averaged, so that a location is a
-            pixel. Locations are ranked from the most positive: pass magnitudes (``abs`` of Saliency) where signs do not
-            count.
-        baselines: what masked locations are set to: a number, a tensor, a tuple of these, a callable of the inputs
-            that returns them, or "mean": the training inputs' mean over examples and positions, which the trainer
-            measures before it starts (`mean_inputs`). Also passed to explainers that take baselines.
-        forward_func: what is masked and scored; default: the explainer's forward function.
-        model: the module held in eval mode; found by itself where forward functions are modules or bound methods.
+        explainer: an attribution of `captum_idexpo.attr`.
+        baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
+            that returns them. "mean" is the mean of the training inputs over examples and positions, which the trainer
+            measures before it starts (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the
+            same.
+        forward_func: the function that is masked and scored; None: the explainer's forward function.
+        model: the module that is held in eval mode, if it is not found behind the forward functions.
         insertion_weight, deletion_weight: weights of both terms (the paper: 0.001 to 0.1); 0 leaves a term out.
-        l2_weight: weight of the attribution's squared norm, summed over the locations (a layer's own, or the groups
-            of the feature mask).
-        fraction, step_size, temperature, outputs, max_examples_per_batch: as for
-            `captum_idexpo.metrics.insertion_deletion`; temperature None is the hard mask, through which the
-            attribution gets no gradient. A soft mask's temperature and threshold, which follow the attribution, count
-            as constants: differences of the terms have to hold them.
-        steps_per_update: of the n steps, this many are drawn, one from each of as many equal strata, anew for each
-            example: an unbiased estimate at a fraction of the cost. None: all steps.
+        l2_weight: weight of the attribution's squared norm, summed over the locations (a layer's own cells, or the
+            groups of the feature mask).
+        fraction: share of the locations that is inserted or deleted. The default is 0.5, as in the paper's training;
+            the metrics `captum_idexpo.metrics.insertion` and `deletion` take all locations by default.
+        step_size, outputs, max_examples_per_batch: as for `captum_idexpo.metrics.insertion_deletion`.
+        temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
+            attribution gets no gradient. No gradient flows through temperature and threshold of the soft mask. Hold
+            them fixed when you check with finite differences.
+        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata: an
+            unbiased estimate at a fraction of the cost. None: all steps.
         deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
             "complement" the mean of log(1 - p(deletion)), negated. For raw outputs each is the mean of f(deletion).
         deletion_floor: "ratio" and "log" have no lower bound; below this probability a copy adds no more reward.
-            None: no floor. `floor_share` holds the share of copies at the floor in the last call.
-        feature_mask: a Captum feature mask, or a callable of the inputs that returns one (superpixels). Also passed to
-            explainers that take one.
-        attribute_kwargs: further arguments of ``explainer.attribute``; ``additional_forward_args`` also go to
-            the forward function.
-        eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics stay untouched and
-            no example depends on its batch mates.
-        generator: source of the drawn steps, and of an explainer's masks if these are not Captum's. None: torch's
+            None: no floor. `floor_share` is the share of copies at the floor in the last call.
+        feature_mask: a Captum feature mask, or a callable of the inputs that returns one (superpixels). Explainers that
+            take a feature mask get the same.
+        attribute_kwargs: further arguments of ``explainer.attribute``, such as n_samples; those that it needs and that
+            are not listed here (a neuron_selector, a distribution of baselines) have to be given.
+            ``additional_forward_args`` also go to the forward function.
+        eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics do not change and no
+            example depends on the others of its batch.
+        generator: source of the drawn steps, and of the explainer's masks unless these are Captum's. None: torch's
             global generator.
-        memory_budget: bytes of activations that LIME's, KernelSHAP's and the masked copies' graphs may keep together
-            until the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the
-            same gradient. None: no bound.
+        memory_budget: bytes of activations that the graphs of LIME's, KernelSHAP's and the masked copies may keep until
+            the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the same
+            gradient. None: no bound.
 
     Raises:
-        TypeError: the explainer is none, or is Captum's own, through which nothing can be trained.
+        TypeError: the explainer is no attribution, or one of Captum's own classes.
         ValueError: an argument out of range.
 
     Example:

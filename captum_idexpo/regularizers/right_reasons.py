@@ -31,18 +31,18 @@ from captum_idexpo.regularizers.base import Penalty, Weight
 class RightForTheRightReasons(Penalty):
     r"""Penalises evidence where annotations say that it must not be (Ross et al. 2017, eq. 2).
 
-    The input gradient is that of the sum of *all* classes' log probabilities. With an `explainer` the same penalty is
-    put on its attribution instead, as later work asks for. Its term is named "right_reasons".
+    The input gradient is that of the sum of the log probabilities of *all* classes. With an `explainer` its attribution
+    is penalised instead. The term is named "right_reasons".
 
     Args:
         forward_func: the function that is explained: a module, or a callable of the input tensors.
         model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
-        weight: the term's, or "auto": ``ratio`` times the task loss at the start. The authors' 1000 belongs to inputs
-            in 0 to 255; in [0, 1] it is about 0.0154.
-        explainer: an attribution of `captum_idexpo.attr` to penalise in place of the input gradient; a layer's is
-            brought to the inputs' size.
+        weight: of the term, or "auto": ``ratio`` times the task loss at the start. The authors' 1000 is for inputs from
+            0 to 255; for inputs in [0, 1] it becomes about 0.0154.
+        explainer: an attribution of `captum_idexpo.attr` to penalise in place of the input gradient; that of a layer is
+            brought to the size of the inputs.
         attribute_kwargs: further arguments of ``explainer.attribute``.
-        annotates: what annotations of 1 mark: the "wrong" evidence, that must not matter, or the "right" one, outside
+        annotates: what an annotation of 1 marks: "wrong" evidence, which must not matter, or "right" evidence, outside
             of which nothing may matter.
         ratio: of the term to the task loss, for an automatic weight.
         outputs: what the model returns: "logits", "log_probabilities", "probabilities" or, for regression, "raw" (the
@@ -203,7 +203,7 @@ def find_another_explanation(
     outputs: str = "logits",
     max_examples_per_batch: int | None = None,
 ) -> list[Explanation]:
-    """Trains one model after the other, each forbidden to use what those before it used (Ross et al. 2017, sec. 2.2).
+    """Train models one after the other; each must not use what those before it used (Ross et al. 2017, sec. 2.2).
 
     The first is trained without annotations. Each next one may not use the features whose input gradient, of the
     largest class probability's logarithm, exceeded `threshold` times the example's largest in any model before. The

@@ -35,7 +35,7 @@ class SaliencyGuided(Penalty):
     Args:
         forward_func: the function that is trained: a module, or a callable of the input tensors.
         model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
-        weight: the term's (the paper: 1), or "auto": ``ratio`` times the task loss at the start.
+        weight: of the term (the paper: 1), or "auto": ``ratio`` times the task loss at the start.
         fraction: share of the features that is replaced (the paper: 0.5 for images).
         value_range: (lowest, highest) of the random values, numbers or tensors that broadcast against one example;
             None: each feature's range in the batch, for images ``(B, C, H, W)`` each channel's.

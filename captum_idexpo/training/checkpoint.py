@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,19 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint files in a folder."""
     return [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def checked_generators(generators: Iterable[object]) -> list[AnyGenerator]:
+    """Return random generators as a list; TypeError for one of an unknown kind."""
+    checked = []
+    for generator in generators:
+        if not isinstance(generator, AnyGenerator):
+            raise TypeError(
+                "generators must be torch.Generator, numpy.random.Generator, numpy.random.RandomState or "
+                f"random.Random, given: {type(generator).__name__}."
+            )
+        checked.append(generator)
+    return checked
 
 
 def generators_of(*loaders: object) -> list[AnyGenerator]:

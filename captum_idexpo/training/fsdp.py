@@ -1,8 +1,7 @@
 """Models whose parameters FSDP2 shards over processes (`torch.distributed.fsdp.fully_shard`).
 
-Explanation regularizers run a model several times a step, and backwards in between. FSDP frees gathered parameters
-after each pass, and with them what the last backward pass needs. Here they are gathered where a step first needs them
-and stay until its end.
+A regularizer runs the model several times in a step, with backward passes in between. FSDP2 frees parameters after each
+pass, but the last backward pass still needs them. `gathered` keeps them until the step ends.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters that FSDP2 shards stay whole from their first use on, through any number of passes.
+    """Keep the parameters that FSDP2 shards whole, from their first use until the end of the ``with`` statement.
 
-    Around all forward and backward passes of a step, in a loop of your own; not around the optimizer's step, which is
-    taken on the shards. Afterwards the model frees its parameters after each pass, as FSDP2's default is. A model
-    that is not sharded is left alone.
+    Put it around all forward and backward passes of a step, and not around the optimizer's step, which works on the
+    shards. Afterwards the model frees its parameters after each pass again, which is FSDP2's default. A model that is
+    not sharded is left alone.
 
     Example:
         >>> import torch
@@ -54,15 +53,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a model or a part of it."""
+    """Return True if FSDP2 shards a model or a part of it."""
     return bool(_sharded_modules(model))
 
 
 def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimizer: Optimizer) -> tuple[Any, Any]:
-    """Loss and optimizer as the accelerator trains them; under FSDP2 the model is what is sharded.
+    """Return loss and optimizer as the accelerator trains them; under FSDP2 the model is sharded, not the loss.
 
-    The loss would then be FSDP's root, through which every pass has to go; but explainers, evaluation and users call
-    the model.
+    If the loss were sharded, it would be FSDP's root, through which every pass has to go. But explainers, evaluation
+    and users call the model.
 
     Raises:
         ValueError: FSDP1, or a precision that has no effect on a model that is sharded already.
@@ -93,17 +92,17 @@ def prepare(accelerator: Accelerator, loss: ExplanationRegularizedLoss, optimize
             sharded = {id(parameter) for parameter in loss.model.parameters()}  # it may hold the model
             if any(parameter.requires_grad and id(parameter) not in sharded for parameter in part.parameters()):
                 raise ValueError(
-                    "The loss_fn or a regularizer has parameters of its own, whose gradients nobody would average "
+                    "The loss_fn or a regularizer has parameters of its own, whose gradients would not be averaged "
                     "beside a sharded model: train them without FSDP, or freeze them."
                 )
     return loss, optimizer
 
 
 def check_sharding(model: nn.Module, *, freeze_batch_norm: bool) -> None:
-    """Refuses, before training starts, what would fail or be wrong when it is sharded.
+    """Refuse, before training starts, a sharded model whose training would fail or be wrong.
 
     Raises:
-        ValueError: a part of the model that is not sharded, whose gradients nobody would average; BatchNorm
+        ValueError: a part of the model that is not sharded, whose gradients would not be averaged; BatchNorm
             statistics that every process would keep for itself.
     """
     if not is_sharded(model):
@@ -127,13 +126,13 @@ def check_sharding(model: nn.Module, *, freeze_batch_norm: bool) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """A tensor, or of a sharded one this process's part."""
+    """Return a tensor, or this process's part of a sharded one."""
     part: Any = tensor
     return cast(Tensor, part.to_local()) if _is_shard(tensor) else tensor
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
-    """A copy of a model's state; of a sharded model the whole state on the CPU of the first process, else nothing.
+    """Return a copy of a model's state; of a sharded model the whole state in the first process, else nothing.
 
     All processes have to call this and the functions below.
     """
@@ -147,7 +146,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Puts a state back, of a sharded model the first process's; RuntimeError where it is another model's."""
+    """Put a state back, for a sharded model that of the first process; RuntimeError for another model's state."""
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
@@ -157,7 +156,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 
 
 def optimizer_state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state; of a sharded model's the whole state on the CPU of the first process, else nothing."""
+    """Return an optimizer's state; of a sharded model the whole state in the first process, else nothing."""
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -167,7 +166,7 @@ def optimizer_state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """Puts an optimizer's state back."""
+    """Put an optimizer's state back."""
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 

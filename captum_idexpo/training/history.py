@@ -8,7 +8,7 @@ from typing import Any
 
 
 class History(list[dict[str, float]]):
-    """One row an epoch: the mean loss and its parts, and validation scores.
+    """One row per epoch: the mean loss and its parts, and validation scores.
 
     Example:
         >>> from captum_idexpo.training import History
@@ -18,7 +18,7 @@ class History(list[dict[str, float]]):
     """
 
     def to_pandas(self) -> Any:
-        """The rows as a pandas DataFrame; ImportError without pandas."""
+        """Return the rows as a pandas DataFrame; ImportError without pandas."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -26,7 +26,7 @@ class History(list[dict[str, float]]):
         return pd.DataFrame(list(self))
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the rows as a table of comma-separated values, a column for each name that occurs."""
+        """Write the rows as a table of comma-separated values, a column for each name that occurs."""
         names = list(dict.fromkeys(name for row in self for name in row))
         with Path(path).open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
@@ -34,7 +34,7 @@ class History(list[dict[str, float]]):
             writer.writerows(self)
 
     def plot(self) -> Any:
-        """A matplotlib figure: losses on the left, validation scores on the right; ImportError without matplotlib."""
+        """Return a figure: losses on the left, validation scores on the right; ImportError without matplotlib."""
         from captum_idexpo.visualization import plot_history
 
         return plot_history(self)

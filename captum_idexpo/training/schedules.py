@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def linear_warmup(n_updates: int) -> Callable[[int], float]:
-    """A weight schedule that raises the regularizers' weights from 0 to theirs over so many updates.
+    """Return a weight schedule that raises the regularizers' weights from 0 to theirs over so many updates.
 
     Example:
         >>> from captum_idexpo.training import linear_warmup

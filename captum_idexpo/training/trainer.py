@@ -46,45 +46,46 @@ _DWARFS = 10  # times the task's gradient
 
 
 class ExplanationRegularizedTrainer:
-    """Fine-tunes a model so that its explanations become faithful, and selects it by accuracy and faithfulness.
+    """Trains a model with explanation regularizers, and selects it by accuracy and faithfulness.
 
     Args:
         model: a classifier or regressor with at least one parameter that requires gradient.
-        optimizer: any torch optimizer of the model's parameters whose step needs no closure (LBFGS's does).
-        regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; none trains plainly.
+        optimizer: a torch optimizer of the model's parameters whose step needs no closure (unlike that of LBFGS).
+        regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; without any the task alone is trained.
         loss_fn: (model output, target) -> scalar, the task loss.
         scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
         accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
-        freeze_batch_norm: keep BatchNorm's statistics while training. Explaining and masking leave them alone anyway.
+        freeze_batch_norm: keep BatchNorm's statistics while training. Regularizers never change them.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
         patience: stop after this many epochs without a better validation score.
         max_grad_norm: clip the gradient to this norm before each update.
-        weight_schedule: the number of updates so far -> a factor on all regularizers' terms, `linear_warmup(500)` for
-            example.
-        gradient_norms_every: measure each term's gradient norm every so many updates, and warn where one is more than
-            ten times the task's; over several processes each on its share of the batch. Costs an additional forward
-            and backward pass then.
+        weight_schedule: (number of updates so far) -> a factor on the terms of all regularizers, such as
+            `linear_warmup(500)`.
+        gradient_norms_every: measure the gradient norm of each term every so many updates, and warn if one is more than
+            ten times that of the task. Each of several processes measures its share of the batch. It costs another
+            forward and backward pass.
         checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. Resuming from an older
             checkpoint deletes the newer ones.
-        checkpoint_every: write one after so many updates, besides those after each epoch.
+        checkpoint_every: write a checkpoint after so many updates, too, and not only after each epoch.
         callbacks: called after each epoch with the trainer and the row of the history.
         generators: random generators that the data set, the model or the loss draw from, of torch, NumPy or Python.
             Checkpoints restore them, as they do the global streams and the generators of loaders, samplers and
             regularizers, which the trainer finds itself.
-        show_progress: show a progress bar an epoch, with the loss's parts.
+        show_progress: show a progress bar per epoch, with the parts of the loss.
 
     Trackers of the accelerator (``Accelerator(log_with="tensorboard", project_dir=...)`` after its ``init_trackers``)
-    are given each row of the history.
+    get each row of the history.
 
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
-        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer, or that is LBFGS;
-            the model is compiled, though its regularizers need a second derivative; it is sharded in a way that cannot
-            be trained (FSDP1, layers only, with statistics of its own in each process); an argument out of range.
+        ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the optimizer is
+            LBFGS; the model is compiled and has regularizers; the model is sharded in a way that cannot be trained
+            (FSDP1, layers only, with statistics of its own in each process); an argument is out of range.
+        TypeError: a generator of an unknown kind.
 
     Example:
         >>> import torch
@@ -154,7 +155,7 @@ class ExplanationRegularizedTrainer:
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every = check_optional_count("checkpoint_every", checkpoint_every)
         self.callbacks = list(callbacks)
-        self.generators = list(generators)
+        self.generators = checkpoint.checked_generators(generators)
         self.show_progress = show_progress
         self.history = History()
         self._n_passes = self.accelerator.gradient_accumulation_steps
@@ -162,7 +163,7 @@ class ExplanationRegularizedTrainer:
         self._resumed: dict[str, Any] | None = None
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, epochs: int = 1) -> History:
-        """Trains, and keeps the weights of the epoch with the best validation score.
+        """Train, and keep the weights of the epoch with the best validation score.
 
         Args:
             train_loader: yields (inputs, target) or (inputs, target, annotations); inputs are a tensor, a tuple or,
@@ -171,16 +172,16 @@ class ExplanationRegularizedTrainer:
             epochs: passes over the training data at most; after `resume`, in all.
 
         Returns:
-            A row an epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the share of it spent on
-            "task", each regularizer and "backward"; with a val_loader also the scores of `evaluate`, their names
-            prefixed with "val" ("val_accuracy"), and "valscore". A weight that is "auto" is reported as
-            "<term>_weight", the share of masked copies at the deletion floor as "deletion_floor_share", gradient norms
-            as "<term>_gradient_norm".
+            One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the seconds of these spent
+            on the task, the explainers, the metrics and the backward pass. With a val_loader also the scores of
+            `evaluate` with the prefix "val" ("val_accuracy"), and "valscore". Automatic weights are "<term>_weight",
+            gradient norms "<term>_gradient_norm", and "deletion_floor_share" is the share of masked copies at the
+            deletion floor.
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
-                model is left with the last weights whose task loss is finite on the last batch before. Or a validation
-                score did; then with the best weights so far. `history` holds the epochs before.
+                model then has the last weights whose task loss was finite on the batch before. If a validation score
+                turned NaN, it has the best weights so far. `history` holds the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
@@ -210,13 +211,13 @@ class ExplanationRegularizedTrainer:
         return run.history
 
     def resume(self, path: str | Path | None = None) -> None:
-        """Makes the next `fit` continue where a killed run stopped, with the same model, optimizer and loaders.
+        """Let the next `fit` continue where a killed run stopped, with the same model, optimizer and loaders.
 
         Everything is put back: weights, optimizer, scheduler, automatic weights, all random streams, the position in
         the epoch, the best weights and the history. On a CPU the result is that of a run that was never killed, bit
-        for bit. Batches of the epoch that were done before are read again and passed over, so that a data set which
-        draws from torch's global generator in this process repeats an epoch's end only nearly; one in worker processes
-        that do not persist, or with a generator of its own, repeats it exactly.
+        for bit. Batches of the epoch that were done before are read again and skipped. So resuming in the middle of an
+        epoch is exact if the random numbers of the data set come from worker processes that do not persist or from one
+        of `generators`, and approximate if the data set draws from the global generator in this process.
 
         Args:
             path: a checkpoint file, or a folder whose latest good one is taken; None: `checkpoint_dir`.
@@ -249,7 +250,7 @@ class ExplanationRegularizedTrainer:
         self._resumed = state
 
     def _kinds(self) -> dict[str, Any]:
-        """What a checkpoint's parts have to be put back into."""
+        """Return the kinds of the parts that a checkpoint has to be put back into."""
         has_state = isinstance(self.loss_fn, nn.Module) and len(self.loss_fn.state_dict())
         return {
             "list of regularizers": [type(regularizer).__name__ for regularizer in self._unwrapped.regularizers],
@@ -259,7 +260,7 @@ class ExplanationRegularizedTrainer:
         }
 
     def _refuse_another_run(self, found: Path, run_id: str) -> None:
-        """Refuses to write beside the checkpoints of another run, which would then be removed."""
+        """Refuse a folder with the checkpoints of another run, which would be deleted."""
         folder = self.checkpoint_dir
         if folder is None or folder.resolve() == found.parent.resolve() or not checkpoint.checkpoints(folder):
             return
@@ -274,7 +275,7 @@ class ExplanationRegularizedTrainer:
             )
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Puts back what a checkpoint holds of the trainer; the run's own part waits for `fit`."""
+        """Put back what a checkpoint holds of the trainer; that of the run waits for `fit`."""
         for part, kinds in self._kinds().items():
             if state["kinds"].get(part) != kinds:
                 raise ValueError(f"its {part} is {state['kinds'].get(part)}, this one's {kinds}.")
@@ -295,7 +296,7 @@ class ExplanationRegularizedTrainer:
     def evaluate(
         self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
     ) -> dict[str, float]:
-        """Means over a loader's examples, measured in eval mode, with the same random masks at every call.
+        """Return mean scores over a loader's examples, in eval mode and with the same random masks at every call.
 
         Args:
             loader: yields (inputs, target).
@@ -312,7 +313,7 @@ class ExplanationRegularizedTrainer:
     def example_scores(
         self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
     ) -> dict[str, Tensor]:
-        """Each example's scores, in the loader's order, as `evaluate` averages them.
+        """Return the scores per example, in the order of the loader, as `evaluate` averages them.
 
         Args:
             loader: yields (inputs, target).
@@ -341,7 +342,7 @@ class ExplanationRegularizedTrainer:
         return weights
 
     def _start(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None) -> Run:
-        """A new run, or the one that is resumed."""
+        """Return a new run, or the one that is resumed."""
         run = Run(self._generators_of(train_loader, val_loader), self.accelerator)
         if self._resumed is not None:
             if self._resumed["run"]["position"][0] > 1:
@@ -367,7 +368,7 @@ class ExplanationRegularizedTrainer:
         return list({id(generator): generator for generator in every}.values())
 
     def _select(self, run: Run, row: dict[str, float], scores: dict[str, float]) -> None:
-        """Adds validation scores to a row, keeps the best weights, and ends the run when patience does."""
+        """Add validation scores to a row, keep the best weights, and end the run when patience runs out."""
         for name, value in scores.items():
             if not math.isfinite(value):
                 if run.best_weights is not None:
@@ -381,12 +382,12 @@ class ExplanationRegularizedTrainer:
             run.finished = True
 
     def _checkpoint_is_due(self, run: Run) -> bool:
-        """Between two updates, never between the batches that one update accumulates."""
+        """Return True between two updates; never between the batches that one update accumulates."""
         every = self.checkpoint_every
         return bool(every and run.updates and not run.updates % every and self.accelerator.sync_gradients)
 
     def _save(self, run: Run) -> None:
-        """Writes a checkpoint, if any are wanted; all processes wait for it."""
+        """Write a checkpoint, if there is a folder for them; all processes wait for it."""
         if self.checkpoint_dir is None:
             return
         randoms, weights = run.random_states(), weights_of(self.model)
@@ -421,7 +422,7 @@ class ExplanationRegularizedTrainer:
             )
 
     def _train_epoch(self, loader: Iterable[Any], run: Run, epochs: int) -> dict[str, float]:
-        """One pass over the data, or the rest of one; means of the loss and its parts."""
+        """Go over the data once, or over the rest of it, and return the means of the loss and its parts."""
         from tqdm.auto import tqdm
 
         weights, last_batch = Snapshot(self._unwrapped, parameters=True), None
@@ -464,7 +465,7 @@ class ExplanationRegularizedTrainer:
         return run.means()
 
     def _step(self, batch: Any, is_last: bool, where: str, weights: Snapshot, run: Run) -> dict[str, float]:
-        """One update; the loss and its parts, means over processes."""
+        """Train on one batch and return the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
         batch = send_to_device(batch, self.accelerator.device)
@@ -493,7 +494,7 @@ class ExplanationRegularizedTrainer:
         return {**named, **norms, **self._measurements(named), **shares}
 
     def _backward(self, batch: Any, where: str) -> dict[str, float]:
-        """The gradient of a batch; its loss and parts, means over processes."""
+        """Compute the gradient of a batch and return the loss and its parts, means over processes."""
         with failing_together(self.accelerator):
             loss, parts = self._loss(batch)
         values = self.accelerator.reduce(torch.stack([loss.detach(), *parts.values()]), reduction="mean").tolist()
@@ -507,16 +508,13 @@ class ExplanationRegularizedTrainer:
         return named
 
     def _clip_gradients(self) -> None:
-        """Of what the optimizer owns, or of the whole sharded model.
-
-        With a scaler accelerate's own way would unscale the gradients of every optimizer that it knows.
-        """
+        """Clip the gradients of what the optimizer owns, or of the whole sharded model."""
         if self.max_grad_norm is None:
             return
         parameters = list(self.model.parameters()) if is_sharded(self.model) else self._owned_parameters()
         if self.accelerator.scaler is None:
             self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        else:
+        else:  # accelerate's own function would unscale the gradients of every optimizer that it knows
             self.accelerator.unscale_gradients(self.optimizer)
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
@@ -524,7 +522,7 @@ class ExplanationRegularizedTrainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _drop_gradients(self) -> None:
-        """Also those that the optimizer does not own, and those of an update that is not complete."""
+        """Drop all gradients: also those that the optimizer does not own, and those of an unfinished update."""
         self.accelerator.step = 0
         for parameter in (*self._unwrapped.parameters(), *self._owned_parameters()):
             parameter.grad = None
@@ -538,7 +536,7 @@ class ExplanationRegularizedTrainer:
         return found
 
     def _gradient_norms(self, batch: Any, run: Run) -> dict[str, float]:
-        """Norms of each term's gradient at the chosen interval, and a warning where one dwarfs the task's."""
+        """Return the gradient norm of each term at the chosen interval; warn if one dwarfs that of the task."""
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
         norms = {}
@@ -562,7 +560,7 @@ class ExplanationRegularizedTrainer:
 
     @contextmanager
     def _without_trace(self, run: Run) -> Iterator[None]:
-        """Inside, random streams and buffers (BatchNorm's statistics, automatic weights) move for nothing."""
+        """Restore random state and buffers (BatchNorm's statistics, automatic weights) afterwards."""
         state, before = run.random_state(), Snapshot(self._unwrapped)
         try:
             yield
@@ -578,7 +576,7 @@ class ExplanationRegularizedTrainer:
 
     @no_graph()
     def _task_loss_is_finite(self, batch: Any, run: Run) -> bool:
-        """Whether the current weights are good for a finite task loss on a batch, in every process."""
+        """Return True if the task loss on a batch is finite with the current weights, in every process."""
         from accelerate.utils import send_to_device
 
         with self._without_trace(run), self.accelerator.autocast(), gathered(self.model):
@@ -606,7 +604,7 @@ class ExplanationRegularizedTrainer:
 
 
 def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:
-    """Refuses, before training starts, what has no second derivative.
+    """Refuse a compiled model before training starts, since it has no second derivative.
 
     Raises:
         ValueError: a compiled model with regularizers; says what to do.
