@@ -41,8 +41,8 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path):
-    """The rooms of the package that a file imports from, also inside functions; not those that only types need."""
+def imports_of(path):
+    """The modules of the package that a file imports from, also inside functions; not those that only types need."""
     tree = ast.parse(path.read_text())
     for_types = {
         node
@@ -52,8 +52,22 @@ def imported_rooms(path):
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node not in for_types and node.module.startswith("captum_idexpo"):
-            parts = node.module.split(".")[1:]
-            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from {name if module_path(name).exists() else node.module for name in names}
+
+
+def module_path(name):
+    return PACKAGE.parent / (name.replace(".", "/") + ".py")
+
+
+def imported_rooms(path):
+    for name in imports_of(path):
+        parts = name.split(".")
+        yield parts[1] if len(parts) > 1 else "__init__"
+
+
+def files_imported(path):
+    return {module_path(name) for name in imports_of(path)} & set(FILES)
 
 
 def test_the_floors_name_every_room():
@@ -63,8 +77,17 @@ def test_the_floors_name_every_room():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_each_floor_imports_only_from_those_under_it(path):
     floor = next(number for number, rooms in enumerate(FLOORS) if room_of(path) in rooms)
-    below = set().union(*FLOORS[:floor], {room_of(path)}, {"__version__"} if room_of(path) == "__main__" else set())
-    assert set(imported_rooms(path)) <= below
+    beside = {"__init__"} if room_of(path) == "__main__" else {room_of(path)}
+    assert set(imported_rooms(path)) <= set().union(*FLOORS[:floor], beside)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {path: files_imported(path) for path in FILES if path.name != "__init__.py"}
+    assert sum(map(len, graph.values())) > 150
+    while free := [path for path, needed in graph.items() if not needed & graph.keys()]:
+        for path in free:
+            del graph[path]
+    assert not graph
 
 
 def test_messages_about_extras_are_the_package_s():

@@ -333,6 +333,11 @@ class ExplanationRegularizedTrainer:
                 accelerator=self.accelerator,
             )
 
+    @property
+    def regularizers(self) -> list[nn.Module]:
+        """The regularizers that the model is trained with."""
+        return list(self._unwrapped.regularizers)
+
     def _automatic_weights(self) -> dict[str, float]:
         """Return the weights that regularizers chose, "<term>_weight"; the second of a term is "<term>_weight_2"."""
         weights: dict[str, float] = {}

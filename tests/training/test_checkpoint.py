@@ -433,13 +433,13 @@ def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
     without = ExplanationRegularizedTrainer(
         trainer.model,
         torch.optim.Adam(trainer.model.parameters(), lr=0.01),
-        trainer._unwrapped.regularizers,
+        trainer.regularizers,
         checkpoint_dir=folder,
         show_progress=False,
     )
     with pytest.raises(CheckpointError, match="its scheduler is StepLR, this one's None"):
         without.resume()
-    others = [*list(trainer._unwrapped.regularizers)[:1], *list(trainer._unwrapped.regularizers)[:1]]
+    others = [*trainer.regularizers[:1], *trainer.regularizers[:1]]
     other = ExplanationRegularizedTrainer(
         trainer.model, torch.optim.Adam(trainer.model.parameters()), others, scheduler=trainer.scheduler
     )
@@ -556,7 +556,7 @@ def test_a_refused_scheduler_leaves_the_optimizer_as_it_was(folder):
         (Broken(optimizer, 1), "no such state"),
     ):
         other = ExplanationRegularizedTrainer(
-            trainer.model, optimizer, trainer._unwrapped.regularizers, scheduler=scheduler, show_progress=False
+            trainer.model, optimizer, trainer.regularizers, scheduler=scheduler, show_progress=False
         )
         with pytest.raises(CheckpointError, match=message):
             other.resume(folder)
