@@ -120,7 +120,7 @@ def explained(case, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_gradient_of_an_attribution_is_true(case, device):
+def test_attribution_gradient_on_the_device_passes_assert_trainable(case, device):
     model, attribute = explained(case, device)
     assert_trainable(attribute, model, n_directions=1)
 
@@ -131,7 +131,7 @@ DRAWN_ON_THE_DEVICE = ("GradientShap", "NoiseTunnel", "FeaturePermutation")
 @pytest.mark.parametrize(
     "case", [c for c in CASES if not any(name in c.name for name in DRAWN_ON_THE_DEVICE)], ids=lambda case: case.name
 )
-def test_an_attribution_is_that_of_the_cpu(case, device):
+def test_attribution_on_the_device_equals_that_on_the_cpu(case, device):
     def compute(device):
         model, attribute = explained(case, device)
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ EXPLAINERS = {
 
 
 @pytest.mark.parametrize("make", [KernelShap, lambda net: Lime(net, Ridge(), MaskSimilarity())])
-def test_a_default_device_changes_nothing(make, device):
+def test_default_device_changes_no_attribution(make, device):
     net = smooth_net().to(device)
     attributions = []
     for default in (CPU, device):
@@ -165,7 +165,7 @@ def test_a_default_device_changes_nothing(make, device):
 
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_metrics_under_a_default_device(temperature, gaps, device):
+def test_default_device_changes_no_insertion_score(temperature, gaps, device):
     net, mask = smooth_net().to(device), torch.tensor([[0, 0, 2, 2, 4, 4]], device=device)
     scores = []
     for default in (CPU, device):
@@ -181,7 +181,7 @@ def test_metrics_under_a_default_device(temperature, gaps, device):
     ("surrogate", "sampling"),
     [(s, d) for s in EXPLAINERS for d in (KERNEL_SHAP_SAMPLINGS if "Shapley" in s else LIME_SAMPLINGS)[1:]],
 )
-def test_masks_of_a_generator_on_the_cpu(surrogate, settings, sampling, device):
+def test_masks_from_a_cpu_generator_are_the_same_on_the_device(surrogate, settings, sampling, device):
     def compute(device):
         net, generator = smooth_net().to(device), torch.Generator().manual_seed(0)
         arguments = {"target": 1, "n_samples": 40, "sampling": sampling, "generator": generator, **settings}
@@ -191,7 +191,7 @@ def test_masks_of_a_generator_on_the_cpu(surrogate, settings, sampling, device):
 
 
 @pytest.mark.parametrize("explainer", [ShapleyValues, ShapleyValueSampling, Lime, KernelShap, FeatureAblation])
-def test_a_forward_function_that_returns_a_number(explainer, device):
+def test_forward_function_that_returns_a_number_is_explained_on_the_device(explainer, device):
     arguments = {"interpretable_model": Ridge()} if explainer is Lime else {}
     attributions = []
     for where in (CPU, device):
@@ -201,7 +201,7 @@ def test_a_forward_function_that_returns_a_number(explainer, device):
     torch.testing.assert_close(attributions[1].cpu(), attributions[0])
 
 
-def test_the_devices_random_stream_is_put_back(device):
+def test_random_state_of_the_device_is_restored(device):
     generator = torch.Generator(device).manual_seed(3)
     state = checkpoint.random_state([generator], device)
 
@@ -242,7 +242,7 @@ def test_dropout_on_the_device_is_the_same_in_the_second_pass(device):
 @pytest.mark.parametrize("temperature", [None, "auto"])
 @pytest.mark.parametrize("feature_mask", [None, SUPERPIXELS], ids=["pixels", "superpixels"])
 @pytest.mark.parametrize("baselines", [0, "a tensor"])
-def test_insertion_and_deletion(temperature, feature_mask, baselines, device):
+def test_insertion_deletion_on_the_device_equals_that_on_the_cpu(temperature, feature_mask, baselines, device):
     def compute(device):
         net, x = smooth_conv_net().to(device), IMAGES.to(device)
         put = x.mean(0, keepdim=True) if baselines else 0
@@ -256,7 +256,7 @@ def test_insertion_and_deletion(temperature, feature_mask, baselines, device):
     assert_same_on(device, compute)
 
 
-def test_metrics_that_draw(device):
+def test_random_metrics_on_the_device_equal_those_on_the_cpu(device):
     def compute(device):
         net, x = smooth_net().to(device), ROWS.to(device)
 
@@ -329,7 +329,7 @@ def batches(x=IMAGES):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_ends_with_the_weights_of_the_cpu(name, device, accelerator_on, tmp_path):
+def test_training_on_the_device_ends_with_the_weights_of_the_cpu(name, device, accelerator_on, tmp_path):
     """A checkpoint and a resumed run included."""
     weights = []
     for where in (CPU, device):
@@ -356,7 +356,7 @@ def test_training_ends_with_the_weights_of_the_cpu(name, device, accelerator_on,
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_in_half_precision_ends_near(name, precision, device, accelerator_on):
+def test_half_precision_training_on_the_device_ends_near_single_precision(name, precision, device, accelerator_on):
     changes = []
     for used in ("no", precision):
         net = net_that_draws_nothing().float().to(device)

@@ -33,7 +33,7 @@ def attributions(package):
     return {name for name, value in classes.items() if issubclass(value, Attribution)} - BASES
 
 
-def test_every_attribution_of_captum_is_named_once():
+def test_catalogue_names_every_attribution_of_captum_once():
     assert set(ENTRIES) == attributions(ours)
     assert not set(ENTRIES) & set(catalogue.NOT_OFFERED)
     llm = {"LLMAttribution", "LLMGradientAttribution", "RemoteLLMAttribution"}
@@ -41,7 +41,7 @@ def test_every_attribution_of_captum_is_named_once():
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.class_name)
-def test_the_cost_is_what_is_counted(case):
+def test_catalogue_cost_equals_the_counted_rows(case):
     model, inputs, arguments = case.model(), case.inputs, case.arguments
     rows = 0
 
@@ -69,7 +69,7 @@ def test_the_cost_is_what_is_counted(case):
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.class_name)
-def test_it_takes_gradients_where_the_page_says_so(case):
+def test_catalogue_says_which_attributions_take_gradients(case):
     """An inner gradient fails where inputs and parameters cannot require it: then the class does not take any."""
     calls = []
     model = case.model()
@@ -93,7 +93,7 @@ def test_it_takes_gradients_where_the_page_says_so(case):
     [case for case in ONE_EACH if ENTRIES[case.class_name].gradient == catalogue.GENTLE],
     ids=lambda case: case.class_name,
 )
-def test_the_gradient_is_exact_where_the_page_says_so(case):
+def test_catalogue_says_which_gradients_are_exact(case):
     model = case.model()
     assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
     explainer = case.explainer(ours, model)
@@ -102,7 +102,7 @@ def test_the_gradient_is_exact_where_the_page_says_so(case):
     )
 
 
-def test_the_page_has_a_row_for_each():
+def test_catalogue_page_has_a_row_for_each_attribution():
     page = catalogue.page()
     assert all(f"~captum_idexpo.attr.{name}`" in page for name in ENTRIES)
     assert all(f"``{name}``" in page for name in catalogue.NOT_OFFERED)

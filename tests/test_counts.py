@@ -176,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_call_costs_what_it_did(name):
+def test_cost_of_a_call_is_the_recorded_one(name):
     call, expected = CASES[name]
     counted = Counted()
     call(counted)
@@ -214,7 +214,7 @@ OF_THE_MODEL = 7
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_forward_pass_takes_few_operations_beside_it(name):
+def test_operations_beside_a_forward_pass_are_few(name):
     """Of many passes that which few passes do not need, at most: newer versions of PyTorch need one less."""
     call, at_most = OPERATIONS[name]
     counts, passes = [], []

@@ -27,7 +27,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_public_name_has_an_entry_in_the_reference(name):
+def test_reference_has_an_entry_for_every_public_name(name):
     entries = set()
     for page in (ROOT / "docs" / "api").glob("*.rst"):
         directives = re.findall(r"\.\. auto(?:class|function|exception):: (\S+)", page.read_text())
@@ -70,18 +70,18 @@ def files_imported(path):
     return {module_path(name) for name in imports_of(path)} & set(FILES)
 
 
-def test_the_floors_name_every_room():
+def test_floors_name_every_module_of_the_package():
     assert {room_of(path) for path in FILES} == set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_each_floor_imports_only_from_those_under_it(path):
+def test_floors_import_only_from_lower_floors(path):
     floor = next(number for number, rooms in enumerate(FLOORS) if room_of(path) in rooms)
     beside = {"__init__"} if room_of(path) == "__main__" else {room_of(path)}
     assert set(imported_rooms(path)) <= set().union(*FLOORS[:floor], beside)
 
 
-def test_no_file_imports_itself_by_way_of_others():
+def test_modules_do_not_import_each_other_in_a_cycle():
     graph = {path: files_imported(path) for path in FILES if path.name != "__init__.py"}
     assert sum(map(len, graph.values())) > 150
     while free := [path for path, needed in graph.items() if not needed & graph.keys()]:
@@ -90,7 +90,7 @@ def test_no_file_imports_itself_by_way_of_others():
     assert not graph
 
 
-def test_messages_about_extras_are_the_package_s():
+def test_error_page_quotes_the_messages_about_missing_extras():
     """The page's other messages are raised where they stand; these would need something not to be installed."""
     rows = re.findall(
         r"   \* - (.*needs? .*)\n     - ``'captum-idexpo\[(\w+)\]'``", (ROOT / "docs" / "errors.rst").read_text()
@@ -104,7 +104,7 @@ def test_messages_about_extras_are_the_package_s():
         assert f"captum-idexpo[{extra}]" in line
 
 
-def test_readme_s_code_runs(tmp_path, monkeypatch):
+def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential()
     model.layer2 = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())

@@ -67,7 +67,7 @@ def test_folded_batch_norm_has_the_same_scores():
     torch.testing.assert_close(Lime(folded, Ridge()).attribute(x, target=y, feature_mask=grid(x, 2)), expected)
 
 
-def test_bfloat16_is_for_the_model_alone():
+def test_bfloat16_autocast_affects_the_model_alone():
     """The systems are solved in double precision and attributions come out in float32; the gradient nearly agrees."""
     x, y = batch(torch.float32)
     model = smooth_conv_net().float()
@@ -80,7 +80,7 @@ def test_bfloat16_is_for_the_model_alone():
         assert cosine_similarity(rough, expected, dim=0) > 0.98
 
 
-def test_a_forward_pass_without_a_graph_takes_none_from_those_that_follow():
+def test_autocast_keeps_gradients_after_a_forward_pass_without_a_graph():
     """Autocast keeps the weights that it has cast; older versions of PyTorch those without a graph, too."""
     x, y = batch(torch.float32)
     model = smooth_conv_net().float()
@@ -114,7 +114,7 @@ def test_a_forward_pass_without_a_graph_takes_none_from_those_that_follow():
 
 
 @pytest.mark.parametrize("name", ["right reasons", "smoothness", "saliency-guided"])
-def test_a_regularizer_s_own_look_takes_no_gradient_from_it(name):
+def test_autocast_keeps_gradients_after_the_output_check_of_a_regularizer(name):
     x, y = batch(torch.float32)
     model = smooth_conv_net().float()
     explainer = InputXGradient(model)

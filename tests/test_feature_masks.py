@@ -16,7 +16,7 @@ from tests.helpers import smooth_conv_net
 IMAGES = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_grid_numbers_its_cells_row_by_row():
+def test_grid_numbers_its_cells_row_by_row():
     mask = grid(IMAGES, (5, 8))
     assert mask.shape == (1, 1, 20, 24)
     for row in range(20):
@@ -27,7 +27,7 @@ def test_a_grid_numbers_its_cells_row_by_row():
 
 @pytest.mark.parametrize("function", [slic, felzenszwalb, quickshift])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_superpixels_are_scikit_images_and_fit_captum(function, channels):
+def test_superpixels_equal_those_of_scikit_image_and_fit_captum(function, channels):
     images = IMAGES[:, :channels]
     mask = function(5 + 3 * images)  # units do not matter
     assert mask.shape == (2, 1, 20, 24)
@@ -46,18 +46,18 @@ def test_superpixels_are_scikit_images_and_fit_captum(function, channels):
         assert ours.unique().tolist() == list(range(int(ours.max()) + 1))
 
 
-def test_superpixels_explain():
+def test_superpixels_serve_as_feature_mask_of_kernel_shap():
     net, images = smooth_conv_net(), torch.rand(2, 2, 6, 6, dtype=torch.float64)
     attribution = KernelShap(net).attribute(images, target=0, feature_mask=slic(images, n_segments=4), n_samples=30)
     assert attribution.shape == images.shape
 
 
-def test_a_flat_image_is_no_problem():
+def test_slic_accepts_a_constant_image():
     assert slic(torch.ones(1, 1, 8, 8), n_segments=4).shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize("function", [lambda x: grid(x, 2), slic, felzenszwalb, quickshift])
-def test_other_inputs_are_an_error(function):
+def test_feature_masks_refuse_inputs_that_are_no_images(function):
     with pytest.raises(ValueError, match=r"images \(B, C, H, W\)"):
         function(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="images"):
@@ -67,18 +67,18 @@ def test_other_inputs_are_an_error(function):
 
 
 @pytest.mark.parametrize("function", [slic, felzenszwalb, quickshift])
-def test_images_of_nan_are_an_error(function):
+def test_superpixels_refuse_images_with_nan(function):
     with pytest.raises(NonFiniteError, match=function.__name__):
         function(IMAGES * float("nan"))
 
 
-def test_a_cell_has_a_size():
+def test_grid_refuses_an_invalid_cell_size():
     for cell_size in (0, 1.5, (2,), (2, 0)):
         with pytest.raises(ValueError, match="cell_size"):
             grid(IMAGES, cell_size)
 
 
-def test_a_missing_scikit_image_is_named(monkeypatch):
+def test_slic_names_the_extra_when_scikit_image_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ImportError, match=r"captum-idexpo\[image\]"):
         slic(IMAGES)

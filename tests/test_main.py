@@ -12,13 +12,13 @@ from captum_idexpo.__main__ import OPTIONAL, facts, main
 from tests.helpers import EXTRAS, project, run_without_extras
 
 
-def test_it_runs_without_the_extras():
+def test_main_runs_without_the_extras():
     result = run_without_extras("import runpy; runpy.run_module('captum_idexpo', run_name='__main__')")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("captum-idexpo:")
 
 
-def test_the_versions_are_those_in_use():
+def test_facts_give_the_installed_versions():
     told = dict(facts())
     assert told["captum-idexpo"] == captum_idexpo.__version__
     assert told["Python"].startswith(platform.python_version())
@@ -27,17 +27,17 @@ def test_the_versions_are_those_in_use():
         assert told[name] == version(name)
 
 
-def test_what_is_not_installed_is_told(monkeypatch):
+def test_facts_say_what_is_not_installed(monkeypatch):
     monkeypatch.setattr("captum_idexpo.__main__.OPTIONAL", ("a-package-that-does-not-exist",))
     assert dict(facts())["a-package-that-does-not-exist"] == "not installed"
 
 
-def test_every_package_of_the_extras_is_told():
+def test_facts_list_every_package_of_the_extras():
     extras = project()["optional-dependencies"]
     assert set(OPTIONAL) == {requirement.split(">=")[0] for name in EXTRAS for requirement in extras[name]}
 
 
-def test_every_device_is_told():
+def test_facts_list_every_device():
     told = dict(facts())
     gpus = [name for name in told if name.startswith(("cuda:", "mps"))]
     assert len(gpus) == torch.cuda.device_count() + torch.backends.mps.is_available()
@@ -45,7 +45,7 @@ def test_every_device_is_told():
     assert f"{torch.get_num_threads()} of" in told["CPU"]
 
 
-def test_a_line_for_each_fact(capsys):
+def test_main_prints_a_line_for_each_fact(capsys):
     main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [name for name, _ in facts()]

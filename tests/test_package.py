@@ -58,12 +58,12 @@ print(json.dumps(messages))
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_what_needs_an_extra_names_it(messages, name):
+def test_missing_extra_is_named_in_the_import_error(messages, name):
     extra, _ = NEEDS[name]
     assert f"`pip install 'captum-idexpo[{extra}]'`" in messages[name]
 
 
-def test_without_extras_attributions_are_measured_and_trained():
+def test_package_without_extras_measures_and_trains_attributions():
     code = f"""{PREAMBLE}
 for explainer in (
     attr.IntegratedGradients(model),
@@ -83,7 +83,7 @@ history.plot()
     assert result.returncode == 0, result.stderr
 
 
-def test_the_oldest_versions_that_are_tested_are_the_oldest_admitted():
+def test_oldest_tested_versions_are_the_oldest_admitted():
     lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
     tested = {line.replace("==", ">=") for line in lines if "==" in line}
     extras = project()["optional-dependencies"]
@@ -92,7 +92,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_admitted():
     assert tested == {requirement for requirement in lower if not requirement.startswith("captum-idexpo[")}
 
 
-def test_importing_draws_no_random_number():
+def test_import_draws_no_random_number():
     code = (
         "import torch; torch.manual_seed(0); state = torch.get_rng_state(); import captum_idexpo;"
         "assert torch.equal(state, torch.get_rng_state())"
@@ -100,5 +100,5 @@ def test_importing_draws_no_random_number():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_there_is_a_version():
+def test_version_has_three_parts():
     assert captum_idexpo.__version__.count(".") == 2

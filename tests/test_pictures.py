@@ -103,7 +103,7 @@ def differing_pixels(image, other):
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_a_picture_looks_like_its_baseline(picture, tmp_path):
+def test_picture_looks_like_its_baseline(picture, tmp_path):
     drawn, baseline = draw(picture, tmp_path), BASELINE / f"{picture.__name__}.png"
     with Image.open(baseline) as image:
         same_tools = image.info["Software"] == DRAWN_BY
@@ -133,7 +133,7 @@ def crowded_explanations():
 
 
 @pytest.mark.parametrize("picture", [*PICTURES, crowded_curves, crowded_bars, crowded_explanations])
-def test_no_text_is_cut_or_covers_another(picture, monkeypatch):
+def test_picture_text_is_neither_cut_nor_overlapping(picture, monkeypatch):
     drawn, draw_text = [], Text.draw
     monkeypatch.setattr(
         Text, "draw", lambda text, *args, **kwargs: (drawn.append(text), draw_text(text, *args, **kwargs))

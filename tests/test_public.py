@@ -64,18 +64,18 @@ def lines() -> Iterator[str]:
                         yield f"{name}.{public}.{method}{signature(function)}"
 
 
-def test_public_names_and_signatures_are_those_on_record():
+def test_public_names_and_signatures_equal_the_recorded_ones():
     assert list(lines()) == FILE.read_text().splitlines(), "python -m tests.test_public writes the file anew"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.count(".") == 1])
-def test_a_submodule_is_an_attribute_of_the_package(name):
+def test_submodule_is_an_attribute_of_the_package(name):
     submodule = name.partition(".")[2]
     assert getattr(captum_idexpo, submodule) is importlib.import_module(name)
     assert submodule in dir(captum_idexpo)
 
 
-def test_a_name_that_is_not_public_is_an_attribute_error():
+def test_private_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'explainers'"):
         _ = captum_idexpo.explainers
 

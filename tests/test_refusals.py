@@ -169,7 +169,7 @@ def rows():
         yield tuple(" ".join(cell.split()) for cell in row.split("\n     - "))
 
 
-def test_the_page_and_the_calls_are_the_same_cases():
+def test_refusals_on_the_page_are_those_raised_here():
     cases = [case for case, _, _ in rows()]
     assert len(cases) == len(RAISED)
     for name in RAISED:
@@ -178,7 +178,7 @@ def test_the_page_and_the_calls_are_the_same_cases():
 
 @pytest.mark.parametrize("name", RAISED)
 @pytest.mark.filterwarnings("ignore")
-def test_a_refusal_is_the_error_of_its_line_and_names_the_cure(name, tmp_path):
+def test_refusal_raises_the_listed_error_and_names_the_cure(name, tmp_path):
     _, error, cure = next(row for row in rows() if row[0].startswith(name))
     kinds = {**vars(captum_idexpo), "CheckpointError": training.CheckpointError}
     kind = kinds.get(error) or getattr(__import__("builtins"), error)

@@ -30,26 +30,26 @@ def create_graph_once(net):
     return explainer
 
 
-def test_layer_grad_cam_of_captum_is_wrong():
+def test_assert_trainable_finds_captum_layer_grad_cam_wrong():
     net = smooth_conv_net()
     with pytest.raises(AssertionError, match=r"wrong in \d+ of \d+ parameters(.|\n)*8\.weight: gets no gradient"):
         assert_trainable(lambda: captum.attr.LayerGradCam(net, net[4]).attribute(IMAGES, target=1), net)
 
 
-def test_input_x_gradient_of_captum_has_no_graph_into_the_parameters():
+def test_assert_trainable_finds_captum_input_x_gradient_detached():
     net, x = smooth_net(), X.clone().requires_grad_()
     with pytest.raises(AssertionError, match="no graph into the parameters"):
         assert_trainable(lambda: captum.attr.InputXGradient(net).attribute(x, target=1), net)
 
 
-def test_layer_conductance_of_captum_is_wrong_whatever_is_asked_for():
+def test_assert_trainable_finds_captum_layer_conductance_wrong():
     net = smooth_conv_net()
     arguments = {"target": 1, "n_steps": 5, "grad_kwargs": {"create_graph": True}}
     with pytest.raises(AssertionError, match=r"along a random direction, where finite differences give"):
         assert_trainable(lambda: captum.attr.LayerConductance(net, net[4]).attribute(IMAGES, **arguments), net)
 
 
-def test_integrated_gradients_of_captum_in_chunks_are_wrong():
+def test_assert_trainable_finds_chunked_captum_integrated_gradients_wrong():
     net = smooth_net()
     explainer = create_graph_once(net)
     target = torch.tensor([0, 1, 2, 0])
@@ -58,13 +58,13 @@ def test_integrated_gradients_of_captum_in_chunks_are_wrong():
         assert_trainable(lambda: explainer.attribute(X, target=target, n_steps=6, internal_batch_size=8), net)
 
 
-def test_saliency_of_captum_has_no_graph():
+def test_assert_trainable_finds_captum_saliency_without_a_graph():
     net, x = smooth_net(), X.clone().requires_grad_()
     with pytest.raises(AssertionError, match=r"has no graph: .*create_graph=True"):
         assert_trainable(lambda: captum.attr.Saliency(net).attribute(x, target=1), net)
 
 
-def test_a_backward_pass_that_fails_is_told():
+def test_assert_trainable_reports_a_failing_backward_pass():
     net = smooth_net()
     attribution = Saliency(net).attribute(X, target=1, create_graph=True)
     attribution.sum().backward()  # frees the graph, which the next one needs
@@ -72,7 +72,7 @@ def test_a_backward_pass_that_fails_is_told():
         assert_trainable(lambda: attribution, net)
 
 
-def test_a_small_error_in_one_parameter_is_found():
+def test_assert_trainable_finds_a_small_error_in_one_parameter():
     net = smooth_net()
 
     class Tilted(torch.autograd.Function):
@@ -92,7 +92,7 @@ def test_a_small_error_in_one_parameter_is_found():
         assert_trainable(lambda: tilted() + 0 * net(X), net)
 
 
-def test_nothing_to_check_is_an_error():
+def test_assert_trainable_refuses_to_check_nothing():
     net = smooth_net()
     with pytest.raises(AssertionError, match="nothing to check"):
         assert_trainable(lambda: X + 0 * net(X).sum(), net)
@@ -102,7 +102,7 @@ def test_nothing_to_check_is_an_error():
         assert_trainable(lambda: X, net.requires_grad_(True), n_directions=0)
 
 
-def test_double_precision_is_asked_for():
+def test_assert_trainable_requires_double_precision():
     net = smooth_net().float()
     with pytest.raises(TypeError, match=r"0\.weight is torch\.float32.*model\.double\(\)"):
         assert_trainable(lambda: net(X.float()), net)
@@ -110,7 +110,7 @@ def test_double_precision_is_asked_for():
         assert_trainable(lambda: net(X).float(), net.double())
 
 
-def test_random_attributions_are_seeded_and_nothing_is_left_changed():
+def test_assert_trainable_seeds_random_attributions_and_restores_all_state():
     net = smooth_net()
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     lime = Lime(net, Ridge(1.0))
@@ -126,14 +126,14 @@ def test_random_attributions_are_seeded_and_nothing_is_left_changed():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_dictionaries_tuples_and_lists_are_looked_into():
+def test_assert_trainable_accepts_nested_dictionaries_tuples_and_lists():
     net = smooth_net()
     assert_trainable(lambda: {"a": net(X), "b": [(net(X).square(),)]}, net)
     with pytest.raises(TypeError, match="returned no tensor"):
         assert_trainable(lambda: None, net)
 
 
-def test_a_kink_in_reach_of_the_larger_step_is_no_error():
+def test_assert_trainable_tolerates_a_kink_within_the_larger_step():
     net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
     with torch.no_grad():
         net[0].weight.fill_(1.0)
@@ -142,7 +142,7 @@ def test_a_kink_in_reach_of_the_larger_step_is_no_error():
     assert_trainable(lambda: net(x), net)
 
 
-def test_rounding_of_a_large_loss_is_no_wrong_gradient():
+def test_assert_trainable_tolerates_the_rounding_of_a_large_loss():
     """A frozen part outweighs what is trained a thousand times."""
     for seed in range(8):
         torch.manual_seed(seed)
@@ -163,7 +163,7 @@ def test_rounding_of_a_large_loss_is_no_wrong_gradient():
         )
 
 
-def test_the_tolerance_of_a_solver_is_told_of_and_statistics_are_put_back():
+def test_assert_trainable_reports_loose_solvers_and_restores_buffers():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
     x, y = 255 * torch.rand(8, 6, dtype=torch.float64), torch.randint(3, (8,))
@@ -181,7 +181,7 @@ def test_the_tolerance_of_a_solver_is_told_of_and_statistics_are_put_back():
         assert torch.equal(buffer, kept)
 
 
-def test_assert_complete_finds_what_does_not_add_up():
+def test_assert_complete_finds_attributions_that_do_not_add_up():
     net = smooth_net()
 
     def explained(x):
@@ -201,7 +201,7 @@ def test_assert_complete_finds_what_does_not_add_up():
         assert_complete(lambda: values, explained, X)
 
 
-def test_assert_complete_of_layers_and_tuples():
+def test_assert_complete_accepts_layers_and_tuples():
     net = smooth_conv_net()
     layers = LayerIntegratedGradients(net, net[4])
     assert_complete(lambda: layers.attribute(IMAGES, target=1, n_steps=200), lambda x: net(x)[:, 1], IMAGES, rtol=1e-4)
@@ -213,7 +213,7 @@ def test_assert_complete_of_layers_and_tuples():
     assert_complete(lambda: ShapleyValues(forward).attribute(inputs, baselines, target=0), forward, inputs, baselines)
 
 
-def test_assert_complete_names_bad_arguments():
+def test_assert_complete_refuses_outputs_of_the_wrong_shape():
     net = smooth_net()
     with pytest.raises(ValueError, match=r"one number per example.*given: \(4, 3\)"):
         assert_complete(lambda: X, net, X)

@@ -56,7 +56,7 @@ def _no_figure_of_captums_stays():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_curves_are_means_over_the_examples(masked):
+def test_plot_curves_shows_means_over_the_examples(masked):
     mask = torch.arange(36).reshape(1, 1, 6, 6) % 5 if masked else None
     scores = insertion_deletion(smooth_conv_net(), X, X[:, :1], feature_mask=mask, target=1)
     figure = plot_curves({"a": scores, "b": scores})
@@ -69,7 +69,7 @@ def test_curves_are_means_over_the_examples(masked):
     assert len(insertion.lines[0].get_xdata()) == scores.insertion_curve.shape[1]
 
 
-def test_examples_of_different_numbers_of_locations_meet_at_the_same_share():
+def test_plot_curves_averages_different_numbers_of_locations_by_fraction():
     mask = torch.zeros(2, 1, 6, 6, dtype=torch.long)
     mask[0, ..., 3:] = 1  # two locations: steps at 1/2 and 1
     mask[1] = torch.arange(36).reshape(6, 6) // 9  # four
@@ -82,7 +82,7 @@ def test_examples_of_different_numbers_of_locations_meet_at_the_same_share():
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_the_area_under_the_curve_of_an_example_is_its_score(fraction):
+def test_plot_curves_of_an_example_has_the_score_as_area(fraction):
     scores = insertion_deletion(smooth_conv_net(), X, X[:, :1], target=1, fraction=fraction)
     for axis, values in zip(plot_curves({"a": scores}, example=2).axes, scores, strict=False):
         (area,) = [each for each in axis.collections if isinstance(each, PolyCollection)]
@@ -94,14 +94,14 @@ def test_the_area_under_the_curve_of_an_example_is_its_score(fraction):
         assert axis.lines[0].get_drawstyle() == "steps-pre"
 
 
-def test_many_models_are_all_drawn_and_differ_without_colour():
+def test_plot_curves_distinguishes_many_models_without_colour():
     figure = plot_curves({str(i): some_scores(seed=i) for i in range(20)})
     for axis in figure.axes:
         assert len(axis.lines) == len(axis.get_legend().get_lines()) == 20
         assert len({(line.get_marker(), line.get_linestyle()) for line in axis.lines}) == 20
 
 
-def test_outputs_that_are_no_probabilities_are_not_cut():
+def test_plot_curves_shows_values_outside_zero_to_one():
     scores = some_scores()
     large = scores._replace(insertion_curve=3 * scores.insertion_curve - 1)
     insertion, deletion = plot_curves({"a": large}, ylabel="price").axes
@@ -112,14 +112,14 @@ def test_outputs_that_are_no_probabilities_are_not_cut():
     assert deletion.get_ylim() == (-0.02, 1.02)
 
 
-def test_curves_are_drawn_where_the_user_says():
+def test_plot_curves_draws_on_the_given_axes():
     figure = matplotlib.figure.Figure()
     axes = figure.subplots(1, 3)
     assert plot_curves({"a": some_scores()}, axes[1:]) is figure
     assert [len(axis.lines) for axis in axes] == [0, 1, 1]
 
 
-def test_curves_that_cannot_be_drawn():
+def test_plot_curves_refuses_invalid_scores_axes_and_examples():
     scores = some_scores()
     with pytest.raises(ValueError, match="scores is empty"):
         plot_curves({})
@@ -135,7 +135,7 @@ def test_curves_that_cannot_be_drawn():
 # --- quadrants ------------------------------------------------------------------------------------------------------
 
 
-def test_quadrants_count_the_examples():
+def test_plot_quadrants_counts_the_examples():
     insertion = torch.tensor([0.1, 0.2, 0.3, -0.1, 0.1, -0.2, 0.0, -0.1])
     kept = torch.tensor([0.1, 0.2, -0.1, 0.1, 0.3, -0.2, 0.2, 0.2])
     before = some_scores(8)
@@ -158,13 +158,13 @@ def test_quadrants_count_the_examples():
     assert axis.get_xlim() == axis.get_ylim()
 
 
-def test_quadrants_of_the_same_scores_lie_on_the_axes():
+def test_plot_quadrants_of_equal_scores_lie_on_the_axes():
     (axis,) = plot_quadrants(some_scores(), some_scores()).axes
     assert {text.get_text().split("\n")[1] for text in axis.texts} == {"0%"}
     assert "100% on an axis" in axis.get_title()
 
 
-def test_quadrants_that_cannot_be_drawn():
+def test_plot_quadrants_refuses_invalid_scores():
     scores = some_scores()
     with pytest.raises(ValueError, match="same examples before and after; given: 6 and 5"):
         plot_quadrants(scores, some_scores(5))
@@ -177,7 +177,7 @@ def test_quadrants_that_cannot_be_drawn():
 # --- bars -----------------------------------------------------------------------------------------------------------
 
 
-def test_bars_are_means_with_standard_errors_the_largest_feature_first():
+def test_plot_attribution_bars_shows_means_with_errors_sorted_by_size():
     values = {"a": torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_(), "b": random(5)}
     (axis,) = plot_attribution_bars(values, list("vwxyz")).axes
     means, errors = values["a"].detach().mean(0), values["a"].detach().std(0) / 7**0.5
@@ -196,7 +196,7 @@ def test_bars_are_means_with_standard_errors_the_largest_feature_first():
     assert a[0].get_hatch() != b[0].get_hatch()
 
 
-def test_bars_of_the_largest_features_only():
+def test_plot_attribution_bars_shows_only_the_top_features():
     maps = {"before": torch.tensor([0.1, -0.4, 0.2]), "after": torch.tensor([[0.3, 0.0, 0.1]])}
     (axis,) = plot_attribution_bars(maps, top=2).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["feature 1", "feature 0"]
@@ -204,7 +204,7 @@ def test_bars_of_the_largest_features_only():
     assert len(axis.patches) == 4
 
 
-def test_fifteen_models_have_bars_of_their_own():
+def test_plot_attribution_bars_gives_fifteen_models_distinct_looks():
     (axis,) = plot_attribution_bars({str(i): random(2, seed=i) for i in range(15)}).axes
     looks = [(to_hex(bars[0].get_facecolor()), bars[0].get_hatch()) for bars in axis.containers]
     assert len(set(looks)) == 15
@@ -223,7 +223,7 @@ def test_fifteen_models_have_bars_of_their_own():
         ({"a": torch.ones(3)}, None, 0, "top=0"),
     ],
 )
-def test_bars_that_cannot_be_drawn(attributions, names, top, message):
+def test_plot_attribution_bars_refuses_invalid_arguments(attributions, names, top, message):
     with pytest.raises(ValueError, match=message):
         plot_attribution_bars(attributions, names, top=top)
 
@@ -231,7 +231,7 @@ def test_bars_that_cannot_be_drawn(attributions, names, top, message):
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_explanations_stand_beside_their_images():
+def test_plot_explanations_places_maps_beside_their_images():
     maps = torch.randn(3, 1, 6, 6, requires_grad=True)
     figure = plot_explanations(X[:, :1], {"before": maps, "after": 0 * maps}, {"before": "abc", "after": "def"})
     assert len(figure.axes) == 9 + 1
@@ -241,7 +241,7 @@ def test_explanations_stand_beside_their_images():
     np.testing.assert_allclose(figure.axes[2].images[1].get_array(), 0)
 
 
-def test_all_maps_of_a_figure_share_their_colours():
+def test_plot_explanations_shares_one_colour_scale_between_maps():
     images, maps = random(2, 3, 6, 6), random(2, 1, 6, 6, seed=1)
     positive = plot_explanations(images, {"a": maps, "b": maps[:, 0]})
     signed = plot_explanations(images, {"a": maps, "b": maps - 0.5})
@@ -252,14 +252,14 @@ def test_all_maps_of_a_figure_share_their_colours():
     assert [label.get_text() for label in signed.axes[-1].get_yticklabels()] == ["against", "0", "for"]
 
 
-def test_a_map_against_the_class_alone_has_nothing_to_show_where_only_what_is_for_it_is_drawn():
+def test_draw_heat_map_unsigned_shows_nothing_for_negative_attributions():
     figure = matplotlib.figure.Figure()
     axis = figure.subplots()
     draw_heat_map(axis, random(3, 6, 6), -random(1, 6, 6) - 0.1, signed=False)
     np.testing.assert_allclose(axis.images[1].get_array(), 0)
 
 
-def test_a_map_of_several_channels_is_their_sum():
+def test_draw_heat_map_sums_the_channels():
     figure = matplotlib.figure.Figure()
     many, one = figure.subplots(1, 2)
     image, attribution = random(3, 6, 6), torch.randn(3, 6, 6)
@@ -268,7 +268,7 @@ def test_a_map_of_several_channels_is_their_sum():
     np.testing.assert_allclose(many.images[1].get_array(), one.images[1].get_array(), atol=1e-6)
 
 
-def test_images_that_cannot_be_drawn():
+def test_plot_explanations_and_draw_heat_map_refuse_invalid_arguments():
     images, maps = random(2, 1, 6, 6), random(2, 1, 6, 6)
     axis = matplotlib.figure.Figure().subplots()
     with pytest.raises(ValueError, match="attributions is empty"):
@@ -294,14 +294,14 @@ def test_images_that_cannot_be_drawn():
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_history_without_validation_has_losses_only():
+def test_plot_history_without_validation_shows_losses_only():
     losses, scores = plot_history([{"epoch": 1, "loss": 0.7, "task": 0.6}]).axes
     assert [line.get_label() for line in losses.lines] == ["loss", "task"]
     assert not scores.lines
     assert scores.texts[0].get_text() == "not measured"
 
 
-def test_a_history_keeps_losses_and_scores_apart_and_gaps_open():
+def test_plot_history_separates_losses_from_scores_and_leaves_gaps():
     rows = [
         {"epoch": 1, "loss": 0.7, "seconds_per_step": 1.0, "insertion_weight": 0.1, "valscore": 2.0},
         {"epoch": 2, "loss": float("nan"), "val_accuracy": 0.5, "valscore": 2.5, "deletion_floor_share": 0.5},
@@ -313,7 +313,7 @@ def test_a_history_keeps_losses_and_scores_apart_and_gaps_open():
     np.testing.assert_array_equal(scores.lines[1].get_ydata(), [np.nan, 0.5])
 
 
-def test_a_history_that_cannot_be_drawn():
+def test_plot_history_refuses_invalid_histories():
     with pytest.raises(ValueError, match="history is empty"):
         plot_history([])
     with pytest.raises(ValueError, match='has no "epoch"'):
@@ -324,14 +324,14 @@ POINTS = [(0.9, 0.1), (0.8, 0.5), (0.85, 0.4), (0.8, 0.3), (0.7, 0.5), (0.6, 0.9
 ROWS = Sweep({"accuracy": a, "insertion": b, "error": a * b / 10} for a, b in POINTS)
 
 
-def test_the_front_is_drawn_over_all_settings():
+def test_plot_front_draws_the_front_over_all_settings():
     (axis,) = plot_front(ROWS, ROWS.front()).axes
     settings, front = (line.get_xydata().tolist() for line in axis.lines)
     assert [tuple(point) for point in settings] == POINTS
     assert [tuple(point) for point in front] == [(0.6, 0.9), (0.8, 0.5), (0.85, 0.4), (0.9, 0.1)]
 
 
-def test_fronts_of_several_methods():
+def test_plot_fronts_compares_several_methods():
     other = [{"accuracy": 0.95, "insertion": 0.2, "error": 0.01}]
     (axis,) = plot_fronts({"ours": ROWS, "other": other}, y_error="error").axes
     front, beaten, single = axis.containers
@@ -352,14 +352,14 @@ def test_fronts_of_several_methods():
     assert names == ["ours", "other", "beaten by the same method"]
 
 
-def test_fronts_by_other_scores_without_beaten_settings():
+def test_plot_fronts_takes_other_scores_and_omits_unused_legend_entries():
     rows = [{"one_minus_deletion": 0.2, "fidelity": 0.3}]
     (axis,) = plot_fronts({"a": rows}, "one_minus_deletion", "fidelity").axes
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("one minus deletion", "fidelity")
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a"]
 
 
-def test_fronts_that_cannot_be_drawn():
+def test_plot_front_and_plot_fronts_refuse_invalid_rows():
     with pytest.raises(ValueError, match="methods is empty"):
         plot_fronts({})
     with pytest.raises(ValueError, match=r"methods\['a'\] is empty"):
@@ -400,13 +400,13 @@ def test_to_captum_moves_channels_last(shape, expected, dtype):
         assert array[place] == np.float32(2 * attributions.detach()[index].item())
 
 
-def test_to_captum_leaves_the_attribution_alone():
+def test_to_captum_leaves_the_attribution_unchanged():
     attributions = torch.ones(1, 2, 2, requires_grad=True)
     to_captum(attributions)[:] = 5
     assert attributions.eq(1).all()
 
 
-def test_what_captum_cannot_draw():
+def test_to_captum_refuses_what_captum_cannot_draw():
     with pytest.raises(ValueError, match=r"Shape \(\)"):
         to_captum(torch.tensor(1.0))
     with pytest.raises(ValueError, match="of volumes take a slice"):
@@ -511,7 +511,7 @@ def test_captum_writes_html_of_texts():
 # --- all pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_pyplot_is_left_alone():
+def test_pyplot_state_is_unchanged_by_all_plots():
     mine = plt.figure()
     settings = dict(matplotlib.rcParams)
     x, scores = random(2, 1, 6, 6), some_scores()
@@ -531,7 +531,7 @@ def test_pyplot_is_left_alone():
     assert len({id(figure) for figure in figures}) == 7
 
 
-def test_new_pictures_go_into_a_panel_of_ones_own():
+def test_plots_draw_into_a_given_axis():
     figure = matplotlib.figure.Figure()
     axes = figure.subplots(1, 3)
     assert plot_quadrants(some_scores(), some_scores(seed=1), axes[0]) is figure
@@ -540,7 +540,7 @@ def test_new_pictures_go_into_a_panel_of_ones_own():
     assert all(axis.has_data() for axis in axes)
 
 
-def test_colours_differ_to_the_colour_blind():
+def test_colors_differ_to_colour_blind_readers():
     """In CIE Lab, as deuteranopes and protanopes see them (Machado et al. 2009); grey comes near the fifth colour."""
     linear = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in COLORS]) ** 2.2
     deuteranopia = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])

@@ -22,16 +22,16 @@ def imported(path):
             yield from (name.name for name in node.names)
 
 
-def test_nothing_else_imports_private_names_of_captum():
+def test_captum_private_names_are_imported_in_one_module_only():
     for path in PACKAGE.rglob("*.py"):
         names = {name for name in imported(path) if name.partition(".")[0] == "captum"}
         assert path == Path(captum.__file__) or names <= PUBLIC, path
 
 
-def test_nothing_is_imported_that_nobody_needs():
+def test_captum_module_exports_only_names_that_are_used():
     rest = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path != Path(captum.__file__))
     assert [name for name in captum.__all__ if name not in rest] == []
 
 
-def test_captums_version_has_an_upper_bound():
+def test_captum_version_has_an_upper_bound():
     assert any(requirement.startswith("captum") and "<0.10" in requirement for requirement in requires("captum-idexpo"))

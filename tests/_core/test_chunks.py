@@ -25,7 +25,7 @@ from captum_idexpo.metrics import insertion
         ((0,), None, 4096),
     ],
 )
-def test_the_default_chunk_holds_a_bounded_number_of_values(shape, largest, rows):
+def test_default_rows_per_forward_bounds_the_number_of_values(shape, largest, rows):
     assert default_rows_per_forward((torch.zeros(2, *shape), torch.zeros(2, 0)), largest) == rows
 
 
@@ -39,7 +39,7 @@ def looked_at(forward_func):
     return seen.max_rows
 
 
-def test_a_look_finds_the_largest_output():
+def test_look_finds_the_largest_output():
     widening = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 2))
     assert looked_at(widening) == 2**19 // (64 * 64)
     assert looked_at(widening.forward) == 2**19 // (64 * 64)
@@ -62,7 +62,7 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.flatten(2).mT.reshape(len(x), 8, 24))[0][:, -1])
 
 
-def test_a_look_knows_what_it_does_not_see():
+def test_look_falls_back_to_the_default_where_no_layer_is_visible():
     net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(), nn.Linear(64 * 64, 2))
     assert looked_at(Functional()) == UNKNOWN
     assert looked_at(torch.jit.trace(net, torch.zeros(4, 3, 8, 8))) == UNKNOWN
@@ -70,13 +70,13 @@ def test_a_look_knows_what_it_does_not_see():
     assert looked_at(Recurrent()) == 2**19 // (8 * 512)  # a layer that returns several tensors
 
 
-def test_a_look_leaves_out_what_makes_a_weight():
+def test_look_ignores_the_outputs_of_parametrizations():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 2))
     nn.utils.parametrizations.orthogonal(net[1])  # by way of a matrix of 192 x 192
     assert looked_at(net) == 2**19 // 192
 
 
-def test_a_look_hears_its_own_model_only():
+def test_look_ignores_the_layers_of_other_models():
     net, other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Linear(1, 10**6)
     x = torch.zeros(4, 3, 8, 8)
 
@@ -87,7 +87,7 @@ def test_a_look_hears_its_own_model_only():
     assert look(net, evaluate, (x,)).max_rows == 2**19 // 192
 
 
-def test_a_look_at_large_inputs_takes_few_rows():
+def test_look_at_large_inputs_takes_one_row_at_a_time():
     rows = []
 
     def forward(x):
@@ -100,7 +100,7 @@ def test_a_look_at_large_inputs_takes_few_rows():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_look_compiles_nothing_anew(in_place):
+def test_look_does_not_recompile_a_compiled_model(in_place):
     compilations = []
 
     def backend(graph, _inputs):

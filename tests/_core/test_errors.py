@@ -14,7 +14,7 @@ from tests.helpers import smooth_net
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_one_number_that_is_not_finite_is_found(dtype):
+def test_all_finite_finds_a_single_number_that_is_not_finite(dtype):
     largest = torch.finfo(dtype).max
     fine = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=dtype)
     assert all_finite(fine)
@@ -27,7 +27,7 @@ def test_one_number_that_is_not_finite_is_found(dtype):
 
 
 @pytest.mark.filterwarnings("error")
-def test_asking_a_tensor_on_a_graph_warns_of_nothing():
+def test_all_finite_of_a_tensor_that_requires_grad_gives_no_warning():
     assert all_finite(torch.ones(3, requires_grad=True) * 2)
 
 
@@ -52,7 +52,7 @@ WARNED_OF = {
 
 
 @pytest.mark.parametrize("name", WARNED_OF)
-def test_a_warning_points_at_the_users_line(name):
+def test_warnings_point_at_the_line_of_the_user(name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         WARNED_OF[name]()

@@ -16,7 +16,7 @@ def literal_spread(values, mask, shape):
 
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_spread_and_sums_are_indexing(per_example, channels):
+def test_feature_layout_spread_and_sums_equal_indexing(per_example, channels):
     torch.manual_seed(0)
     inputs = (torch.randn(3, 2, 4, 5),)
     mask = torch.randint(7, (3 if per_example else 1, channels, 4, 5))
@@ -34,7 +34,7 @@ def test_spread_and_sums_are_indexing(per_example, channels):
             torch.testing.assert_close(sums[b, feature], inputs[0][b][where].sum())
 
 
-def test_positions_are_features_in_order_across_tensors():
+def test_feature_layout_numbers_positions_in_order_across_tensors():
     inputs = (torch.arange(6.0).view(1, 2, 3), torch.zeros(1, 0), torch.tensor([[6.0, 7.0]]))
     layout = FeatureLayout.of_positions([tensor.shape[1:] for tensor in inputs])
     assert layout.n_features == 8
@@ -44,7 +44,7 @@ def test_positions_are_features_in_order_across_tensors():
     assert layout.present() is None
 
 
-def test_a_mask_with_fewer_axes_has_no_batch_axis():
+def test_feature_layout_reads_a_mask_with_fewer_axes_as_unbatched():
     square = torch.tensor([[0, 1, 0], [2, 2, 2], [1, 1, 0]])
     layout = FeatureLayout.of_mask(square, (torch.zeros(3, 3, 3),))  # as many rows as examples
     assert layout.shapes == (torch.Size([3, 3]),)
@@ -53,7 +53,7 @@ def test_a_mask_with_fewer_axes_has_no_batch_axis():
         FeatureLayout.of_mask(torch.tensor([0, 1, 0]), (torch.zeros(3, 4),))
 
 
-def test_numbers_of_a_mask_are_names():
+def test_feature_layout_depends_only_on_which_mask_numbers_are_equal():
     x = (torch.zeros(2, 4),)
     plain = FeatureLayout.of_mask(torch.tensor([[0, 1, 1, 2]]), x)
     for mask in ([[-7, 3, 3, 999]], [[5, 6, 6, 7]], [[-2.0, 0.0, 0.0, 1e6]]):
@@ -62,7 +62,7 @@ def test_numbers_of_a_mask_are_names():
         assert torch.equal(layout.masks()[0], plain.masks()[0])
 
 
-def test_present_tells_which_features_an_example_has():
+def test_feature_layout_present_tells_which_features_an_example_has():
     shared = FeatureLayout.of_mask((torch.tensor([[0, 2, 2]]),), (torch.zeros(2, 3),))
     assert shared.present() is None
     each = FeatureLayout.of_mask((torch.tensor([[0, 0, 0], [0, 1, 1]]),), (torch.zeros(2, 3),))
@@ -82,12 +82,12 @@ def test_present_tells_which_features_an_example_has():
         (ValueError, torch.zeros(1, 1, 4, dtype=torch.long)),
     ],
 )
-def test_masks_that_do_not_fit_are_an_error(error, mask):
+def test_feature_layout_refuses_masks_that_do_not_fit(error, mask):
     with pytest.raises(error, match="feature_mask"):
         FeatureLayout.of_mask((mask,), (torch.zeros(3, 4),))
 
 
-def test_there_is_one_mask_a_tensor():
+def test_feature_layout_needs_one_mask_for_each_tensor():
     with pytest.raises(ValueError, match="1 tensors for 2 input tensors"):
         FeatureLayout.of_mask((torch.zeros(1, 4, dtype=torch.long),), (torch.zeros(3, 4), torch.zeros(3, 4)))
 
@@ -105,7 +105,7 @@ def literal_copies(x, baseline, keep):
 @pytest.mark.parametrize(
     "baseline", [0, 0.0, 9.1, torch.tensor([[10.3, 20.7]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])]
 )
-def test_masks_keep_the_input_or_put_the_baseline(baseline, finite):
+def test_masked_inputs_keep_the_input_or_put_the_baseline(baseline, finite):
     x, keep = torch.tensor([[1.1, -2.2], [3.3, 1e-9]]), torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]]).bool()
     layout = FeatureLayout.of_positions([x.shape[1:]])
     (copies,) = MaskedInputs((x,), (baseline,), layout, finite).copies(keep)
@@ -131,7 +131,7 @@ def test_masks_keep_the_input_or_put_the_baseline(baseline, finite):
         (torch.float32, torch.zeros(1, 2, dtype=torch.float64), torch.float32),
     ],
 )
-def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected, finite):
+def test_masked_inputs_copies_have_the_type_that_the_model_takes(dtype, baseline, expected, finite):
     x = torch.ones(1, 2, dtype=dtype)
     layout = FeatureLayout.of_positions([x.shape[1:]])
     masked = MaskedInputs((x,), as_baselines((baseline,), (x,)), layout, finite)
@@ -143,7 +143,7 @@ def test_copies_have_the_type_that_the_model_takes(dtype, baseline, expected, fi
 
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("baseline", [0, 3, torch.zeros(1, 2, dtype=torch.int64)])
-def test_soft_masks_mix_integers_as_numbers(baseline, finite):
+def test_masked_inputs_soft_masks_mix_integers_as_real_numbers(baseline, finite):
     layout = FeatureLayout.of_positions([torch.Size([2])])
     masked = MaskedInputs((torch.ones(1, 2, dtype=torch.int64),), (baseline,), layout, finite)
     (copy,) = masked.copies(torch.full((1, 1, 2), 0.25))
@@ -154,7 +154,7 @@ def test_soft_masks_mix_integers_as_numbers(baseline, finite):
 @pytest.mark.parametrize(
     "keep", [torch.tensor([[[True, False]]]), torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.9, 0.1]]])]
 )
-def test_a_masked_value_that_is_not_finite_is_gone(value, keep):
+def test_masked_inputs_remove_masked_values_that_are_not_finite(value, keep):
     masks = keep.clone().requires_grad_() if keep.is_floating_point() else keep
     layout = FeatureLayout.of_positions([torch.Size([2])])
     (copy,) = MaskedInputs((torch.tensor([[1.0, value]]),), (0.5,), layout).copies(masks)
@@ -166,7 +166,7 @@ def test_a_masked_value_that_is_not_finite_is_gone(value, keep):
         assert masks.grad.isfinite().all()
 
 
-def test_windows_are_replaced_and_other_tensors_stay():
+def test_masked_inputs_replace_windows_and_leave_other_tensors_unchanged():
     inputs = (torch.arange(4.0)[None], torch.ones(1, 2))
     masked = MaskedInputs(inputs, (9, 0), FeatureLayout.of_positions([torch.Size([4]), torch.Size([2])]))
     window = torch.tensor([[[True, True, False, False]], [[False, True, True, False]]])

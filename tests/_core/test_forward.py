@@ -18,7 +18,7 @@ from captum_idexpo.metrics import insertion
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 70))
-def test_each_copy_of_each_example_is_evaluated_once(n_examples, n_copies, max_rows):
+def test_evaluate_copies_evaluates_each_copy_of_each_example_once(n_examples, n_copies, max_rows):
     values = torch.arange(n_examples * n_copies).view(n_copies, n_examples).double()
     sizes = []
 
@@ -36,7 +36,7 @@ def test_each_copy_of_each_example_is_evaluated_once(n_examples, n_copies, max_r
 
 
 @pytest.mark.parametrize("target", [None, 1, torch.tensor(1), torch.tensor([0, 1, 0]), [0, 1, 0], [(0,), (1,), (0,)]])
-def test_arguments_go_with_their_examples(target):
+def test_batch_forward_passes_arguments_with_their_examples(target):
     seen = []
 
     def forward(x, of_batch, single, scalar, text, a_list):
@@ -62,7 +62,7 @@ def test_arguments_go_with_their_examples(target):
         assert output.tolist() == [float(row[0]) + 100 * c for row, c in zip(rows[0], columns, strict=True)]
 
 
-def test_targets_follow_the_chunk_and_the_number_of_copies():
+def test_batch_forward_targets_follow_the_chunk_and_the_number_of_copies():
     batch = BatchForward(lambda x: torch.stack([x[:, 0], x[:, 0] + 100], dim=1), None, 3, torch.tensor([0, 1, 0]))
     for examples, n_copies, chosen in (
         (slice(0, 2), 2, [0, 1, 0, 1]),
@@ -75,14 +75,14 @@ def test_targets_follow_the_chunk_and_the_number_of_copies():
         assert output.tolist() == [100.0 * c for c in chosen]
 
 
-def test_a_target_of_one_element_is_a_number():
+def test_batch_forward_reads_a_target_of_one_element_as_a_number():
     """As in Captum, so that it chooses from outputs of any number of axes, whatever the number of rows."""
     output = torch.arange(24.0).view(4, 2, 3)
     batch = BatchForward(lambda x: output, None, 1, torch.tensor([1]))
     assert torch.equal(batch((torch.zeros(4, 1),), slice(0, 1), 4), output[:, 1])
 
 
-def test_arguments_keep_channels_last():
+def test_batch_forward_keeps_arguments_in_channels_last_format():
     seen = []
     image = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
     batch = BatchForward(lambda x, image: seen.append(image) or x, image, 3)
@@ -94,7 +94,7 @@ def test_arguments_keep_channels_last():
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 5, 7])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
-def test_batches_of_copies_give_outputs_copy_by_copy(at_a_time, shape):
+def test_evaluate_batches_gives_the_output_of_each_copy(at_a_time, shape):
     values = torch.arange(5 * 3.0).view(5, 3)
     output = {(): lambda x: x.sum(), (3,): lambda x: x, (3, 2): lambda x: torch.stack([x, -x], dim=1)}[shape]
     if shape == ():
@@ -105,7 +105,7 @@ def test_batches_of_copies_give_outputs_copy_by_copy(at_a_time, shape):
     assert torch.equal(outputs, torch.stack([output(row) for row in values]))
 
 
-def test_batches_of_copies_whose_output_does_not_grow_are_an_error():
+def test_evaluate_batches_refuses_outputs_that_do_not_grow_with_copies():
     with pytest.raises(InputError, match="perturbations_per_eval=1"):
         evaluate_batches(lambda rows, n: rows[0].sum(), lambda chunk: (torch.zeros(3, 4),), 3, 3, torch.tensor(0.0))
 
@@ -115,7 +115,7 @@ def masked_lime(forward_func, x, arguments, target=None):
     return Lime(forward_func, Ridge(0.1)).attribute(x, None, target, arguments, n_samples=60)
 
 
-def test_a_list_is_for_all_copies_as_captum_has_it():
+def test_additional_forward_args_lists_are_passed_whole_as_in_captum():
     torch.manual_seed(0)
     w, shift = torch.randn(4), torch.randn(1, 4)
 
@@ -141,7 +141,7 @@ def test_a_list_is_for_all_copies_as_captum_has_it():
 
 @pytest.mark.filterwarnings("ignore:You are providing multiple inputs")
 @pytest.mark.parametrize("n_classes", [2, 3])
-def test_a_tensor_as_long_as_a_batch_of_one_goes_with_its_example(n_classes):
+def test_additional_forward_args_tensor_of_one_row_goes_with_its_example(n_classes):
     torch.manual_seed(0)
     net, temperature, x = nn.Linear(6, n_classes), torch.tensor([1.5]), torch.randn(1, 6)
 

@@ -53,7 +53,7 @@ def batch():
 
 @pytest.mark.parametrize("explainer", ["lime", "kernel_shap", "gradcam"])
 @pytest.mark.parametrize("budget", [TINY, 2e4, 1e9])
-def test_the_loss_and_its_gradient_are_those_of_the_whole_graph(explainer, budget):
+def test_memory_budget_gives_the_loss_and_gradient_of_the_whole_graph(explainer, budget):
     results = []
     for memory_budget in (None, budget):
         model = smooth_conv_net()
@@ -70,7 +70,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_graph(explainer, budge
 
 
 @pytest.mark.parametrize("explainer", ["lime", "gradcam"])
-def test_finite_differences_of_the_total_loss(explainer):
+def test_memory_budget_gradient_agrees_with_finite_differences(explainer):
     model = smooth_conv_net()
     x, y = batch()
     # A hard mask has no gradient of its own and the thresholds of a soft one carry none (they are held in a test of
@@ -94,7 +94,7 @@ def lime_of(forward_func, **kwargs):
 
 @pytest.mark.parametrize("as_function", [False, True])
 @pytest.mark.parametrize("later_mode", [True, False])
-def test_dropout_and_batch_statistics_are_the_same_in_the_second_pass(as_function, later_mode):
+def test_memory_budget_second_pass_repeats_dropout_and_batch_statistics(as_function, later_mode):
     """In training mode, where each chunk draws its own dropout and has its own statistics."""
     results = []
     for memory_budget in (None, 4e5):  # the chunks fit, the whole does not
@@ -111,7 +111,7 @@ def test_dropout_and_batch_statistics_are_the_same_in_the_second_pass(as_functio
     assert torch.equal(statistics, bounded_statistics)
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_evaluated_again():
+def test_memory_budget_leaves_the_random_stream_unchanged():
     after = []
     for memory_budget in (None, TINY):
         model = smooth_conv_net()
@@ -120,7 +120,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been_evaluated_again():
     assert torch.equal(*after)
 
 
-def test_autocast_is_the_same_in_the_second_pass():
+def test_memory_budget_second_pass_repeats_autocast():
     model, seen = smooth_conv_net().float(), []
     model.register_forward_hook(lambda _module, _args, output: seen.append((torch.is_grad_enabled(), output.dtype)))
     x = batch()[0].float()
@@ -144,7 +144,7 @@ def test_autocast_is_the_same_in_the_second_pass():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_graph_can_be_used_twice(training):
+def test_memory_budget_graph_can_be_used_twice(training):
     model = smooth_conv_net().train(training)
     loss = lime_of(model, memory_budget=4e5 if training else TINY).square().sum()
     loss.backward(retain_graph=True)
@@ -167,7 +167,7 @@ class Router(nn.Module):
         return self.masked(x) if has_zeros.all() else self.dense(x) * ~has_zeros + 0 * x[:, :2]
 
 
-def test_a_parameter_that_only_some_copies_use_is_found_or_named():
+def test_memory_budget_finds_or_names_parameters_that_some_copies_use():
     x = torch.ones(1, 4, dtype=torch.float64)
     results = []
     arguments = {"target": 0, "n_samples": 40, "perturbations_per_eval": 1, "create_graph": True}
@@ -184,7 +184,7 @@ def test_a_parameter_that_only_some_copies_use_is_found_or_named():
         attribution.square().sum().backward()
 
 
-def test_what_the_forward_function_closes_over_gets_its_gradient():
+def test_memory_budget_gives_gradients_to_tensors_in_a_closure():
     results = []
     for memory_budget in (None, TINY):
         model = smooth_conv_net()
@@ -196,7 +196,7 @@ def test_what_the_forward_function_closes_over_gets_its_gradient():
     assert largest_difference(results[1], results[0]) < 1e-10
 
 
-def test_weights_that_changed_in_between_are_refused():
+def test_memory_budget_refuses_weights_changed_before_the_backward_pass():
     model = smooth_conv_net()
     loss = lime_of(model, memory_budget=TINY).sum()
     with torch.no_grad():
@@ -205,14 +205,14 @@ def test_weights_that_changed_in_between_are_refused():
         loss.backward()
 
 
-def test_a_frozen_model_is_still_an_error():
+def test_memory_budget_with_a_frozen_model_is_an_error():
     model = smooth_conv_net().requires_grad_(False)
     with pytest.raises(RuntimeError, match="nothing that requires"):
         lime_of(model, memory_budget=TINY)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
-def test_a_budget_is_a_positive_number_of_bytes(budget):
+def test_memory_budget_must_be_a_positive_number_of_bytes(budget):
     model = smooth_conv_net()
     with pytest.raises(ValueError, match="memory_budget must be a positive number of bytes"):
         lime_of(model, memory_budget=budget)
@@ -220,7 +220,7 @@ def test_a_budget_is_a_positive_number_of_bytes(budget):
         regularizer(model, "gradcam", budget)
 
 
-def test_rows_at_a_time_follow_the_budget_and_a_fitting_graph_is_kept():
+def test_memory_budget_bounds_the_rows_and_keeps_a_graph_that_fits():
     rows, passes = {}, {}
     for budget in (None, 1e9, 1e6, 1e5, TINY):
         model = smooth_conv_net()
@@ -242,7 +242,7 @@ def test_rows_at_a_time_follow_the_budget_and_a_fitting_graph_is_kept():
 
 @pytest.mark.parametrize("memory_budget", [None, TINY])
 @pytest.mark.parametrize("explainer", ["lime", "gradcam"])
-def test_a_later_forward_pass_in_training_mode_changes_nothing(memory_budget, explainer):
+def test_memory_budget_gradient_ignores_a_later_training_forward_pass(memory_budget, explainer):
     """The regularizer first, then the task's pass, which moves BatchNorm's statistics, then backward."""
     results = []
     for forward_between in (False, True):
@@ -258,7 +258,7 @@ def test_a_later_forward_pass_in_training_mode_changes_nothing(memory_budget, ex
 
 
 @pytest.mark.parametrize("memory_budget", [1e9, 4e5])
-def test_looking_spoils_no_graph_that_is_kept(memory_budget):
+def test_memory_budget_looks_do_not_spoil_a_kept_graph(memory_budget):
     """In training mode every look moves BatchNorm's statistics and puts them back."""
     results = []
     for budget in (None, memory_budget):
@@ -271,7 +271,7 @@ def test_looking_spoils_no_graph_that_is_kept(memory_budget):
     assert largest_difference(*results) < 1e-9
 
 
-def test_a_second_pass_that_is_another_is_an_error():
+def test_memory_budget_refuses_a_second_pass_with_other_values():
     numbers = iter(range(10**6))
 
     def counting(model, x):
@@ -306,7 +306,7 @@ def test_a_second_pass_that_is_another_is_an_error():
         attribution.sum().backward()
 
 
-def test_weights_are_no_activations():
+def test_memory_budget_does_not_count_weights_as_activations():
     """A linear layer's graph keeps a view of its weight, once, however many rows there are."""
     model, seen = nn.Sequential(nn.Linear(6, 3000), nn.Tanh(), nn.Linear(3000, 2)), []
     model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
@@ -330,7 +330,7 @@ class MovingScale(nn.Module):
         return self.net(x) * self.scale.clone()
 
 
-def test_buffers_that_a_forward_pass_moves_are_those_of_the_first_pass_every_time():
+def test_memory_budget_second_pass_starts_from_the_buffers_of_the_first():
     model = MovingScale().train()
     model.net.eval()
     loss = lime_of(model, memory_budget=4e5).square().sum()
@@ -343,7 +343,7 @@ def test_buffers_that_a_forward_pass_moves_are_those_of_the_first_pass_every_tim
         torch.testing.assert_close(twice, 2 * single)
 
 
-def test_a_second_derivative_of_the_loss_is_refused():
+def test_memory_budget_refuses_a_second_derivative_of_the_loss():
     """Rather than left out, where another term has one."""
     model = smooth_conv_net()
     x, y = batch()
@@ -364,7 +364,7 @@ def test_a_second_derivative_of_the_loss_is_refused():
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("budget", [TINY, 1e9])
-def test_compiled_models_are_not_compiled_anew(budget, in_place):
+def test_memory_budget_does_not_recompile_a_compiled_model(budget, in_place):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 2, 1])

@@ -33,7 +33,7 @@ def test_eval_mode_restores_each_module(fails):
     assert modes(model) == modes(other) == before == [True, True, True, False]
 
 
-def test_recurrent_layers_are_held_without_cudnn():
+def test_eval_mode_switches_cudnn_off_for_recurrent_layers():
     enabled = torch.backends.cudnn.enabled
     with eval_mode(nn.LSTM(2, 2)):
         assert not torch.backends.cudnn.enabled
@@ -50,14 +50,14 @@ def test_training_mode_may_leave_batch_norm_frozen(freeze):
     assert not any(modes(model))
 
 
-def test_a_module_is_found_behind_its_method():
+def test_module_of_finds_the_module_of_a_bound_method():
     model = net()
     assert module_of(model) is model
     assert module_of(model.forward) is model
     assert module_of(lambda x: model(x)) is None
 
 
-def test_training_mode_is_what_the_models_own_train_says():
+def test_training_mode_calls_the_train_method_of_the_model():
     class Tuned(nn.Module):
         """A head on a backbone that stays in eval mode."""
 

@@ -53,7 +53,7 @@ each = pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
 @each
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("middle", [nn.Dropout(0.3), nn.BatchNorm1d(8)])
-def test_eval_mode_is_refused_where_it_would_be_over_before_the_second_computation(make, middle, reentrant):
+def test_eval_mode_refuses_checkpointed_parts_that_depend_on_the_mode(make, middle, reentrant):
     model = Checkpointed(middle, reentrant)
     with pytest.raises(RuntimeError, match=r"is run by torch\.utils\.checkpoint.*`if self.training`.*eval_mode=False"):
         make(model)(X, Y)
@@ -73,14 +73,14 @@ def test_eval_mode_is_refused_where_it_would_be_over_before_the_second_computati
         (nn.LayerNorm(8), True, {}),
     ],
 )
-def test_where_both_computations_are_the_same_nothing_is_refused(make, reentrant, middle, training, settings):
+def test_eval_mode_accepts_checkpointed_parts_that_recompute_the_same(make, reentrant, middle, training, settings):
     plain = gradient(Checkpointed(middle, None).train(training), make, **settings)
     ours = gradient(Checkpointed(middle, reentrant).train(training), make, **settings)
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_bounded_graph_holds_its_conditions_while_parts_are_computed_a_third_time():
+def test_memory_budget_with_a_checkpointed_part_gives_the_same_gradient():
     gradients = []
     for reentrant in (None, False):
         model = Checkpointed(nn.Dropout(0.3), reentrant).eval()
@@ -105,13 +105,13 @@ def test_a_bounded_graph_holds_its_conditions_while_parts_are_computed_a_third_t
         ),
     ],
 )
-def test_what_the_error_advises_helps(make, middle):
+def test_eval_mode_false_accepts_checkpointed_parts(make, middle):
     model = Checkpointed(middle, False)
     sum(make(model, eval_mode=False)(X, Y).values()).backward()
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)])
-def test_scripted_models_have_nothing_to_refuse(make):
+def test_eval_mode_accepts_scripted_models(make):
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     scripted = make(net)
     torch.manual_seed(0)
@@ -120,14 +120,14 @@ def test_scripted_models_have_nothing_to_refuse(make):
     torch.testing.assert_close(ours, sum(Fidelity(net)(X, Y).values()))
 
 
-def test_without_a_graph_nothing_is_refused():
+def test_eval_mode_accepts_checkpointed_parts_without_a_graph():
     model = Checkpointed(nn.Dropout(0.3), False)
     with torch.no_grad(), eval_mode(model):
         first = model(X)
     torch.testing.assert_close(first, model.eval()(X))
 
 
-def test_a_checkpointed_part_s_own_output_may_matter_unless_another_part_is_around_it():
+def test_refused_inside_checkpoints_may_allow_the_checkpoint_itself():
     model = Checkpointed(nn.Tanh(), False)
     with refused_inside_checkpoints([model.second], "so.", output_only=True):
         model(X)
@@ -139,7 +139,7 @@ def test_a_checkpointed_part_s_own_output_may_matter_unless_another_part_is_arou
         model(X)
 
 
-def test_what_depends_on_the_mode():
+def test_depends_on_mode_of_each_kind_of_layer():
     class NoDropout(nn.Dropout):
         pass
 
@@ -167,7 +167,7 @@ def test_what_depends_on_the_mode():
         (attr.LayerFeatureAblation, "second", {}),
     ],
 )
-def test_a_checkpointed_part_changes_nothing(explainer, layer, arguments):
+def test_checkpointed_part_does_not_change_attributions_or_gradients(explainer, layer, arguments):
     def attribute(model, **more):
         layers = [model.get_submodule(layer)] if layer else []
         return explainer(model, *layers).attribute(X, target=1, **arguments, **more)
@@ -180,7 +180,7 @@ def test_a_checkpointed_part_changes_nothing(explainer, layer, arguments):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("explainer", [attr.LayerIntegratedGradients, attr.LayerFeatureAblation])
 @pytest.mark.parametrize(("layer", "of_input"), [("second", True), ("second.2", True), ("second.2", False)])
-def test_a_layer_inside_a_checkpointed_part_is_not_replaced(explainer, layer, of_input, reentrant):
+def test_checkpointed_layers_are_refused_where_they_would_be_replaced(explainer, layer, of_input, reentrant):
     def attribution(reentrant, **more):
         model = Checkpointed(nn.Tanh(), reentrant)
         explain = explainer(model, model.get_submodule(layer)).attribute

@@ -33,7 +33,7 @@ CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 X = torch.zeros(3, 4, device=ELSEWHERE)
 
 
-def test_numbers_are_drawn_at_the_generator():
+def test_source_is_the_device_of_the_generator():
     assert source(ELSEWHERE, None) == ELSEWHERE
     assert source(ELSEWHERE, torch.Generator()) == CPU
 
@@ -52,18 +52,18 @@ def test_numbers_are_drawn_at_the_generator():
         lambda g: SaliencyGuided(torch.nn.Linear(4, 2), generator=g)._random(X),
     ],
 )
-def test_what_a_generator_draws_is_brought_to_the_inputs(draw):
+def test_generator_draws_are_moved_to_the_device_of_the_inputs(draw):
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     assert draw(generator).device == ELSEWHERE
     assert not torch.equal(before, generator.get_state())
 
 
-def test_of_other_kinds_of_device_there_are_no_streams():
+def test_accelerators_of_other_kinds_of_device_are_none():
     assert accelerators(CPU) == accelerators(ELSEWHERE) == []
 
 
-def test_all_streams_are_seeded_inside_and_put_back():
+def test_seeded_sets_all_random_streams_and_restores_them():
     def draw():
         return [*torch.rand(2).tolist(), *np.random.rand(2).tolist(), random.random()]
 
@@ -81,7 +81,7 @@ def test_all_streams_are_seeded_inside_and_put_back():
     assert random.getstate() == state
 
 
-def test_streams_are_kept():
+def test_kept_streams_restores_the_random_streams():
     torch.manual_seed(1)
     states = streams([])
     expected = torch.rand(2)
@@ -107,7 +107,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_random_state_of_any_generator_is_plain_and_put_back(name):
+def test_random_state_of_any_generator_is_plain_data_and_restored(name):
     make, draw, kind = KINDS[name]
     generator = make()
     draw(generator)
@@ -122,7 +122,7 @@ def test_random_state_of_any_generator_is_plain_and_put_back(name):
     assert state["generators"][0][0] == kind
 
 
-def test_random_state_of_other_generators_is_put_back_as_far_as_it_goes():
+def test_random_state_of_other_generators_is_restored_with_a_warning():
     state = random_state(CPU, [torch.Generator(), torch.Generator()])
     with pytest.warns(UserWarning, match="drew from 2 generators, this one knows 1"):
         set_random_state(state, CPU, [torch.Generator()])
@@ -130,7 +130,7 @@ def test_random_state_of_other_generators_is_put_back_as_far_as_it_goes():
         set_random_state(random_state(CPU, [torch.Generator()]), CPU, [np.random.default_rng(0)])
 
 
-def test_seeded_generators_start_from_their_own_seed():
+def test_seeded_generators_start_from_their_initial_seed():
     generator = torch.Generator().manual_seed(7)
     first = torch.rand(2, generator=generator)
     state = generator.get_state()
@@ -139,7 +139,7 @@ def test_seeded_generators_start_from_their_own_seed():
     assert torch.equal(generator.get_state(), state)
 
 
-def test_random_streams_of_another_kind_of_device_are_left_out():
+def test_random_state_of_another_kind_of_device_is_skipped():
     generator = torch.Generator().manual_seed(3)
     state = random_state(CPU, [generator])
     first = torch.rand(1)

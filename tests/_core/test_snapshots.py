@@ -39,7 +39,7 @@ class Centred(nn.Module):
         return self.linear(x - self.mean)
 
 
-def test_buffers_that_a_model_assigns_anew_are_put_back():
+def test_snapshot_restores_buffers_that_a_model_reassigns():
     spoiled = X.clone()
     spoiled[5, 0] = float("nan")
     model, twin = Centred(), Centred()
@@ -75,7 +75,7 @@ class Queue(nn.Module):
         return [self.seen, self.kind, self.last, self.grid]
 
 
-def test_buffers_of_every_kind_are_put_back():
+def test_snapshot_restores_buffers_of_every_kind():
     spoiled = [(X[:4], Y[:4]), (X[4:8] * float("nan"), Y[4:8])]
     model, twin = Queue(), Queue()
     with pytest.raises(NonFiniteError, match="last good weights"):
@@ -91,7 +91,7 @@ def test_buffers_of_every_kind_are_put_back():
     assert not len(model.seen)
 
 
-def test_parameters_and_buffers_go_back_in_place():
+def test_snapshot_restores_parameters_and_buffers_in_place():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
     net[0].bias.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -113,7 +113,7 @@ def test_parameters_and_buffers_go_back_in_place():
     assert torch.equal(net[1].running_mean, moved)
 
 
-def test_buffers_made_under_inference_mode():
+def test_snapshot_restores_buffers_made_under_inference_mode():
     net = nn.Linear(2, 2)
     with torch.inference_mode():
         net.register_buffer("grid", torch.ones(2))
@@ -123,7 +123,7 @@ def test_buffers_made_under_inference_mode():
     assert net.grid.tolist() == [1.0, 1.0]
 
 
-def test_a_buffer_that_was_given_another_size_in_place():
+def test_snapshot_restores_a_buffer_that_was_resized_in_place():
     net = nn.Linear(2, 2)
     net.register_buffer("queue", torch.ones(2))
     kept = Snapshot(net)

@@ -22,13 +22,13 @@ def counting(net, rows):
     return forward
 
 
-def test_the_definition():
+def test_feature_ablation_equals_its_definition():
     net = smooth_net()
     expected = torch.stack([(net(X) - net(X.index_fill(1, torch.tensor([i]), 0.7)))[:, 2] for i in range(6)], dim=1)
     torch.testing.assert_close(FeatureAblation(net).attribute(X, 0.7, target=2), expected.detach())
 
 
-def test_the_definition_of_occlusion_in_double_precision():
+def test_occlusion_equals_its_definition_in_double_precision():
     net = smooth_conv_net()
     sums, covers = torch.zeros_like(IMAGES), torch.zeros(6, 6)
     for top in (0, 2, 4):  # the last window reaches over the border
@@ -43,7 +43,7 @@ def test_the_definition_of_occlusion_in_double_precision():
     assert occlusion.dtype == torch.float64
 
 
-def test_a_batch_is_one_forward_pass_unless_told_otherwise():
+def test_feature_ablation_of_a_batch_is_one_forward_pass_by_default():
     net, rows = smooth_net(), []
     explainer = FeatureAblation(counting(net, rows))
     whole = explainer.attribute(X, target=1)
@@ -59,12 +59,12 @@ def test_a_batch_is_one_forward_pass_unless_told_otherwise():
 
 @pytest.mark.parametrize("forward", [lambda x: x.square().sum(), lambda x: x.square().sum()[None], lambda x: 2.0])
 @pytest.mark.parametrize("n_examples", [1, 4])
-def test_one_value_for_the_batch(forward, n_examples):
+def test_feature_ablation_of_one_value_per_batch_equals_captum(forward, n_examples):
     theirs = captum.attr.FeatureAblation(forward).attribute(X[:n_examples])
     torch.testing.assert_close(FeatureAblation(forward).attribute(X[:n_examples]), theirs)
 
 
-def test_a_forward_function_that_knows_one_row_only():
+def test_feature_ablation_of_a_one_row_forward_function_equals_captum():
     def forward(x):
         assert len(x) == 1
         return x.prod(dim=1)
@@ -73,7 +73,7 @@ def test_a_forward_function_that_knows_one_row_only():
     torch.testing.assert_close(ours, captum.attr.FeatureAblation(forward).attribute(X[:1]))
 
 
-def test_tuples_whose_tensors_share_a_group():
+def test_feature_ablation_of_groups_across_tensors_equals_captum():
     def forward(a, b):
         return a.sum(1) * b.square().sum(1)
 
@@ -84,7 +84,7 @@ def test_tuples_whose_tensors_share_a_group():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_permutation_draws_captums_numbers_with_captums_chunks():
+def test_feature_permutation_in_chunks_equals_captum_after_the_same_seed():
     net = smooth_net()
     for size in (1, 2, 6):
         torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_permutation_draws_captums_numbers_with_captums_chunks():
     assert FeaturePermutation(net).attribute(X[:1], target=1).eq(0).all()  # nothing to exchange with, as in Captum
 
 
-def test_a_permutation_of_ones_own():
+def test_feature_permutation_accepts_a_custom_perm_func():
     net = smooth_net()
     flipped = FeaturePermutation(net, perm_func=lambda x, mask: torch.where(mask, x.flip(0), x))
     expected = torch.stack(
@@ -104,7 +104,7 @@ def test_a_permutation_of_ones_own():
     torch.testing.assert_close(flipped.attribute(X, target=1), expected.detach())
 
 
-def test_targets_of_each_example_go_with_a_layers_copies():
+def test_layer_feature_ablation_repeats_the_target_of_each_example():
     """Captum hands the same four targets to a forward pass of any number of rows."""
     net, target = smooth_conv_net(), torch.tensor([0, 2])
     explainer = LayerFeatureAblation(net, net[8])
@@ -113,14 +113,14 @@ def test_targets_of_each_example_go_with_a_layers_copies():
     torch.testing.assert_close(whole, one_by_one)
 
 
-def test_a_layers_input_and_baselines():
+def test_layer_feature_ablation_of_layer_input_and_baselines_equals_captum():
     net = smooth_conv_net()
     arguments = {"target": 1, "layer_baselines": 0.3, "attribute_to_layer_input": True, "perturbations_per_eval": 7}
     theirs = captum.attr.LayerFeatureAblation(net, net[8]).attribute(IMAGES, **arguments)
     torch.testing.assert_close(LayerFeatureAblation(net, net[8]).attribute(IMAGES, **arguments), theirs)
 
 
-def test_bad_arguments():
+def test_ablation_refuses_bad_arguments():
     net = smooth_net()
     with pytest.raises(AssertionError, match="perturbations_per_eval must be None or"):
         FeatureAblation(net).attribute(X, target=1, perturbations_per_eval=0)
@@ -128,7 +128,7 @@ def test_bad_arguments():
         Occlusion(net).attribute(X, (7,), target=1)
 
 
-def test_progress_is_shown(capsys):
+def test_feature_ablation_shows_progress(capsys):
     FeatureAblation(smooth_net()).attribute(X, target=1, show_progress=True)
     assert "Feature Ablation attribution: 100%" in capsys.readouterr().err
 
@@ -150,7 +150,7 @@ FIXED = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manua
         (lambda x: x.square().sum(1), {"feature_mask": torch.tensor([0, 0, 1, 1, 2, 2])}),
     ],
 )
-def test_what_captum_accepts_at_its_default_gives_captums_numbers_at_ours(name, forward, arguments):
+def test_ablation_equals_captum_for_arguments_and_outputs_not_per_example(name, forward, arguments):
     if name == "Occlusion":
         arguments = {key: value for key, value in arguments.items() if key != "feature_mask"}
         arguments["sliding_window_shapes"] = (2,)
@@ -161,7 +161,7 @@ def test_what_captum_accepts_at_its_default_gives_captums_numbers_at_ours(name, 
     torch.testing.assert_close(ours, theirs, check_dtype=False, atol=1e-5, rtol=0)
 
 
-def test_permutations_of_several_tensors_are_captums():
+def test_feature_permutation_of_several_tensors_equals_captum():
     def forward(a, b):
         return a.sum(1) * b.square().sum(1)
 
@@ -171,7 +171,7 @@ def test_permutations_of_several_tensors_are_captums():
     torch.testing.assert_close(FeaturePermutation(forward).attribute((X[:, :3], X[:, 3:])), theirs)
 
 
-def test_dropout_keeps_copies_apart():
+def test_feature_ablation_of_dropout_in_training_mode_is_finite():
     net = torch.nn.Sequential(smooth_net(), torch.nn.Dropout()).train()
     torch.manual_seed(0)
     assert FeatureAblation(net).attribute(X, target=1).isfinite().all()
@@ -188,7 +188,7 @@ def test_dropout_keeps_copies_apart():
         ("LayerFeatureAblation", {"layer": 0}),
     ],
 )
-def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
+def test_ablation_of_a_model_that_mixes_examples_equals_captum(name, more, whole):
     torch.manual_seed(0)
     first, last = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)
     middle = [torch.nn.BatchNorm1d(4)] if whole in ("batch norm", "large offset") else []
@@ -216,7 +216,7 @@ def test_a_model_that_mixes_examples_gets_one_copy_at_a_time(name, more, whole):
     torch.testing.assert_close(attributions[1], attributions[0].double(), rtol=1e-5, atol=1e-6)
 
 
-def test_an_empty_batch():
+def test_ablation_of_an_empty_batch_is_empty():
     assert FeatureAblation(smooth_net()).attribute(X[:0], target=1).shape == (0, 6)
     assert Occlusion(smooth_net()).attribute(X[:0], (2,), target=1).shape == (0, 6)
 
@@ -225,7 +225,7 @@ def test_an_empty_batch():
 @pytest.mark.parametrize(
     ("explainer", "rows"), [(FeaturePermutation, 1), (FeatureAblation, 0)], ids=["one row", "no rows"]
 )
-def test_what_leaves_no_trace_in_the_output_is_attached_with_a_zero_gradient(explainer, rows):
+def test_ablation_without_effect_on_the_output_has_a_zero_gradient(explainer, rows):
     net = smooth_net()
     attribution = explainer(net).attribute(X[:rows], target=1, create_graph=True)
     assert attribution.shape == (rows, 6)

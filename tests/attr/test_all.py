@@ -37,7 +37,7 @@ def hooks_of(model):
     return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind)]
 
 
-def test_every_class_has_a_case():
+def test_cases_cover_every_attribution_class():
     classes = {name for name in ours.__all__ if isinstance(getattr(ours, name), type)}
     attributions = {name for name in classes if issubclass(getattr(ours, name), Attribution)}
     assert attributions == {case.class_name for case in CASES}
@@ -45,7 +45,7 @@ def test_every_class_has_a_case():
 
 @each
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_equals_captum(case, create_graph):
+def test_explainer_equals_captum(case, create_graph):
     model = case.model()
     theirs = attribute(captum.attr, case, model)
     mine = attribute(ours, case, model, create_graph=create_graph)
@@ -57,7 +57,7 @@ def test_equals_captum(case, create_graph):
 
 
 @each
-def test_the_gradient_is_true(case):
+def test_explainer_gradient_equals_finite_differences(case):
     model = case.model()
     explainer = case.explainer(ours, model)
     # ReLU nets: the seed's inputs and directions are away from kinks.
@@ -67,7 +67,7 @@ def test_the_gradient_is_true(case):
 
 
 @each_class
-def test_is_captums_class(case):
+def test_explainer_is_a_subclass_of_captums_class(case):
     mine, theirs = getattr(ours, case.class_name), getattr(captum.attr, case.class_name)
     assert issubclass(mine, theirs)
     assert hasattr(mine.attribute, "__wrapped__")
@@ -76,7 +76,7 @@ def test_is_captums_class(case):
 
 @each_class
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_leaves_no_trace(case, create_graph):
+def test_explainer_leaves_model_and_inputs_unchanged(case, create_graph):
     model, inputs = case.model(), case.inputs
     modes = [module.training for module in model.modules()]
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -89,7 +89,7 @@ def test_leaves_no_trace(case, create_graph):
 
 
 @each_class
-def test_leaves_no_trace_after_an_exception(case):
+def test_explainer_leaves_no_hooks_after_an_exception(case):
     model = case.model()
     explainer = case.explainer(ours, model)
     inputs = case.inputs[:, :1] if case.class_name != "LimeBase" else case.inputs[:1, :1].expand(1, 5)
@@ -100,7 +100,7 @@ def test_leaves_no_trace_after_an_exception(case):
 
 
 @each_class
-def test_the_explainer_can_be_used_again(case):
+def test_explainer_gives_the_same_numbers_in_a_second_call(case):
     model = case.model()
     explainer = case.explainer(ours, model)
 
@@ -114,7 +114,7 @@ def test_the_explainer_can_be_used_again(case):
 
 
 @each_class
-def test_grad_is_not_touched_by_the_backward_pass_of_inputs(case):
+def test_explainer_sets_the_grad_of_inputs_only_in_the_backward_pass(case):
     """Inputs that require gradient get theirs from the loss, those that do not get none."""
     model, inputs = case.model(), case.inputs.requires_grad_()
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_grad_is_not_touched_by_the_backward_pass_of_inputs(case):
 
 @each_class
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_what_is_dropped_is_gone(case, create_graph):
+def test_explainer_frees_activations_without_the_garbage_collector(case, create_graph):
     """Without waiting for the collector of reference cycles, which hold on to whole graphs."""
     model, seen = case.model(), []
     explainer = case.explainer(ours, model)
@@ -144,21 +144,21 @@ def test_what_is_dropped_is_gone(case, create_graph):
 
 
 @each_class
-def test_a_disabled_mode_is_an_error(case):
+def test_explainer_with_create_graph_under_no_grad_is_an_error(case):
     model = case.model()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"no_grad.*enable_grad"):
         case.explainer(ours, model).attribute(case.inputs, **case.arguments, create_graph=True)
 
 
 @each_class
-def test_a_frozen_model_is_an_error(case):
+def test_explainer_with_create_graph_of_a_frozen_model_is_an_error(case):
     model = case.model().requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"depends on nothing that requires gradient.*requires_grad_"):
         case.explainer(ours, model).attribute(case.inputs, **case.arguments, create_graph=True)
 
 
 @each_class
-def test_works_under_no_grad(case):
+def test_explainer_without_create_graph_works_under_no_grad(case):
     model = case.model()
     with torch.no_grad():
         silent = attribute(ours, case, model)
@@ -174,7 +174,7 @@ TAKES_MODULES_ONLY = ("LRP", "DeepLift", "Guided", "Deconvolution")
     [case for case in ONE_EACH if not any(word in case.class_name for word in TAKES_MODULES_ONLY)],
     ids=lambda case: case.class_name,
 )
-def test_a_function_is_explained_like_the_model(case):
+def test_explainer_gives_a_function_the_same_result_as_its_model(case):
     model = case.model()
 
     class Function:

@@ -35,7 +35,7 @@ def attribution(module, name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_equals_captum(name, case):
+def test_captum_configs_give_captums_numbers(name, case):
     if name == "KernelShap" and LEAST_SQUARES_OF_FULL_RANK_ONLY and "conv" in case["name"]:
         pytest.skip("this scikit-learn is no reference for more features than samples")
     results = []
@@ -48,7 +48,7 @@ def test_equals_captum(name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_a_wrong_target_is_captums_error_and_leaves_no_hook(name, case):
+def test_captum_configs_with_a_wrong_target_fail_and_leave_no_hook(name, case):
     explainer, model, arguments = attribution(captum_idexpo.attr, name, case)
     if "target" not in arguments:
         pytest.skip("this case has no target")

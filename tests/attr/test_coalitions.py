@@ -45,7 +45,7 @@ def shares_of_patterns(masks, weights):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(OWN), st.integers(2, 12), st.integers(1, 70), st.integers(0, 2**31))
-def test_no_coalition_comes_twice(sampling, n_features, n_samples, seed):
+def test_coalitions_are_all_different(sampling, n_features, n_samples, seed):
     n_samples = min(n_samples, 2**n_features - 1)
     masks, weights = kernel_shap_masks(sampling, 4, n_samples, n_features, CPU, generator(seed))
     assert masks.shape == (4, n_samples, n_features)
@@ -56,21 +56,21 @@ def test_no_coalition_comes_twice(sampling, n_features, n_samples, seed):
 
 
 @pytest.mark.parametrize("sampling", OWN)
-def test_neither_does_the_complement_of_one_with_half_the_features(sampling):
+def test_coalitions_with_half_the_features_are_all_different(sampling):
     masks, _ = kernel_shap_masks(sampling, 500, 102, 10, CPU, generator())
     assert all(len(of_set.unique(dim=0)) == 102 for of_set in masks)
 
 
 @pytest.mark.parametrize("n_features", [64, 65, 1500])
 @pytest.mark.parametrize("sampling", OWN)
-def test_many_features(sampling, n_features):
+def test_coalitions_of_many_features_are_all_different(sampling, n_features):
     masks, _ = kernel_shap_masks(sampling, 3, 202, n_features, CPU, generator())
     assert all(len(of_set.unique(dim=0)) == 202 for of_set in masks)
 
 
 @pytest.mark.parametrize("sampling", OWN)
 @pytest.mark.parametrize(("n_features", "n_samples"), [(3, 4), (3, 6), (5, 7), (5, 8), (5, 24), (6, 50)])
-def test_weighted_coalitions_have_shapleys_kernel(sampling, n_features, n_samples):
+def test_coalitions_with_their_weights_follow_shapleys_kernel(sampling, n_features, n_samples):
     source, shares = generator(), []
     for _ in range(300):  # the sets of one call have the same sizes
         masks, weights = kernel_shap_masks(sampling, 200 // n_samples, n_samples, n_features, CPU, source)
@@ -79,7 +79,7 @@ def test_weighted_coalitions_have_shapleys_kernel(sampling, n_features, n_sample
 
 
 @pytest.mark.parametrize("n_features", [1, 2, 3, 6])
-def test_all_coalitions_have_shapleys_kernel(n_features):
+def test_all_coalitions_follow_shapleys_kernel(n_features):
     masks, weights = all_coalitions(n_features, CPU)
     assert masks.shape == (1, 2**n_features, n_features)
     assert len(masks[0].unique(dim=0)) == 2**n_features
@@ -90,13 +90,13 @@ def test_all_coalitions_have_shapleys_kernel(n_features):
 
 
 @pytest.mark.parametrize("sampling", ["paired", "orthogonal", "leverage"])
-def test_pairs_are_complements(sampling):
+def test_coalition_pairs_are_complements(sampling):
     masks, _ = kernel_shap_masks(sampling, 3, 20, 8, CPU, generator())
     assert torch.equal(masks[:, 2::2], ~masks[:, 3::2])
     assert 0 < int((masks[:, 2::2].sum(-1) > 4).sum()) < 27  # the larger one comes first, too
 
 
-def test_small_classes_are_taken_whole():
+def test_coalition_sizes_with_few_members_are_taken_whole():
     masks, weights = kernel_shap_masks("paired", 5, 2 + 2 * 30, 8, CPU, generator())
     sizes = masks.sum(-1)
     assert ((sizes == 1).sum(1) == 8).all()
@@ -110,7 +110,7 @@ def test_small_classes_are_taken_whole():
         assert by_size[size] == pytest.approx((rest / 44) / (mass[1] / 8), rel=1e-5)
 
 
-def test_sizes_come_in_proportion():
+def test_coalition_sizes_of_leverage_sampling_are_equally_frequent():
     masks, weights = kernel_shap_masks("leverage", 4, 2 + 2 * 48, 13, CPU, generator())
     counts = torch.stack([(masks[:, 2:].sum(-1) == size).sum(-1) for size in range(1, 13)])
     assert (counts == 8).all()  # 48 pairs, six sizes
@@ -121,13 +121,13 @@ def test_sizes_come_in_proportion():
 
 @pytest.mark.parametrize("n_samples", [1, 2, 3])
 @pytest.mark.parametrize("sampling", KERNEL_SHAP_SAMPLINGS)
-def test_few_samples(sampling, n_samples):
+def test_coalitions_of_few_samples_have_the_right_shape(sampling, n_samples):
     masks, _ = kernel_shap_masks(sampling, 2, n_samples, 3, CPU, None)
     assert masks.shape == (2, n_samples, 3)
     assert masks.dtype == torch.bool
 
 
-def test_the_captum_stream_is_the_captum_design():
+def test_coalitions_of_captum_sampling_equal_captums_masks():
     torch.manual_seed(0)
     expected = captum_kernel_shap_masks(2, 9, 4)
     torch.manual_seed(0)
@@ -135,7 +135,7 @@ def test_the_captum_stream_is_the_captum_design():
 
 
 @pytest.mark.parametrize("sampling", OWN)
-def test_a_generator_leaves_the_global_stream_alone_and_repeats(sampling):
+def test_coalitions_with_a_generator_repeat_and_leave_the_global_rng_alone(sampling):
     state = torch.get_rng_state()
     first, second = (kernel_shap_masks(sampling, 2, 50, 9, CPU, generator(3))[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -155,7 +155,7 @@ def test_orthogonal_rows_are_orthogonal_and_add_up_to_zero():
 @pytest.mark.parametrize("masses", [[0.0, 1.0], [0.0, 0.0, 0.3, 0.7], [0.0, 0.2, 0.0, 0.0], [0.0, 0.1, 0.1, 0.1]])
 @pytest.mark.parametrize("start", [0.0, 0.3, 0.99999])
 @pytest.mark.parametrize("n", [0, 1, 10, 1000])
-def test_sizes_are_drawn_in_proportion_to_their_masses(masses, start, n):
+def test_in_proportion_draws_sizes_in_proportion_to_their_masses(masses, start, n):
     counts = _in_proportion(_quantiles(masses), n, start)
     assert sum(counts) == n
     assert all(abs(count - n * mass / sum(masses)) < 1 for count, mass in zip(counts, masses, strict=True))

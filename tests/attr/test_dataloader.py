@@ -16,7 +16,7 @@ def mean_square(outputs):
     return outputs.square().mean(dim=0)
 
 
-def test_a_loader_of_tensors_is_one_of_tuples_of_one():
+def test_data_loader_attribution_accepts_batches_that_are_tensors():
     """Captum takes the first row of a batch that is a tensor for the batch."""
     net, explainer = smooth_net(), captum.attr.DataLoaderAttribution(captum.attr.FeatureAblation(smooth_net()))
     (expected,) = explainer.attribute(DataLoader(TensorDataset(ROWS), batch_size=3), to_metric=mean_square)
@@ -26,7 +26,7 @@ def test_a_loader_of_tensors_is_one_of_tuples_of_one():
 
 
 @pytest.mark.parametrize("per_pass", [1, 4])
-def test_the_gradient_is_true(per_pass):
+def test_data_loader_attribution_gradient_equals_finite_differences(per_pass):
     net, loader = smooth_net(), DataLoader(ROWS, batch_size=3)
     explainer = DataLoaderAttribution(FeatureAblation(net))
     arguments = {"to_metric": mean_square, "baselines": 0.5, "feature_mask": torch.tensor([[0, 0, 1, 1, 2, 2]])}
@@ -35,7 +35,7 @@ def test_the_gradient_is_true(per_pass):
     )
 
 
-def test_captums_ablation_has_no_graph():
+def test_data_loader_attribution_of_captums_ablation_has_no_create_graph():
     loader = DataLoader(ROWS, batch_size=3)
     explainer = DataLoaderAttribution(captum.attr.FeatureAblation(smooth_net()))
     assert not explainer.attribute(loader).requires_grad
@@ -43,7 +43,7 @@ def test_captums_ablation_has_no_graph():
         explainer.attribute(loader, create_graph=True)
 
 
-def test_captums_own_class_stays_as_strict_as_it_is():
+def test_data_loader_attribution_refuses_feature_permutation():
     from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
 
     assert {captum.attr.FeatureAblation} == SUPPORTED_METHODS

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum")
 
 
 @pytest.mark.parametrize("make", [pool_net, relu_net])
-def test_an_input_that_equals_its_baseline_gives_no_nan(make):
+def test_deep_lift_of_an_input_equal_to_its_baseline_has_no_nan(make):
     model, baselines = make(), IMAGES.clone()
     baselines[1:] += 0.5
     attribution = DeepLift(model).attribute(IMAGES, baselines, target=1, create_graph=True)
@@ -36,7 +36,7 @@ def test_an_input_that_equals_its_baseline_gives_no_nan(make):
     torch.testing.assert_close(attribution, theirs)
 
 
-def test_all_inputs_equal_their_baselines():
+def test_deep_lift_gradient_is_correct_where_all_inputs_equal_baselines():
     """The multipliers are the gradient there, and its gradient is that of the gradient."""
     model = pool_net()
     model.pool = nn.AvgPool2d(2)
@@ -44,7 +44,7 @@ def test_all_inputs_equal_their_baselines():
     assert_trainable(lambda: explainer.attribute(IMAGES, IMAGES.clone(), target=1, create_graph=True), model)
 
 
-def test_no_example_depends_on_its_batch_mates():
+def test_deep_lift_of_an_example_does_not_depend_on_the_batch():
     """Captum takes the first example's gradient for all where a pool's input equals its baseline."""
     model, baselines = pool_net(), torch.zeros_like(IMAGES)
     x = IMAGES.clone()
@@ -60,7 +60,7 @@ def test_no_example_depends_on_its_batch_mates():
     assert not torch.allclose(together[1:], theirs[1:])
 
 
-def test_a_module_that_is_used_twice_is_an_error():
+def test_deep_lift_refuses_a_module_used_twice():
     act = nn.Tanh()
     model = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))
     with pytest.raises(RuntimeError, match=r"Tanh\(\) is used more than once.*of its own"):
@@ -69,7 +69,7 @@ def test_a_module_that_is_used_twice_is_an_error():
     assert not hasattr(act, "input")
 
 
-def test_deltas_are_returned_and_detached():
+def test_deep_lift_convergence_delta_is_detached():
     model = pool_net()
     attribution, delta = DeepLift(model).attribute(IMAGES, target=1, return_convergence_delta=True, create_graph=True)
     assert attribution.requires_grad
@@ -77,7 +77,7 @@ def test_deltas_are_returned_and_detached():
     torch.testing.assert_close(delta, torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_custom_attribution_functions_and_callable_baselines():
+def test_deep_lift_shap_accepts_custom_functions_and_callable_baselines():
     model = pool_net()
 
     def squared(multipliers, inputs, baselines):
@@ -114,7 +114,7 @@ def sums(attribution):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_modules_that_follow_each_other_add_up(pair):
+def test_deep_lift_adds_up_through_consecutive_modules(pair):
     net, baselines = pair_net(pair), torch.zeros(1, 2, 17, dtype=torch.float64)
     gap = (net(SERIES) - net(baselines))[:, 1].detach()
     for attribution in (
@@ -136,14 +136,14 @@ def test_modules_that_follow_each_other_add_up(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_gradient_through_modules_that_follow_each_other_is_true(pair):
+def test_deep_lift_gradient_through_consecutive_modules_is_correct(pair):
     net = pair_net(pair)
     assert_trainable(lambda: DeepLift(net).attribute(SERIES, target=1, create_graph=True), net, n_directions=2)
     layer = LayerDeepLift(net, net[0])
     assert_trainable(lambda: layer.attribute(SERIES, target=1, create_graph=True), net, n_directions=1)
 
 
-def test_several_rows_of_a_softmax_do_not_meet():
+def test_deep_lift_treats_the_rows_of_a_softmax_separately():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=1), nn.Linear(4, 2)).double()
     x = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [5.0], [20.0]])
@@ -155,7 +155,7 @@ def test_several_rows_of_a_softmax_do_not_meet():
     torch.testing.assert_close(together, alone)
 
 
-def test_a_gap_is_warned_of_with_the_names_of_what_has_no_rule():
+def test_deep_lift_warns_of_a_gap_and_names_modules_without_a_rule():
     torch.manual_seed(0)
     x = torch.randn(4, 3)
     net = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -182,7 +182,7 @@ def test_a_gap_is_warned_of_with_the_names_of_what_has_no_rule():
 
 @pytest.mark.parametrize("explainer", [DeepLiftShap, LayerDeepLiftShap])
 @pytest.mark.parametrize("rows", [12, 18, 24, 1000])
-def test_baselines_a_few_at_a_time(explainer, rows):
+def test_deep_lift_shap_internal_batch_size_does_not_change_the_result(explainer, rows):
     net, several = pair_net("ReLU, MaxPool"), torch.randn(7, 2, 17, dtype=torch.float64)
     explainer = explainer(net, net[0]) if explainer is LayerDeepLiftShap else explainer(net)
     arguments = {"target": 1, "baselines": several, "return_convergence_delta": True}
@@ -234,7 +234,7 @@ class WritesBack(nn.Module):
 
 @pytest.mark.parametrize("explainer", [DeepLift, GuidedBackprop, Deconvolution])
 @pytest.mark.parametrize("way", ["residual", "ignored", "part"])
-def test_a_module_that_works_in_place_writes_into_its_callers_tensor(way, explainer):
+def test_in_place_activations_are_explained_like_out_of_place_activations(way, explainer):
     x = torch.randn(4, 3, dtype=torch.float64)
     explained = [explainer(WritesBack(way, inplace)).attribute(x, target=1) for inplace in (True, False)]
     torch.testing.assert_close(*explained)
@@ -242,7 +242,7 @@ def test_a_module_that_works_in_place_writes_into_its_callers_tensor(way, explai
     assert_trainable(lambda: explainer(model).attribute(x, target=1, create_graph=True), model, n_directions=2)
 
 
-def test_an_operation_in_place_behind_a_pool():
+def test_deep_lift_adds_up_with_an_in_place_operation_behind_a_pool():
     torch.manual_seed(0)
     pool = nn.MaxPool1d(2)
 
@@ -262,14 +262,14 @@ def test_an_operation_in_place_behind_a_pool():
     torch.testing.assert_close(sums(DeepLift(net).attribute(SERIES, baselines, target=1)), gap, rtol=0, atol=1e-14)
 
 
-def test_training_mode_is_named_where_it_leaves_a_gap():
+def test_deep_lift_gap_warning_names_dropout_in_training_mode():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 2)).train()
     with pytest.warns(UserWarning, match="no rule that adds up for Dropout in training mode"):
         DeepLift(net).attribute(torch.randn(4, 3), target=1)
 
 
-def test_rounding_under_autocast_is_no_gap():
+def test_deep_lift_does_not_warn_of_rounding_under_autocast():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():

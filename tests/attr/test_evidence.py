@@ -38,7 +38,7 @@ def literal_average(x, y, w):
     return (torch.stack(logs).softmax(0)[:, None] * torch.stack(fits)).sum(0)
 
 
-def test_is_the_average_over_strengths_by_their_likelihood():
+def test_averaged_ridge_weighs_strengths_by_their_likelihood():
     torch.manual_seed(0)
     x, w = torch.randn(3, 20, 4).double(), torch.rand(3, 20).double() + 0.1
     for noise in (0.1, 1.0, 10.0):
@@ -52,7 +52,7 @@ def test_is_the_average_over_strengths_by_their_likelihood():
 
 @pytest.mark.parametrize("sampling", ["independent", "paired", "orthogonal"])
 @pytest.mark.parametrize("share_masks", [False, True])
-def test_its_gradient_includes_the_choice_of_strength(sampling, share_masks):
+def test_bayesian_ridge_gradient_includes_the_choice_of_strength(sampling, share_masks):
     generator = torch.Generator().manual_seed(0)
     masks = lime_masks(sampling, 1 if share_masks else 2, 12, 4, CPU, generator)
     weights = MaskSimilarity().weights(masks.double())
@@ -63,7 +63,7 @@ def test_its_gradient_includes_the_choice_of_strength(sampling, share_masks):
 
 
 @pytest.mark.parametrize("sampling", ["captum", "independent", "paired", "orthogonal"])
-def test_a_linear_function_has_its_coefficients(sampling):
+def test_bayesian_ridge_recovers_the_coefficients_of_a_linear_function(sampling):
     torch.manual_seed(0)
     masks = lime_masks(sampling, 2, 60, 6, CPU, None)
     coefficients = torch.randn(2, 6).double()
@@ -74,7 +74,7 @@ def test_a_linear_function_has_its_coefficients(sampling):
 
 
 @pytest.mark.parametrize("sampling", ["captum", "independent", "paired", "orthogonal", "leverage"])
-def test_many_samples_leave_nothing_to_shrink(sampling):
+def test_bayesian_surrogates_stop_shrinking_with_many_samples(sampling):
     """As M grows both regressions end where theirs without shrinkage does."""
     net = smooth_net(5)
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def test_many_samples_leave_nothing_to_shrink(sampling):
 @pytest.mark.parametrize("n_features", [1, 2, 3, 7])
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 4, 5, 30])
 @pytest.mark.parametrize("sampling", ["independent", "orthogonal"])
-def test_no_shape_and_no_constant_gives_nan(n_features, n_samples, sampling):
+def test_bayesian_surrogates_give_no_nan_for_any_shape_or_constant_output(n_features, n_samples, sampling):
     masks = lime_masks(sampling, 2, n_samples, n_features, CPU, torch.Generator().manual_seed(0))
     for outputs in (torch.zeros(2, n_samples), torch.full((2, n_samples), 3.0), torch.randn(2, n_samples)):
         outputs = outputs.double().requires_grad_()
@@ -134,7 +134,7 @@ def random_games(n_features, n_games, seed):
     return play, shapley
 
 
-def test_designs_and_shrinkage_have_less_noise_than_captums_sampling():
+def test_kernel_shap_designs_and_shrinkage_have_less_error_than_captum():
     """The purpose: mean squared error to the Shapley values, at the same number of evaluations."""
     play, shapley = random_games(16, 40, seed=0)
     errors = {}
@@ -160,7 +160,7 @@ def test_designs_and_shrinkage_have_less_noise_than_captums_sampling():
     assert errors["leverage", "BayesianShapleyRegression", 64] < four_times_as_many
 
 
-def test_lime_of_few_samples_is_closer_to_its_limit():
+def test_lime_designs_and_shrinkage_reduce_the_error_of_few_samples():
     play, _ = random_games(16, 40, seed=1)
 
     def attribute(sampling, surrogate, n_samples, seed):
@@ -180,7 +180,7 @@ def test_lime_of_few_samples_is_closer_to_its_limit():
 
 
 @pytest.mark.parametrize("explainer", ["lime", "kernel_shap"])
-def test_finite_differences_of_a_loss_in_the_weights(explainer):
+def test_bayesian_surrogates_gradient_equals_finite_differences(explainer):
     net = smooth_net(5)
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     sampling = "orthogonal" if explainer == "lime" else "leverage"
@@ -197,31 +197,31 @@ def test_finite_differences_of_a_loss_in_the_weights(explainer):
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_a_similarity_with_a_gradient_is_refused():
+def test_bayesian_ridge_refuses_a_similarity_with_a_gradient():
     x = torch.randn(1, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match="no gradient in the similarity's weights"):
         Lime(smooth_net(5).float(), BayesianRidge()).attribute(x, target=0, n_samples=20, create_graph=True)
 
 
-def test_kernel_shap_takes_regressions_that_give_shapley_values():
+def test_kernel_shap_refuses_surrogates_without_shapley_values():
     with pytest.raises(TypeError, match="use Lime"):
         KernelShap(smooth_net(), interpretable_model=Ridge())
 
 
-def test_leverage_is_no_design_for_lime():
+def test_lime_refuses_leverage_sampling():
     with pytest.raises(ValueError, match=r"one of \('captum', 'independent', 'paired', 'orthogonal'\)"):
         Lime(smooth_net(), Ridge()).attribute(torch.randn(1, 6).double(), target=0, sampling="leverage")
 
 
 @pytest.mark.parametrize("surrogate", [Ridge(), LinearRegression(), BayesianRidge()])
-def test_a_negative_similarity_is_refused(surrogate):
+def test_lime_refuses_a_negative_similarity(surrogate):
     signs = iter([1.0, -0.1] * 50)
     lime = Lime(smooth_net(), surrogate, lambda *_, **__: next(signs))
     with pytest.raises(ValueError, match="negative"):
         lime.attribute(torch.randn(1, 6).double(), target=0, n_samples=20)
 
 
-def test_kernel_shap_shrinks_weighted_half_differences_of_pairs():
+def test_bayesian_shapley_regression_shrinks_half_differences_of_pairs():
     """Written out: a pair's half difference, less what equal shares explain of it, with the pair's weight."""
     masks, weights = kernel_shap_masks("leverage", 1, 22, 6, CPU, torch.Generator().manual_seed(0))
     outputs = torch.randn(1, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -33,14 +33,14 @@ def seeded(call):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9, None])
-def test_noise_in_chunks_is_captums(size):
+def test_noise_tunnel_in_chunks_equals_captum(size):
     net = smooth_net()
     arguments = {"target": 1, "nt_samples": 5, "nt_samples_batch_size": size, "stdevs": 0.3}
     theirs = seeded(lambda: captum.attr.NoiseTunnel(captum.attr.Saliency(net)).attribute(X, **arguments))
     torch.testing.assert_close(seeded(lambda: NoiseTunnel(Saliency(net)).attribute(X, **arguments)), theirs)
 
 
-def test_drawn_baselines_and_deltas_are_captums():
+def test_noise_tunnel_drawn_baselines_and_deltas_equal_captum():
     net = smooth_net()
     arguments = {"target": 1, "nt_samples": 5, "nt_samples_batch_size": 2, "draw_baseline_from_distrib": True}
     arguments |= {"baselines": X + 1, "return_convergence_delta": True, "n_steps": 5}
@@ -53,7 +53,7 @@ def test_drawn_baselines_and_deltas_are_captums():
 
 
 @pytest.mark.parametrize("explain", [Lime, KernelShap, FeatureAblation, Saliency])
-def test_noise_over_any_attribution_has_its_gradient(explain):
+def test_noise_tunnel_gradient_equals_finite_differences_for_any_method(explain):
     net = smooth_net()
     explainer = explain(net, Ridge(0.1)) if explain is Lime else explain(net)
 
@@ -64,7 +64,7 @@ def test_noise_over_any_attribution_has_its_gradient(explain):
     assert_trainable(lambda: attribution(create_graph=True), net)
 
 
-def test_a_method_without_a_graph_is_named():
+def test_noise_tunnel_names_a_method_without_create_graph():
     net = smooth_net()
     with pytest.raises(TypeError, match=r"Saliency has no create_graph.*from captum_idexpo.attr import Saliency"):
         NoiseTunnel(captum.attr.Saliency(net)).attribute(X, target=1, create_graph=True)
@@ -73,7 +73,7 @@ def test_a_method_without_a_graph_is_named():
 
 @pytest.mark.parametrize("method", ["gausslegendre", "riemann_left", "riemann_right", "riemann_middle"])
 @pytest.mark.parametrize("size", [None, 4, 8, 11, 100])
-def test_steps_in_chunks_are_captums(size, method):
+def test_integrated_gradients_and_conductance_in_chunks_equal_captum(size, method):
     net = smooth_net()
     arguments = {"target": 1, "n_steps": 7, "method": method, "internal_batch_size": size}
     theirs = captum.attr.IntegratedGradients(net).attribute(X, **arguments)
@@ -83,14 +83,14 @@ def test_steps_in_chunks_are_captums(size, method):
     torch.testing.assert_close(LayerConductance(net, net[0]).attribute(X, **arguments), theirs)
 
 
-def test_a_chunk_too_small_for_the_batch_is_warned_of():
+def test_internal_batch_size_too_small_for_the_batch_is_warned_of():
     net = smooth_net()
     whole = IntegratedGradients(net).attribute(X, target=1)
     with pytest.warns(UserWarning, match="internal_batch_size=3 is less than 1 steps of 4 examples"):
         torch.testing.assert_close(IntegratedGradients(net).attribute(X, target=1, internal_batch_size=3), whole)
 
 
-def test_a_tuple_of_inputs_with_deltas():
+def test_integrated_gradients_of_a_tuple_with_deltas_equals_captum():
     def forward(a, b, scale):
         return torch.stack([(a * b).sum(1) * scale, a.square().sum(1)], dim=1)
 
@@ -101,7 +101,7 @@ def test_a_tuple_of_inputs_with_deltas():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_linear_model_is_attached_with_a_zero_gradient():
+def test_saliency_of_a_linear_model_has_a_zero_gradient_in_the_bias():
     """Only the bias is trainable, and moves the output but not its slope."""
     model = nn.Linear(6, 3).double()
     model.weight.requires_grad_(False)
@@ -109,7 +109,7 @@ def test_a_linear_model_is_attached_with_a_zero_gradient():
     assert torch.equal(torch.autograd.grad(attribution.sum(), model.bias)[0], torch.zeros(3, dtype=torch.float64))
 
 
-def test_an_explanation_can_be_attacked_through_its_inputs():
+def test_saliency_of_a_frozen_model_has_a_gradient_in_the_inputs():
     """A frozen model is no error where the inputs require gradient."""
     net, x = smooth_net().requires_grad_(False), X.clone().requires_grad_()
     attribution = Saliency(net).attribute(x, target=1, abs=False, create_graph=True)
@@ -118,12 +118,12 @@ def test_an_explanation_can_be_attacked_through_its_inputs():
     assert moved.square().sum() < attribution.square().sum()
 
 
-def test_baselines_have_to_be_a_distribution():
+def test_gradient_shap_refuses_a_number_as_baselines():
     with pytest.raises(AssertionError, match="baselines must be a distribution"):
         GradientShap(smooth_net()).attribute(X, baselines=0.0, target=1)
 
 
-def test_a_gradient_function_of_ones_own_brings_its_graph():
+def test_saliency_keeps_the_graph_of_a_custom_gradient_func():
     """Captum lets one set it; a graph that it keeps is as good as ours."""
     net = smooth_net()
     explainer = Saliency(net)
@@ -137,7 +137,7 @@ def test_a_gradient_function_of_ones_own_brings_its_graph():
 
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_rows_of_expected_gradients_at_a_time(rows, layer):
+def test_gradient_shap_internal_batch_size_does_not_change_the_result(rows, layer):
     """Noise and baselines are drawn at once, so that no number of rows changes them."""
     net = smooth_net()
     explainer = LayerGradientShap(net, net[1]) if layer else GradientShap(net)
@@ -157,6 +157,6 @@ def test_rows_of_expected_gradients_at_a_time(rows, layer):
     )
 
 
-def test_a_batch_size_below_one_is_an_error():
+def test_gradient_shap_refuses_an_internal_batch_size_below_one():
     with pytest.raises(ValueError, match="internal_batch_size must be at least 1, given: 0"):
         GradientShap(smooth_net()).attribute(X, X, target=1, internal_batch_size=0)

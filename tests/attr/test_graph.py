@@ -26,7 +26,7 @@ from captum_idexpo.attr.surrogates import Ridge
 from tests.helpers import smooth_net
 
 
-def test_a_leaf_is_found_behind_any_number_of_steps():
+def test_depends_on_leaf_finds_a_leaf_behind_any_number_of_steps():
     made, weight = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     only_made = (made * 2).exp()
     both = (only_made * weight).sum()
@@ -35,7 +35,7 @@ def test_a_leaf_is_found_behind_any_number_of_steps():
     assert depends_on_leaf(only_made, except_for=[])
 
 
-def test_leaves_themselves_and_constants():
+def test_depends_on_leaf_of_leaves_and_constants():
     weight = torch.ones(2, requires_grad=True)
     assert depends_on_leaf(weight, except_for=[])
     assert not depends_on_leaf(weight, except_for=[weight])
@@ -46,7 +46,7 @@ X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 @pytest.mark.parametrize("inner", ["attribution", "ablation", "gradient"])
-def test_what_a_forward_function_takes_for_constant_stays_constant(inner):
+def test_create_graph_keeps_constants_of_the_forward_function_constant(inner):
     """An explanation, or a gradient without graph, inside the model: its values are the same in both modes."""
     net = smooth_net()
 
@@ -66,14 +66,14 @@ def test_what_a_forward_function_takes_for_constant_stays_constant(inner):
     torch.testing.assert_close(Saliency(forward).attribute(X, target=1, create_graph=True).detach(), constant)
 
 
-def test_named_tuples_are_tuples():
+def test_named_tuples_of_inputs_are_explained_like_tuples():
     pair = collections.namedtuple("pair", "a b")(X[:, :2], X[:, 2:])
     net = smooth_net()
     attribution = Saliency(lambda a, b: net(torch.cat([a, b], dim=1))).attribute(pair, target=1)
     torch.testing.assert_close(torch.cat(attribution, dim=1), Saliency(net).attribute(X, target=1))
 
 
-def test_chunks_of_a_path_are_let_go_of_without_a_graph():
+def test_layer_conductance_frees_each_chunk_when_no_graph_is_kept():
     net, graphs = smooth_net(), []
 
     class Tracked(torch.autograd.Function):
@@ -97,7 +97,7 @@ def test_chunks_of_a_path_are_let_go_of_without_a_graph():
 @pytest.mark.filterwarnings("ignore:Input Tensor")
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_tensor_given_twice_has_captums_gradient(create_graph, requires_grad):
+def test_saliency_of_a_tensor_given_twice_equals_captum(create_graph, requires_grad):
     net = smooth_net()
     x = X.clone().requires_grad_(requires_grad)
     pair = (x, x)

@@ -21,7 +21,7 @@ def net():
 
 
 @pytest.mark.parametrize("name", ["Deconvolution", "GuidedBackprop", "NeuronDeconvolution", "NeuronGuidedBackprop"])
-def test_convolutions_that_follow_each_other(name):
+def test_guided_backprop_and_deconvolution_of_consecutive_convolutions(name):
     model = net()
     layer, arguments = ([model[-1]], {"neuron_selector": 1}) if "Neuron" in name else ([], {"target": 1})
     theirs = getattr(captum.attr, name)(model, *layer).attribute(IMAGES.clone(), **arguments)

@@ -33,13 +33,13 @@ def both(forward, inputs, **arguments):
 
 @pytest.mark.parametrize("feature_mask", FEATURE_MASKS.values(), ids=FEATURE_MASKS)
 @pytest.mark.parametrize("baselines", BASELINES.values(), ids=BASELINES)
-def test_equals_captum_for_feature_masks_and_baselines(feature_mask, baselines):
+def test_kernel_shap_equals_captum_for_feature_masks_and_baselines(feature_mask, baselines):
     net = smooth_net().float()
     assert_same(*both(net, X, target=1, feature_mask=feature_mask, baselines=baselines, n_samples=60), 5e-5)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_equals_captum_for_targets(target):
+def test_kernel_shap_equals_captum_for_targets(target):
     if isinstance(target, torch.Tensor) and not target.dim():
         pytest.skip("Captum rejects a 0-d target for more than one example")
     assert_same(*both(smooth_net().float(), X, target=target, n_samples=40), 5e-5)
@@ -48,14 +48,14 @@ def test_equals_captum_for_targets(target):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 5, 8, 25])
 @pytest.mark.parametrize("perturbations_per_eval", [1, 7])
-def test_equals_captum_for_sample_counts(batch, n_samples, perturbations_per_eval):
+def test_kernel_shap_equals_captum_for_sample_counts(batch, n_samples, perturbations_per_eval):
     theirs, ours = both(
         smooth_net().float(), X[:batch], target=0, n_samples=n_samples, perturbations_per_eval=perturbations_per_eval
     )
     assert_same(theirs, ours, 2e-4)
 
 
-def test_equals_captum_at_many_features():
+def test_kernel_shap_equals_captum_at_many_features():
     """At D = 64 and M = 200 Captum's float32 solve is the less exact side: ours is the float64 solution."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
@@ -71,7 +71,7 @@ def test_equals_captum_at_many_features():
     torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
 
 
-def test_equals_captum_for_tuples():
+def test_kernel_shap_equals_captum_for_tuples():
     net, inputs = TwoInputs(), (X, B)
     masks = (torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.tensor([[[1, 2], [2, 3]]]))
     for arguments in ({}, {"feature_mask": masks}, {"return_input_shape": False}):
@@ -80,7 +80,7 @@ def test_equals_captum_for_tuples():
 
 @pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_equals_captum_for_one_value_a_batch(scalar, batch):
+def test_kernel_shap_equals_captum_for_one_value_per_batch(scalar, batch):
     net = smooth_net().float()
     theirs, ours = both(lambda x: scalar(net(x).sum()), X[:batch], n_samples=40)
     assert ours.shape == (1, 6)
@@ -100,7 +100,7 @@ def exact_shapley(value, n_features):
 
 
 @pytest.mark.parametrize("sampling", ["captum", "independent"])
-def test_converges_to_the_shapley_values(sampling):
+def test_kernel_shap_converges_to_the_shapley_values(sampling):
     net, x = smooth_net(), X[:1].double()
 
     def value(coalition):
@@ -113,14 +113,14 @@ def test_converges_to_the_shapley_values(sampling):
 
 
 @pytest.mark.parametrize("n_samples", [2, 4, 30])
-def test_is_exactly_efficient(n_samples):
+def test_kernel_shap_sums_to_the_difference(n_samples):
     net, x = smooth_net(), X.double()
     attribution = KernelShap(net).attribute(x, baselines=0.3, target=1, n_samples=n_samples)
     gap = (net(x) - net(torch.full_like(x, 0.3)))[:, 1].detach()
     torch.testing.assert_close(attribution.sum(1), gap, atol=1e-12, rtol=0)
 
 
-def test_float32_keeps_its_digits():
+def test_kernel_shap_in_float32_is_close_to_float64():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
     x = torch.randn(3, 64)
@@ -135,7 +135,7 @@ def test_float32_keeps_its_digits():
     "arguments", [{}, {"sampling": "independent"}, {"sampling": "independent", "share_masks": True}]
 )
 @pytest.mark.parametrize("n_samples", [1, 2, 5, 40])
-def test_the_gradient_is_true(arguments, n_samples):
+def test_kernel_shap_gradient_equals_finite_differences(arguments, n_samples):
     net, x = smooth_net(), X.double()
     weights = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
@@ -149,7 +149,7 @@ def test_the_gradient_is_true(arguments, n_samples):
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_shared_masks_are_those_of_one_example():
+def test_kernel_shap_with_share_masks_equals_single_examples():
     def draw(x):
         generator = torch.Generator().manual_seed(0)
         return KernelShap(smooth_net()).attribute(
@@ -159,19 +159,19 @@ def test_shared_masks_are_those_of_one_example():
     torch.testing.assert_close(draw(X), torch.cat([draw(x[None]) for x in X]))
 
 
-def test_is_captums_class_and_our_lime():
+def test_kernel_shap_is_a_subclass_of_captums_and_of_lime():
     explainer = KernelShap(smooth_net())
     assert isinstance(explainer, captum.attr.KernelShap)
     assert isinstance(explainer, Lime)
 
 
-def test_progress_is_shown(capsys):
+def test_kernel_shap_shows_progress(capsys):
     KernelShap(smooth_net().float()).attribute(X, target=0, n_samples=9, perturbations_per_eval=2, show_progress=True)
     assert "Kernel Shap attribution: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampling", KERNEL_SHAP_SAMPLINGS)
-def test_one_feature_gets_the_whole_difference(sampling):
+def test_kernel_shap_gives_a_single_feature_the_whole_difference(sampling):
     net, x = smooth_net(1), X[:, :1].double()
     expected = (net(x) - net(torch.full_like(x, 0.3)))[:, 1:2].detach()
     torch.testing.assert_close(KernelShap(net).attribute(x, 0.3, target=1, sampling=sampling), expected)
@@ -180,7 +180,7 @@ def test_one_feature_gets_the_whole_difference(sampling):
 @pytest.mark.parametrize("sampling", KERNEL_SHAP_SAMPLINGS[1:])
 @pytest.mark.parametrize("share_masks", [False, True])
 @pytest.mark.parametrize("bayesian", [False, True])
-def test_few_features_are_exact_with_as_many_samples_as_coalitions(sampling, share_masks, bayesian):
+def test_kernel_shap_is_exact_when_samples_cover_all_coalitions(sampling, share_masks, bayesian):
     net, x, rows = smooth_net(), X[:3].double(), []
 
     def forward(x):
@@ -197,7 +197,7 @@ def test_few_features_are_exact_with_as_many_samples_as_coalitions(sampling, sha
     torch.testing.assert_close(values, explainer.attribute(x, 0.3, n_samples=1000, **arguments))
 
 
-def test_examples_with_different_features():
+def test_kernel_shap_accepts_a_different_feature_mask_for_each_example():
     """Each has its own number of features; those that it does not have get 0, alone and in any batch."""
     net, x = smooth_net(), X.double()
     mask = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 0, 5, 5, 5], [-3, 2, 2, 2, 2, -3], [4, 4, 4, 4, 4, 4]])
@@ -218,6 +218,6 @@ def test_examples_with_different_features():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_disabled_mode_is_an_error(mode):
+def test_kernel_shap_with_create_graph_but_grad_disabled_is_an_error(mode):
     with mode(), pytest.raises(RuntimeError, match=r"KernelShap.*enable_grad"):
         KernelShap(smooth_net()).attribute(X.double(), target=1, create_graph=True)

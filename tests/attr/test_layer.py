@@ -22,7 +22,9 @@ def maps_of(attribution):
 @pytest.mark.parametrize("relu_attributions", [False, True])
 @pytest.mark.parametrize("attr_dim_summation", [False, True])
 @pytest.mark.parametrize("target", [1, [0, 1, 2, 0], torch.tensor([0, 1, 2, 0]), (2,)])
-def test_equals_captum(create_graph, target, attribute_to_layer_input, relu_attributions, attr_dim_summation):
+def test_layer_grad_cam_equals_captum(
+    create_graph, target, attribute_to_layer_input, relu_attributions, attr_dim_summation
+):
     net = smooth_conv_net()
     arguments = {
         "attribute_to_layer_input": attribute_to_layer_input,
@@ -55,7 +57,7 @@ class WithTuple(nn.Module):
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_equals_captum_for_tuples(create_graph):
+def test_layer_grad_cam_equals_captum_for_tuples(create_graph):
     net = WithTuple().double()
     arguments = {"target": 1, "additional_forward_args": 2.0}
     theirs = captum.attr.LayerGradCam(net, net.split).attribute((X, X + 1), **arguments)
@@ -64,7 +66,7 @@ def test_equals_captum_for_tuples(create_graph):
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
-def test_equals_captum_for_a_vector_layer():
+def test_layer_grad_cam_equals_captum_for_a_vector_layer():
     net, x = smooth_net(), torch.randn(4, 6, dtype=torch.float64)
     theirs = captum.attr.LayerGradCam(net, net[0]).attribute(x, target=1)
     torch.testing.assert_close(LayerGradCam(net, net[0]).attribute(x, target=1), theirs, atol=1e-12, rtol=0)
@@ -73,7 +75,7 @@ def test_equals_captum_for_a_vector_layer():
 @pytest.mark.parametrize(
     "arguments", [{}, {"relu_attributions": True}, {"attribute_to_layer_input": True}, {"attr_dim_summation": False}]
 )
-def test_the_gradient_is_true(arguments):
+def test_layer_grad_cam_gradient_equals_finite_differences(arguments):
     net = smooth_conv_net()
     weights = torch.randn(4, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
@@ -98,7 +100,7 @@ class Attention(nn.Module):
         return self.head(self.encoder(self.embed(x)).mean(1)).tanh()
 
 
-def test_the_gradient_is_true_through_attention():
+def test_layer_grad_cam_gradient_through_attention_is_correct():
     net, x = Attention().double(), torch.randn(2, 5, 4, dtype=torch.float64)
 
     def loss():
@@ -107,7 +109,7 @@ def test_the_gradient_is_true_through_attention():
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_captums_own_gradient_is_not():
+def test_layer_grad_cam_of_captum_has_a_wrong_gradient():
     """The trap: Captum's map requires grad, but its channel weights are constants. The check above must see that."""
     net = smooth_conv_net()
 
@@ -118,13 +120,13 @@ def test_captums_own_gradient_is_not():
     assert gradient_error(loss, net) > 0.1
 
 
-def test_captums_spelling_asks_for_the_graph_too():
+def test_layer_grad_cam_accepts_create_graph_in_grad_kwargs():
     net = smooth_conv_net()
     ours = LayerGradCam(net, net[4]).attribute(X, target=1, grad_kwargs={"create_graph": True})
     assert ours.requires_grad
 
 
-def test_is_captums_class():
+def test_layer_grad_cam_is_a_subclass_of_captums_class():
     net = smooth_conv_net()
     assert isinstance(LayerGradCam(net, net[4]), captum.attr.LayerGradCam)
     assert hasattr(LayerGradCam.attribute, "__wrapped__")
@@ -135,7 +137,7 @@ def hooks_of(net):
 
 
 @pytest.mark.parametrize("attribute_to_layer_input", [False, True])
-def test_leaves_no_trace(attribute_to_layer_input):
+def test_layer_grad_cam_leaves_no_hooks_and_no_grad(attribute_to_layer_input):
     net = smooth_conv_net()
     explainer = LayerGradCam(net, net[4])
     explainer.attribute(X, target=1, create_graph=True, attribute_to_layer_input=attribute_to_layer_input)
@@ -147,7 +149,7 @@ def test_leaves_no_trace(attribute_to_layer_input):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_a_disabled_mode_is_an_error():
+def test_layer_grad_cam_with_create_graph_but_grad_disabled_is_an_error():
     net = smooth_conv_net()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"no_grad.*enable_grad"):
         LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=True)
@@ -156,21 +158,21 @@ def test_a_disabled_mode_is_an_error():
             LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=create_graph)
 
 
-def test_without_a_graph_it_works_under_no_grad():
+def test_layer_grad_cam_without_create_graph_works_under_no_grad():
     net = smooth_conv_net()
     with torch.no_grad():
         silent = LayerGradCam(net, net[4]).attribute(X, target=1)
     torch.testing.assert_close(silent, LayerGradCam(net, net[4]).attribute(X, target=1))
 
 
-def test_a_frozen_model_is_an_error():
+def test_layer_grad_cam_with_create_graph_of_a_frozen_model_is_an_error():
     net = smooth_conv_net().requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"depends on nothing that requires gradient.*requires_grad_"):
         LayerGradCam(net, net[4]).attribute(X, target=1, create_graph=True)
 
 
 @pytest.mark.parametrize("trainable", [0, 8])
-def test_a_partly_frozen_model_trains_the_rest(trainable):
+def test_layer_grad_cam_of_a_partly_frozen_model_trains_the_rest(trainable):
     """Before the layer the activations depend on the weights, behind it the channel weights do."""
     net = smooth_conv_net().requires_grad_(False)
     net[trainable].requires_grad_(True)
@@ -178,20 +180,20 @@ def test_a_partly_frozen_model_trains_the_rest(trainable):
     assert net[trainable].weight.grad.abs().max() > 0
 
 
-def test_inputs_that_require_gradient_are_enough():
+def test_layer_grad_cam_of_a_frozen_model_has_a_gradient_in_the_inputs():
     net, x = smooth_conv_net().requires_grad_(False), X.clone().requires_grad_()
     attribution = LayerGradCam(net, net[4]).attribute(x, target=1, create_graph=True)
     assert torch.autograd.grad(attribution.square().sum(), x)[0].abs().max() > 0
 
 
-def test_a_missing_target_is_an_error():
+def test_layer_grad_cam_without_a_target_is_an_error():
     net = smooth_conv_net()
     with pytest.raises(AssertionError, match="target is missing"):
         LayerGradCam(net, net[4]).attribute(X)
 
 
 @pytest.mark.parametrize("explainer", [LayerFeatureAblation, LayerFeaturePermutation])
-def test_without_a_target_every_output_is_explained(explainer):
+def test_layer_ablation_without_a_target_explains_every_output(explainer):
     net = smooth_conv_net()
     rows = [explainer(lambda x, i=i: net(x)[:, i], net[4]) for i in range(3)]
     torch.manual_seed(0)

@@ -67,14 +67,14 @@ TARGETS = {
 
 @pytest.mark.parametrize("feature_mask", FEATURE_MASKS.values(), ids=FEATURE_MASKS)
 @pytest.mark.parametrize("baselines", BASELINES.values(), ids=BASELINES)
-def test_equals_captum_for_feature_masks_and_baselines(feature_mask, baselines):
+def test_lime_equals_captum_for_feature_masks_and_baselines(feature_mask, baselines):
     net = smooth_net().float()
     assert_same(*both(net, X, target=1, feature_mask=feature_mask, baselines=baselines, n_samples=40))
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_equals_captum_for_targets(target, batch):
+def test_lime_equals_captum_for_targets(target, batch):
     if batch == 1 and isinstance(target, (list, torch.Tensor)):
         target = target[:1] if not isinstance(target, torch.Tensor) or target.dim() else target
     if batch == 4 and isinstance(target, torch.Tensor) and not target.dim():
@@ -85,7 +85,7 @@ def test_equals_captum_for_targets(target, batch):
 @pytest.mark.filterwarnings("ignore:Objective did not converge")  # older versions of scikit-learn, of a gap of 0
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 25])
 @pytest.mark.parametrize("perturbations_per_eval", [1, 2, 7, 100])
-def test_equals_captum_for_sample_counts(n_samples, perturbations_per_eval):
+def test_lime_equals_captum_for_sample_counts(n_samples, perturbations_per_eval):
     arguments = {"target": 0, "n_samples": n_samples, "perturbations_per_eval": perturbations_per_eval}
     assert_same(*both(smooth_net().float(), X, **arguments))
     assert_same(*both(smooth_net().float(), X[:1], **arguments))
@@ -93,7 +93,7 @@ def test_equals_captum_for_sample_counts(n_samples, perturbations_per_eval):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_coefficients_without_input_shape(batch, masked):
+def test_lime_coefficients_without_input_shape_equal_captum(batch, masked):
     arguments = {"feature_mask": FEATURE_MASKS["shared"]} if masked else {}
     theirs, ours = both(smooth_net().float(), X[:batch], target=1, return_input_shape=False, **arguments)
     assert ours.shape == (batch, 3 if masked else 6)
@@ -115,7 +115,7 @@ SURROGATES = {
 @pytest.mark.parametrize("surrogate", SURROGATES.values(), ids=SURROGATES)
 @pytest.mark.parametrize("n_samples", [5, 40])
 @pytest.mark.filterwarnings("ignore:Objective did not converge")  # float32 does not reach a tolerance of 1e-10
-def test_equals_captum_for_surrogates(surrogate, n_samples):
+def test_lime_equals_captum_for_surrogates(surrogate, n_samples):
     theirs, ours = both(
         smooth_net().float(), X, lambda cls, f: cls(f, interpretable_model=surrogate()), target=1, n_samples=n_samples
     )
@@ -124,13 +124,13 @@ def test_equals_captum_for_surrogates(surrogate, n_samples):
 
 @pytest.mark.parametrize("mode", ["cosine", "euclidean"])
 @pytest.mark.parametrize("width", [0.3, 1.0, 10.0])
-def test_equals_captum_for_its_kernels(mode, width):
+def test_lime_equals_captum_for_captums_kernels(mode, width):
     kernel = get_exp_kernel_similarity_function(mode, width)
     arguments = {"baselines": 0.4, "feature_mask": FEATURE_MASKS["per example"], "target": 1}
     assert_same(*both(smooth_net().float(), X, lambda cls, f: cls(f, similarity_func=kernel), **arguments))
 
 
-def test_equals_captum_for_custom_functions():
+def test_lime_equals_captum_for_custom_functions():
     def similarity(original, perturbed, mask, **kwargs):
         assert set(kwargs) == {"baselines", "feature_mask", "num_interp_features"}
         return float((original - perturbed).abs().mean() + 0.1 * mask.sum())
@@ -146,7 +146,7 @@ def test_equals_captum_for_custom_functions():
         assert_same(*both(smooth_net().float(), X, lambda cls, f, c=custom: cls(f, **c), target=1))
 
 
-def test_a_generator_may_end_early():
+def test_lime_perturb_func_generator_may_end_early():
     def ends_early(original, num_interp_features, **_):  # after a number of samples that depends on the example
         for _ in range(12 if float(original.sum()) > 0 else 9):
             yield (torch.rand(1, num_interp_features) < 0.5).long()
@@ -157,7 +157,7 @@ def test_a_generator_may_end_early():
     assert_same(theirs, ours)
 
 
-def test_mask_similarity_works_in_captum_too():
+def test_mask_similarity_works_in_captums_lime():
     kernel = MaskSimilarity(0.4)
     assert_same(*both(smooth_net().float(), X, lambda cls, f: cls(f, similarity_func=kernel), target=1))
 
@@ -173,7 +173,7 @@ SCALARS = {
 @pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("feature_mask", ["none", "shared", "per example"])
-def test_equals_captum_for_one_value_a_batch(scalar, batch, feature_mask):
+def test_lime_equals_captum_for_one_value_per_batch(scalar, batch, feature_mask):
     net = smooth_net().float()
     mask = FEATURE_MASKS[feature_mask]
     mask = mask[:batch] if mask is not None and len(mask) > 1 else mask
@@ -182,7 +182,7 @@ def test_equals_captum_for_one_value_a_batch(scalar, batch, feature_mask):
     assert_same(theirs, ours)
 
 
-def test_one_value_a_batch_needs_single_perturbations():
+def test_lime_of_one_value_per_batch_needs_perturbations_per_eval_of_one():
     net = smooth_net().float()
     for batch in (1, 4):
         with pytest.raises(AssertionError):
@@ -204,7 +204,7 @@ B = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_equals_captum_for_tuples(batch):
+def test_lime_equals_captum_for_tuples(batch):
     net, inputs = TwoInputs(), (X[:batch], B[:batch])
     masks = (torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.tensor([[[1, 2], [2, 3]]]))  # shared across the tensors
     shift = torch.randn(batch, 3)
@@ -218,14 +218,14 @@ def test_equals_captum_for_tuples(batch):
         assert_same(*both(net, inputs, target=1, perturbations_per_eval=3, **arguments))
 
 
-def test_a_tuple_of_one_returns_a_tuple():
+def test_lime_of_a_tuple_of_one_returns_a_tuple():
     theirs, ours = both(smooth_net().float(), (X,), target=0)
     assert isinstance(ours, tuple)
     assert_same(theirs, ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.float64])
-def test_equals_captum_for_input_types(dtype):
+def test_lime_equals_captum_for_input_types(dtype):
     x = (X * 3).to(dtype)
     net = smooth_net().float()
     theirs, ours = both(lambda a: net(a.float()), x, target=1)
@@ -233,7 +233,7 @@ def test_equals_captum_for_input_types(dtype):
     assert_same(theirs, ours, 1e-3 if dtype == torch.float16 else 1e-5)
 
 
-def test_an_empty_second_tensor_is_accepted():
+def test_lime_accepts_an_empty_second_tensor():
     net = smooth_net().float()
     theirs, ours = both(lambda a, b: net(a), (X, torch.zeros(4, 0)), target=1)
     assert_same(theirs, ours)
@@ -241,7 +241,7 @@ def test_an_empty_second_tensor_is_accepted():
 
 @pytest.mark.parametrize("shape", [(0,), (1, 0)])
 @pytest.mark.parametrize("perturbations_per_eval", [1, 3])
-def test_an_empty_tensor_may_have_any_leading_size(shape, perturbations_per_eval):
+def test_lime_accepts_an_empty_tensor_of_any_leading_size(shape, perturbations_per_eval):
     net = smooth_net().float()
     masks = (FEATURE_MASKS["shared"], torch.zeros(shape, dtype=torch.long))
     for x in (X[:1],) if shape == (1, 0) else (X[:1], X):
@@ -256,7 +256,7 @@ def test_an_empty_tensor_may_have_any_leading_size(shape, perturbations_per_eval
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_example_may_have_a_ragged_tensor(masked):
+def test_lime_of_one_example_accepts_a_ragged_tensor(masked):
     """Token ids of one example, as in recommendation models: (4,) beside (1, 6)."""
     net, embedding = smooth_net().float(), torch.randn(9, 3)
     forward = lambda a, ids: net(a) + embedding[ids].view(len(a), -1, 3).sum(1)  # noqa: E731
@@ -277,13 +277,13 @@ def test_one_example_may_have_a_ragged_tensor(masked):
         Lime(forward).attribute((X, inputs[1][:3]), target=1)
 
 
-def test_a_forward_function_of_one_row_needs_no_setting():
+def test_lime_of_a_one_row_forward_function_equals_captum():
     net = smooth_net().float()
     theirs, ours = both(lambda x: net(x.reshape(1, 6)), X[:1], target=1)
     assert_same(theirs, ours)
 
 
-def test_float64_stays_float64():
+def test_lime_float64_in_float64_out():
     net = smooth_net()
     exact = Lime(net, Ridge(0.1)).attribute(X.double(), target=1)
     assert exact.dtype == torch.float64
@@ -293,7 +293,7 @@ def test_float64_stays_float64():
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_both_modes_have_the_same_numbers(create_graph):
+def test_lime_equals_captum_with_and_without_create_graph(create_graph):
     torch.manual_seed(0)
     ours = Lime(smooth_net().float()).attribute(X, target=1, create_graph=create_graph)
     torch.manual_seed(0)
@@ -302,12 +302,12 @@ def test_both_modes_have_the_same_numbers(create_graph):
     torch.testing.assert_close(ours.detach(), theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_is_captums_class():
+def test_lime_is_a_subclass_of_captums_class():
     assert isinstance(Lime(smooth_net()), captum.attr.Lime)
     assert hasattr(Lime.attribute, "__wrapped__")  # NoiseTunnel looks for it
 
 
-def test_progress_is_shown(capsys):
+def test_lime_shows_progress(capsys):
     Lime(smooth_net().float()).attribute(X, target=0, n_samples=9, perturbations_per_eval=2, show_progress=True)
     assert "Lime attribution: 100%" in capsys.readouterr().err
 
@@ -325,19 +325,19 @@ class Counting(nn.Module):
         return self.model(x)
 
 
-def test_rows_per_forward_are_perturbations_times_examples():
+def test_lime_rows_per_forward_are_perturbations_times_examples():
     net = Counting(smooth_net().float())
     Lime(net, Ridge()).attribute(X, target=0, n_samples=10, perturbations_per_eval=4)
     assert net.rows == [4, 4, 16, 16, 8]  # a look at the outputs, then 10 copies of 4 examples
 
 
-def test_the_default_chunk_takes_a_small_batch_at_once():
+def test_lime_default_chunk_takes_a_small_batch_at_once():
     net = Counting(smooth_net().float())
     Lime(net, Ridge()).attribute(X, target=0, n_samples=100)
     assert net.rows == [4, 4, 400]
 
 
-def test_the_default_chunk_is_bounded():
+def test_lime_default_chunk_is_bounded():
     net = Counting(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 32 * 32, 2)))
     mask = torch.arange(32 * 32).view(1, 1, 32, 32) // 256
     Lime(net, Ridge()).attribute(torch.randn(2, 3, 32, 32), target=0, n_samples=200, feature_mask=mask)
@@ -348,7 +348,7 @@ def test_the_default_chunk_is_bounded():
 # --- sampling for training -----------------------------------------------------------------------------------------
 
 
-def test_independent_masks_come_from_the_generator():
+def test_lime_independent_masks_come_from_the_generator():
     lime = Lime(smooth_net(), Ridge(0.1))
 
     def draw(seed, **arguments):
@@ -361,7 +361,7 @@ def test_independent_masks_come_from_the_generator():
     assert torch.equal(stream, torch.get_rng_state())
 
 
-def test_independent_sampling_estimates_the_same():
+def test_lime_independent_sampling_converges_to_captums_result():
     lime = Lime(smooth_net(), Ridge(0.1))
     torch.manual_seed(0)
     theirs = lime.attribute(X.double(), target=1, n_samples=20_000)
@@ -370,7 +370,7 @@ def test_independent_sampling_estimates_the_same():
 
 
 @pytest.mark.parametrize("sampling", ["captum", "independent"])
-def test_shared_masks_are_those_of_one_example(sampling):
+def test_lime_with_share_masks_equals_single_examples(sampling):
     lime = Lime(smooth_net(), Ridge(0.1), MaskSimilarity())
 
     def draw(x):
@@ -395,7 +395,7 @@ TRAINABLE = {
 
 @pytest.mark.parametrize("surrogate", TRAINABLE.values(), ids=TRAINABLE)
 @pytest.mark.parametrize("n_samples", [4, 12, 30])
-def test_the_gradient_is_true(surrogate, n_samples):
+def test_lime_gradient_equals_finite_differences(surrogate, n_samples):
     if n_samples == 4 and isinstance(surrogate, (Lasso, SkLearnLasso)):
         pytest.skip("with fewer samples than features the Lasso has no unique minimum")
     net, x = smooth_net(), X.double()
@@ -416,7 +416,7 @@ def test_the_gradient_is_true(surrogate, n_samples):
 @pytest.mark.parametrize(
     "perturb", [None, lambda _, num_interp_features, **__: torch.ones(1, num_interp_features).bernoulli(0.5)]
 )
-def test_the_gradient_in_the_inputs_is_true(surrogate, kernel, perturb):
+def test_lime_gradient_in_the_inputs_equals_finite_differences(surrogate, kernel, perturb):
     """Through the masked copies and through the kernel, which looks at the inputs; the model may be frozen."""
     net, x = smooth_net().requires_grad_(False), X[:2].double().requires_grad_()
     weights = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -430,7 +430,7 @@ def test_the_gradient_in_the_inputs_is_true(surrogate, kernel, perturb):
     assert torch.autograd.gradcheck(loss, (x,), rtol=1e-5, atol=1e-7)
 
 
-def test_an_empty_active_set_is_attached_with_a_zero_gradient():
+def test_lime_lasso_with_an_empty_active_set_has_a_zero_gradient():
     net = smooth_net()
     attribution = Lime(net, Lasso(alpha=100.0)).attribute(X.double(), target=1, create_graph=True)
     assert attribution.requires_grad
@@ -439,7 +439,7 @@ def test_an_empty_active_set_is_attached_with_a_zero_gradient():
     assert not net[0].weight.grad.any()
 
 
-def test_attributing_touches_no_grad():
+def test_lime_does_not_set_the_grad_of_parameters():
     net = smooth_net()
     Lime(net, Ridge()).attribute(X.double(), target=1, create_graph=True)
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -449,12 +449,12 @@ def test_attributing_touches_no_grad():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_disabled_mode_is_an_error(mode):
+def test_lime_with_create_graph_but_grad_disabled_is_an_error(mode):
     with mode(), pytest.raises(RuntimeError, match=f"{mode.__name__}.*enable_grad"):
         Lime(smooth_net(), Ridge()).attribute(X.double(), target=1, create_graph=True)
 
 
-def test_a_surrogate_without_gradient_is_an_error():
+def test_lime_with_a_surrogate_without_gradient_is_an_error():
     lime = Lime(smooth_net(), SkLearnLasso(alpha=0.01, positive=True))
     with pytest.raises(RuntimeError, match=r"no gradient.*captum_idexpo.attr.surrogates"):
         lime.attribute(X.double(), target=1, create_graph=True)
@@ -469,7 +469,7 @@ NO_GRAPH = {
 
 
 @pytest.mark.parametrize("forward", NO_GRAPH.values(), ids=NO_GRAPH)
-def test_an_output_that_depends_on_nothing_is_an_error(forward):
+def test_lime_of_an_output_without_gradient_is_an_error(forward):
     with pytest.raises(RuntimeError, match=r"depends on nothing that requires gradient.*requires_grad_"):
         Lime(forward, Ridge()).attribute(X.double(), create_graph=True)
 
@@ -477,7 +477,7 @@ def test_an_output_that_depends_on_nothing_is_an_error(forward):
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments_are_named():
+def test_lime_names_bad_arguments():
     attribute = Lime(smooth_net().float(), Ridge()).attribute
     cases = [
         (TypeError, "must hold whole numbers", {"feature_mask": torch.full((1, 6), 0.5)}),
@@ -506,7 +506,7 @@ def test_bad_arguments_are_named():
         attribute({"x": X}, target=1)
 
 
-def test_custom_functions_go_with_captums_stream_only():
+def test_lime_custom_functions_need_captum_sampling():
     with pytest.raises(ValueError, match="sample by sample"):
         Lime(smooth_net(), Ridge(), lambda *_, **__: 1.0).attribute(X.double(), target=1, sampling="independent")
 
@@ -514,7 +514,7 @@ def test_custom_functions_go_with_captums_stream_only():
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("target", [torch.zeros(20, dtype=torch.int64), [0] * 20, [(0,)] * 20])
 @pytest.mark.parametrize("perturbations_per_eval", [None, 20, 5])
-def test_a_target_for_another_batch_is_an_error(batch, target, perturbations_per_eval):
+def test_lime_target_for_another_batch_size_is_an_error(batch, target, perturbations_per_eval):
     """Also where it is as long as a forward pass has rows."""
     rows = {} if perturbations_per_eval is None else {"perturbations_per_eval": perturbations_per_eval}
     for lime in (Lime(smooth_net().float(), Ridge()), captum.attr.Lime(smooth_net().float())):
@@ -522,7 +522,7 @@ def test_a_target_for_another_batch_is_an_error(batch, target, perturbations_per
             lime.attribute(X[:batch], target=target, n_samples=20, **rows)
 
 
-def test_outputs_that_are_not_finite_are_an_error():
+def test_lime_outputs_that_are_not_finite_are_an_error():
     net = smooth_net().float()
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         Lime(lambda x: net(x) / 0, Ridge()).attribute(X, target=1)
@@ -533,14 +533,14 @@ def test_outputs_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize(
     ("weight", "message"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (-1.0, "negative")]
 )
-def test_a_similarity_that_is_no_weight_is_an_error(weight, message):
+def test_lime_similarity_that_is_negative_or_not_finite_is_an_error(weight, message):
     weights = iter([1.0, weight, *[1.0] * 38])
     lime = Lime(smooth_net().float(), Ridge(), lambda *_, **__: next(weights))
     with pytest.raises(ValueError, match=message):
         lime.attribute(X, target=0, n_samples=10)
 
 
-def test_large_weights_may_add_up_to_infinity():
+def test_lime_weights_may_add_up_to_infinity_in_float32():
     net = smooth_net().float()
     attributions = []
     for weight in (1e3, 3e38):
@@ -550,17 +550,17 @@ def test_large_weights_may_add_up_to_infinity():
     torch.testing.assert_close(*attributions)
 
 
-def test_a_kernel_that_sees_nothing_is_an_error():
+def test_lime_kernel_width_that_leaves_all_weights_zero_is_an_error():
     with pytest.raises(ValueError, match="raise the kernel_width"):
         Lime(smooth_net(), Ridge(), MaskSimilarity(0.001)).attribute(X.double(), target=1, n_samples=5)
 
 
-def test_large_inputs_do_not_overflow_the_kernel():
+def test_lime_kernel_does_not_overflow_for_large_inputs():
     net = smooth_net().float()
     assert_same(*both(lambda x: net(x / 1e10), X * 1e10, target=1))
 
 
-def test_autocast_leaves_weights_and_systems_alone():
+def test_lime_weights_and_systems_are_not_changed_by_autocast():
     net = smooth_net().float()
     torch.manual_seed(0)
     plain = Lime(lambda x: net(x).float(), Ridge(0.1), get_exp_kernel_similarity_function("cosine", 0.1))
@@ -576,7 +576,7 @@ def precise(net, x):
         return net(x)
 
 
-def test_many_features_are_warned_of():
+def test_lime_warns_of_many_features():
     with pytest.warns(UserWarning, match="group them with a feature_mask"):
         Lime(nn.Linear(10_001, 1), Ridge()).attribute(torch.randn(1, 10_001), target=0, n_samples=2)
 
@@ -611,7 +611,7 @@ def test_id_expo_lime_explains_both_classes_of_one_column():
 @pytest.mark.parametrize("similarity", [None, MaskSimilarity()])
 @pytest.mark.parametrize("n_samples", [40, 4])
 @pytest.mark.parametrize("surrogate", [Ridge(), Lasso(0.01)])
-def test_large_systems_are_solved_a_few_examples_at_a_time(monkeypatch, share_masks, similarity, n_samples, surrogate):
+def test_lime_solves_large_systems_a_few_examples_at_a_time(monkeypatch, share_masks, similarity, n_samples, surrogate):
     """The same coefficients, whatever fits at once: two systems, one. Ridge has but one where all is shared."""
     x = torch.randn(5, 6, dtype=torch.float64)
     solved = []

@@ -67,7 +67,7 @@ RULES = {
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("way", ["", "module", "functional"])
 @pytest.mark.parametrize("rules", RULES)
-def test_equals_captum(rules, way, inplace):
+def test_lrp_equals_captum(rules, way, inplace):
     theirs = captum.attr.LRP(with_rules(Net(way), RULES[rules]))
     expected, expected_delta = theirs.attribute(X.clone(), TARGET, return_convergence_delta=True)
     for create_graph in (False, True):
@@ -81,7 +81,7 @@ def test_equals_captum(rules, way, inplace):
 @pytest.mark.parametrize("of_its_input", [False, True])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("layers", ["conv1", "norm", "head", ["conv2", "mean"]])
-def test_layers_equal_captum(layers, rules, of_its_input):
+def test_layer_lrp_equals_captum(layers, rules, of_its_input):
     if of_its_input and layers == "norm" and rules in ("identity", "mixed"):
         pytest.skip("Captum reads no relevance at the input of a layer with the identity rule")
     results = []
@@ -100,14 +100,14 @@ def test_layers_equal_captum(layers, rules, of_its_input):
 
 @pytest.mark.parametrize("way", ["", "module", "functional"])
 @pytest.mark.parametrize("rules", RULES)
-def test_the_gradient_is_true(rules, way):
+def test_lrp_gradient_equals_finite_differences(rules, way):
     net = with_rules(Net(way, inplace=True), RULES[rules])
     assert_trainable(lambda: LRP(net).attribute(X, TARGET, create_graph=True), net, n_directions=2)
     layer = LayerLRP(net, net.conv2)
     assert_trainable(lambda: layer.attribute(X, TARGET, create_graph=True), net, n_directions=1)
 
 
-def test_relevance_adds_up():
+def test_lrp_relevance_adds_up_to_the_output():
     """Without biases nothing is lost on the way from the output to the inputs."""
     torch.manual_seed(0)
     layers = [
@@ -121,7 +121,7 @@ def test_relevance_adds_up():
     torch.testing.assert_close(LRP(net).attribute(x, target=1).sum(dim=1), net(x)[:, 1], atol=1e-6, rtol=0)
 
 
-def test_rules_and_weights_stay():
+def test_lrp_leaves_rules_and_weights_unchanged():
     net = with_rules(Net(), RULES["mixed"])
     rules = {name: net.get_submodule(name).rule for name in RULES["mixed"]}
     pointers = [parameter.data_ptr() for parameter in net.parameters()]
@@ -137,7 +137,7 @@ class Own(EpsilonRule):
         module.weight.data = module.weight.data.abs()
 
 
-def test_a_rule_of_the_users():
+def test_lrp_accepts_a_custom_rule_without_create_graph():
     net = with_rules(Net(), {"conv1": Own})
     expected = captum.attr.LRP(with_rules(Net(), {"conv1": Own})).attribute(X.clone(), TARGET)
     torch.testing.assert_close(LRP(net).attribute(X, TARGET), expected.detach())
@@ -147,7 +147,7 @@ def test_a_rule_of_the_users():
         LRP(net).attribute(X, TARGET, create_graph=True)
 
 
-def test_layers_without_a_rule():
+def test_lrp_of_layers_without_a_rule_is_an_error():
     net = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
     with pytest.raises(TypeError, match=r"no rule for GELU.*module\.rule ="):
         LRP(net).attribute(torch.randn(2, 3), target=0)
@@ -155,13 +155,13 @@ def test_layers_without_a_rule():
         LayerLRP(Net(), Net().act1).attribute(X, TARGET)
 
 
-def test_a_layer_that_is_used_twice_is_an_error():
+def test_lrp_refuses_a_layer_used_twice():
     linear = nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="used more than once"):
         LRP(nn.Sequential(linear, nn.ReLU(), linear)).attribute(torch.randn(2, 3), target=0)
 
 
-def test_nothing_is_kept_after_a_call():
+def test_lrp_leaves_no_hooks():
     net = Net()
     LRP(net).attribute(X, TARGET, create_graph=True).sum().backward()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
@@ -172,7 +172,7 @@ STABLE = {name: lambda: EpsilonRule(1.0) for name in ("conv1", "pool", "conv2", 
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, create_graph):
+def test_lrp_in_half_precision_is_close_to_double_precision(dtype, create_graph):
     expected = LRP(with_rules(Net(), STABLE)).attribute(X, TARGET)
     net = with_rules(Net(), STABLE).to(dtype)
     found = LRP(net).attribute(X.to(dtype), TARGET, create_graph=create_graph)
@@ -182,7 +182,7 @@ def test_half_precision(dtype, create_graph):
     assert LayerLRP(layer, layer.conv2).attribute(X.to(dtype), TARGET).isfinite().all()
 
 
-def test_autocast():
+def test_lrp_under_autocast_is_close_to_single_precision():
     net = with_rules(Net(), STABLE).float()
     expected = LRP(net).attribute(X.float(), TARGET)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -190,7 +190,7 @@ def test_autocast():
     assert float((found - expected).detach().abs().max()) < 0.15 * float(expected.abs().max())
 
 
-def test_a_data_parallel_is_captums():
+def test_lrp_of_data_parallel_equals_captum():
     net = Net()
     expected = captum.attr.LRP(nn.DataParallel(Net())).attribute(X.clone(), TARGET)
     torch.testing.assert_close(LRP(nn.DataParallel(net)).attribute(X, TARGET), expected.detach())

@@ -47,7 +47,7 @@ def resnet():
     ],
     ids=["Saliency", "of a lambda", "Grad-CAM", "GuidedBackprop"],
 )
-def test_a_resnet(resnet, explainer):
+def test_resnet_gradients_equal_finite_differences(resnet, explainer):
     explained = explainer(resnet)
     assert_trainable(lambda: explained.attribute(IMAGES, target=1, create_graph=True), resnet, n_directions=1)
 
@@ -61,7 +61,7 @@ def test_a_resnet(resnet, explainer):
         (lambda m: attr.FeatureAblation(m), {"feature_mask": PATCHES}),
     ],
 )
-def test_a_vision_transformer(explainer, arguments):
+def test_vision_transformer_gradients_equal_finite_differences(explainer, arguments):
     """Fused attention has no double backward."""
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
@@ -107,7 +107,7 @@ class Attentive(nn.Module):
         ("LayerFeatureAblation", {"layer_mask": torch.arange(7)[None, :, None]}),
     ],
 )
-def test_text_through_an_embedding(model_class, name, arguments):
+def test_embedding_attributions_of_text_have_correct_gradients(model_class, name, arguments):
     torch.manual_seed(0)
     model = model_class().double().eval()
     explained = getattr(attr, name)(model, model.embedding)
@@ -116,7 +116,7 @@ def test_text_through_an_embedding(model_class, name, arguments):
     )
 
 
-def test_a_recurrent_model_behind_a_lambda():
+def test_recurrent_model_behind_a_lambda_has_a_correct_gradient():
     torch.manual_seed(0)
     model = Recurrent().double().eval()
     explained = attr.LayerGradientXActivation(lambda tokens: model(tokens), model.embedding)
@@ -124,14 +124,14 @@ def test_a_recurrent_model_behind_a_lambda():
 
 
 @pytest.mark.filterwarnings("ignore:The attributions of DeepLift miss")  # through the softmax
-def test_in_place_modules_with_deep_lift():
+def test_deep_lift_of_in_place_modules_has_a_correct_gradient():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout()]
     model = nn.Sequential(*layers, nn.Linear(4 * 15 * 15, 3), nn.Softmax(dim=1)).double().eval()
     assert_trainable(lambda: attr.DeepLift(model).attribute(IMAGES, target=1, create_graph=True), model)
 
 
-def test_a_model_that_takes_gradients_itself():
+def test_saliency_of_a_model_that_takes_gradients_has_a_correct_gradient():
     """An energy's force: the gradient inside the forward function keeps its graph, too."""
 
     class Force(nn.Module):

@@ -25,7 +25,7 @@ def shares_of_patterns(masks, weights=None):
 @pytest.mark.parametrize("sampling", OWN_LIME)
 @pytest.mark.parametrize("n_features", [1, 2, 5])
 @pytest.mark.parametrize("n_samples", [5, 24])
-def test_every_lime_mask_is_equally_likely(sampling, n_features, n_samples):
+def test_lime_masks_are_all_equally_likely(sampling, n_features, n_samples):
     masks = lime_masks(sampling, 60_000 // n_samples, n_samples, n_features, CPU, generator())
     assert masks.shape == (60_000 // n_samples, n_samples, n_features)
     expected = torch.full((2**n_features,), 0.5**n_features)
@@ -37,14 +37,14 @@ def test_every_lime_mask_is_equally_likely(sampling, n_features, n_samples):
 
 
 @pytest.mark.parametrize("sampling", ["paired", "orthogonal"])
-def test_pairs_are_complements(sampling):
+def test_lime_masks_in_pairs_are_complements(sampling):
     masks = lime_masks(sampling, 3, 20, 7, CPU, generator())
     assert torch.equal(masks[:, ::2], ~masks[:, 1::2])
     assert lime_masks(sampling, 3, 21, 7, CPU, generator()).shape == (3, 21, 7)
 
 
 @pytest.mark.parametrize("n_features", [3, 8, 41])
-def test_orthogonal_designs_have_orthogonal_columns(n_features):
+def test_lime_masks_of_orthogonal_sampling_have_orthogonal_columns(n_features):
     order = len(hadamard(n_features))
     masks = 2.0 * lime_masks("orthogonal", 2, 4 * order, n_features, CPU, generator())[:, ::2] - 1  # two whole blocks
     for block in (masks[:, :order], masks[:, order:]):
@@ -53,7 +53,7 @@ def test_orthogonal_designs_have_orthogonal_columns(n_features):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 11, 41, 64, 65, 76, 100, 300])
-def test_hadamard_matrices(n):
+def test_hadamard_matrices_are_orthogonal(n):
     matrix = hadamard(n).float()
     order = len(matrix)
     assert n <= order <= max(2 * n - 1, 1)
@@ -62,19 +62,19 @@ def test_hadamard_matrices(n):
 
 
 @pytest.mark.parametrize("n_samples", [1, 2, 3])
-def test_few_samples(n_samples):
+def test_lime_masks_of_few_samples_have_the_right_shape(n_samples):
     for sampling in LIME_SAMPLINGS:
         assert lime_masks(sampling, 2, n_samples, 3, CPU, None).shape == (2, n_samples, 3)
 
 
-def test_the_captum_stream_is_the_captum_design():
+def test_lime_masks_of_captum_sampling_equal_captums_masks():
     torch.manual_seed(0)
     expected = captum_lime_masks(2, 9, 4)
     torch.manual_seed(0)
     assert torch.equal(lime_masks("captum", 2, 9, 4, CPU, None), expected)
 
 
-def test_a_generator_leaves_the_global_stream_alone_and_repeats():
+def test_lime_masks_with_a_generator_repeat_and_leave_the_global_rng_alone():
     state = torch.get_rng_state()
     for sampling in OWN_LIME:
         first, second = (lime_masks(sampling, 2, 50, 9, CPU, generator(3)) for _ in range(2))
@@ -82,14 +82,14 @@ def test_a_generator_leaves_the_global_stream_alone_and_repeats():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_one_block_of_columns_is_drawn_in_two_halves():
+def test_lime_masks_of_one_orthogonal_block_are_drawn_in_two_halves():
     """So that not all columns are orthogonal, which would leave nothing to judge the noise by."""
     order = len(hadamard(8))
     masks = 2.0 * lime_masks("orthogonal", 1, 2 * order, 8, CPU, generator())[:, ::2] - 1
     assert not torch.equal(masks.mT @ masks, order * torch.eye(8)[None])
 
 
-def test_a_generator_on_mps_is_refused():
+def test_lime_masks_refuse_a_generator_on_mps():
     class OnMps:
         device = torch.device("mps")
 

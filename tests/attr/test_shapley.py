@@ -21,7 +21,7 @@ def value(net, x, coalition, target=1):
     return net(torch.where(kept, x, 0.3))[:, target]
 
 
-def test_exact_values_are_the_formula():
+def test_shapley_values_equal_the_formula():
     net = smooth_net()
     expected = torch.zeros_like(X)
     for feature in range(6):
@@ -34,7 +34,7 @@ def test_exact_values_are_the_formula():
     torch.testing.assert_close(ShapleyValues(net).attribute(X, 0.3, target=1), expected, atol=1e-12, rtol=0)
 
 
-def test_sampled_values_are_the_mean_over_captums_orders():
+def test_shapley_value_sampling_is_the_mean_over_captums_orders():
     net = smooth_net()
     torch.manual_seed(4)
     orders = [torch.randperm(6).tolist() for _ in range(7)]
@@ -50,14 +50,14 @@ def test_sampled_values_are_the_mean_over_captums_orders():
 
 @pytest.mark.parametrize("explainer", [ShapleyValues, ShapleyValueSampling])
 @pytest.mark.parametrize("perturbations_per_eval", [None, 1, 5])
-def test_the_values_add_up_however_many_are_evaluated_at_a_time(explainer, perturbations_per_eval):
+def test_shapley_values_add_up_for_any_perturbations_per_eval(explainer, perturbations_per_eval):
     net = smooth_net()
     values = explainer(net).attribute(X, target=1, perturbations_per_eval=perturbations_per_eval)
     gap = (net(X) - net(torch.zeros_like(X)))[:, 1]
     torch.testing.assert_close(values.sum(dim=1), gap.detach(), atol=1e-12, rtol=0)
 
 
-def test_each_coalition_is_evaluated_once():
+def test_shapley_values_evaluate_each_coalition_once():
     net, rows = smooth_net(), []
 
     def counted(x):
@@ -72,13 +72,13 @@ def test_each_coalition_is_evaluated_once():
 
 
 @pytest.mark.parametrize("forward", [lambda x: x.square().sum(), lambda x: x.square().sum()[None], lambda x: 2.0])
-def test_one_value_for_the_batch(forward):
+def test_shapley_values_of_one_value_per_batch_equal_captum(forward):
     theirs = captum.attr.ShapleyValues(forward).attribute(X[:, :4])
     ours = ShapleyValues(forward).attribute(X[:, :4])
     torch.testing.assert_close(ours, theirs, check_dtype=False, atol=1e-5, rtol=0)
 
 
-def test_a_single_row_and_tuples():
+def test_shapley_values_of_a_single_row_and_tuples_equal_captum():
     def forward(a, b, scale):
         return (a.sum(1) * b.square().sum(1) * scale)[:, None]
 
@@ -90,7 +90,7 @@ def test_a_single_row_and_tuples():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_forward_function_that_knows_one_row_only():
+def test_shapley_values_of_a_one_row_forward_function_equal_captum():
     def forward(x):
         assert len(x) == 1
         return x.prod(dim=1)
@@ -99,7 +99,7 @@ def test_a_forward_function_that_knows_one_row_only():
     torch.testing.assert_close(ours, captum.attr.ShapleyValues(forward).attribute(X[:1, :4]), check_dtype=False)
 
 
-def test_a_mask_of_each_example():
+def test_shapley_values_accept_a_feature_mask_for_each_example():
     net = smooth_net()
     masks = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [2, 2, 1, 1, 0, 0]])
     together = ShapleyValues(net).attribute(X, target=1, feature_mask=masks)
@@ -107,7 +107,7 @@ def test_a_mask_of_each_example():
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-def test_bad_arguments():
+def test_shapley_values_and_sampling_report_bad_arguments():
     net = smooth_net()
     with pytest.raises(ValueError, match="n_samples must be at least 1"):
         ShapleyValueSampling(net).attribute(X, target=1, n_samples=0)
@@ -119,12 +119,12 @@ def test_bad_arguments():
         ShapleyValues(lambda x: x.sum(dim=1)).attribute(torch.ones(1, 17))
 
 
-def test_progress_is_shown(capsys):
+def test_shapley_value_sampling_shows_progress(capsys):
     ShapleyValueSampling(smooth_net()).attribute(X, target=1, n_samples=2, show_progress=True)
     assert "Shapley Value Sampling attribution: 100%" in capsys.readouterr().err
 
 
-def test_many_features_are_taken_one_by_one(monkeypatch):
+def test_shapley_value_sampling_takes_many_features_one_by_one(monkeypatch):
     net = smooth_net()
     torch.manual_seed(0)
     compared = ShapleyValueSampling(net).attribute(X, target=1, n_samples=7)
@@ -138,7 +138,7 @@ def test_many_features_are_taken_one_by_one(monkeypatch):
     torch.testing.assert_close(single[:, 0], X[:, 0] ** 2)
 
 
-def test_a_large_offset_costs_no_digits_also_under_autocast():
+def test_shapley_values_are_precise_with_a_large_offset_under_autocast():
     net = smooth_net().float()
 
     def forward(x):
@@ -153,7 +153,7 @@ def test_a_large_offset_costs_no_digits_also_under_autocast():
     assert float((values - exact).abs().max()) < 0.02
 
 
-def test_token_ids_with_a_float_baseline():
+def test_shapley_values_of_token_ids_accept_a_float_baseline():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
     tokens = torch.randint(5, (3, 4))
     theirs = captum.attr.ShapleyValues(model).attribute(tokens, baselines=1.0, target=1)
@@ -161,7 +161,7 @@ def test_token_ids_with_a_float_baseline():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_what_all_coalitions_share_costs_no_digits():
+def test_shapley_values_lose_no_digits_to_a_large_constant():
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
     values = ShapleyValues(lambda x: 2.0**20 + x.sum(dim=1)).attribute(x)
     torch.testing.assert_close(values, x, atol=1e-5, rtol=0)
@@ -169,7 +169,7 @@ def test_what_all_coalitions_share_costs_no_digits():
 
 @pytest.mark.parametrize("n_examples", [3, 4, 5])
 @pytest.mark.parametrize("method", [ShapleyValues, ShapleyValueSampling])
-def test_a_baseline_without_batch_axis_is_everybodys(method, n_examples):
+def test_shapley_baseline_without_batch_axis_applies_to_every_example(method, n_examples):
     """Also where there are as many examples as features."""
     torch.manual_seed(0)
     model, mean = torch.nn.Linear(4, 2), torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -83,7 +83,7 @@ def stub() -> str:
     return "\n".join([HEAD + imports, every, variable, *map(declaration, written)])
 
 
-def test_the_stub_has_the_signatures():
+def test_stub_has_the_signatures_of_the_classes():
     assert FILE.read_text() == stub(), "make it anew: python -m tests.attr.test_stub"
 
 

@@ -49,7 +49,7 @@ def sklearn_coefficients(model, masks, outputs, weights):
 @pytest.mark.filterwarnings("ignore:Objective did not converge")  # older versions, of a gap of 0
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize(("n_samples", "n_features"), [(40, 6), (6, 6), (4, 9), (1, 3)])
-def test_equals_scikit_learn(name, n_samples, n_features):
+def test_surrogates_equal_scikit_learn(name, n_samples, n_features):
     ours, theirs, tolerance = PAIRS[name]
     arguments = problem(n_samples, n_features)
     expected = sklearn_coefficients(theirs, *arguments)
@@ -59,7 +59,7 @@ def test_equals_scikit_learn(name, n_samples, n_features):
 @pytest.mark.skipif(LEAST_SQUARES_OF_FULL_RANK_ONLY, reason="this scikit-learn is no reference")
 @pytest.mark.parametrize(("n_samples", "n_features"), [(25, 64), (12, 16), (5, 6), (70, 64)])
 @pytest.mark.parametrize("kind", ["one dominates", "two dominate", "eight decades"])
-def test_regression_survives_weights_of_many_sizes(n_samples, n_features, kind):
+def test_linear_regression_is_accurate_with_weights_of_many_sizes(n_samples, n_features, kind):
     masks, outputs, weights = problem(n_samples, n_features, batch=10)
     if kind == "eight decades":
         weights = 10 ** (-8 * weights)
@@ -93,7 +93,7 @@ def test_ridge_equals_its_normal_equations(n_samples, n_features, seed):
     ],
 )
 @pytest.mark.parametrize("n_samples", [5, 30])
-def test_shared_masks_equal_repeated_ones(surrogate, n_samples):
+def test_shared_masks_equal_repeated_masks(surrogate, n_samples):
     masks, outputs, weights = problem(n_samples, 6)
     masks[:, 0], masks[:, 1] = 1, 0  # the end points of KernelSHAP
     shared = surrogate.solve(masks[:1], outputs, weights[:1])
@@ -103,7 +103,7 @@ def test_shared_masks_equal_repeated_ones(surrogate, n_samples):
 
 @pytest.mark.parametrize("surrogate", [Ridge(0.1), Ridge(0.1, False), ShapleyRegression()])
 @pytest.mark.parametrize("n_features", [3, 6, 7])  # from 7 on more than twice the examples
-def test_shared_masks_of_other_weights_equal_repeated_ones(surrogate, n_features):
+def test_shared_masks_with_weights_per_example_equal_repeated_masks(surrogate, n_features):
     masks, outputs, weights = problem(30, n_features)
     masks[:, 0], masks[:, 1] = 1, 0
     shared = surrogate.solve(masks[:1], outputs, weights)
@@ -117,7 +117,7 @@ def on_a_graph(*tensors):
 
 
 @pytest.mark.parametrize("telling_weight", [0.0, 1e-14])
-def test_a_singular_example_has_the_least_norm_and_leaves_its_batch_mates_alone(telling_weight):
+def test_shapley_regression_of_a_singular_example_has_the_least_norm(telling_weight):
     masks, outputs, weights = problem(20, 5)
     masks[1, 2:, 4] = masks[1, 2:, 3]  # two features that always go together
     masks[:, 0], masks[:, 1] = 1, 0
@@ -133,7 +133,7 @@ def test_a_singular_example_has_the_least_norm_and_leaves_its_batch_mates_alone(
     assert together[1, 3] == pytest.approx(float(together[1, 4]))  # least norm shares equally
 
 
-def test_shapley_regression_is_regression_with_infinite_weights():
+def test_shapley_regression_is_regression_with_infinite_end_point_weights():
     masks, outputs, _ = problem(30, 6)
     masks[:, 0], masks[:, 1] = 1, 0
     weights = torch.ones(3, 30, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_shapley_regression_is_regression_with_infinite_weights():
 
 
 @pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02, tol=1e-14, max_iter=10**6)])
-def test_the_gradient_in_outputs_and_weights_is_true(surrogate):
+def test_surrogate_gradient_in_outputs_and_weights_is_correct(surrogate):
     masks, outputs, weights = problem(30, 6)
     outputs.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: surrogate.solve(masks, v, weights), (outputs,), atol=1e-6)
@@ -152,12 +152,12 @@ def test_the_gradient_in_outputs_and_weights_is_true(surrogate):
 
 
 @pytest.mark.parametrize("surrogate", [Ridge(0.1), LinearRegression(), Lasso(0.02), ShapleyRegression()])
-def test_the_outputs_dtype_returns(surrogate):
+def test_surrogates_return_the_dtype_of_the_outputs(surrogate):
     masks, outputs, weights = problem(10, 3)
     assert surrogate.solve(masks.bool(), outputs.float(), weights.float()).dtype == torch.float32
 
 
-def test_captums_wrappers_are_recognised():
+def test_as_surrogate_recognises_captums_wrappers():
     assert as_surrogate(SkLearnRidge(alpha=0.2)) == Ridge(0.2)
     assert as_surrogate(SkLearnRidge()) == Ridge(1.0)
     assert as_surrogate(SkLearnLasso(alpha=0.2, tol=1e-9)) == Lasso(0.2, tol=1e-9)
@@ -168,20 +168,20 @@ def test_captums_wrappers_are_recognised():
     assert as_surrogate(SGDLasso()) is None
 
 
-def test_a_strength_must_be_positive():
+def test_ridge_and_lasso_refuse_a_strength_of_zero():
     for surrogate in (Ridge, Lasso):
         with pytest.raises(ValueError, match=r"alpha > 0.*LinearRegression"):
             surrogate(alpha=0.0)
 
 
-def test_lasso_says_that_it_needs_scikit_learn(monkeypatch):
+def test_lasso_without_scikit_learn_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"captum-idexpo\[lime\]"):
         Lasso().solve(*problem(5, 2))
     Ridge().solve(*problem(5, 2))
 
 
-def test_weights_count_in_kernel_shap_but_those_of_the_end_points():
+def test_shapley_regression_ignores_only_the_weights_of_the_end_points():
     masks, outputs, _ = problem(20, 5)
     masks[:, 0], masks[:, 1] = 1, 0
     counts = torch.randint(1, 4, (20,), generator=torch.Generator().manual_seed(0))

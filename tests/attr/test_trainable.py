@@ -49,14 +49,14 @@ class Nothing(attr.DeepLift):
 
 
 @pytest.mark.parametrize("kind", [Twice, Inherits, Mixed])
-def test_subclasses_keep_their_own_method(kind):
+def test_trainable_subclasses_keep_an_overridden_attribute_method(kind):
     net = smooth_net()
     expected = 2 * attr.Saliency(net).attribute(X, target=1)
     torch.testing.assert_close(kind(net).attribute(X, target=1), expected)
     assert kind(net).attribute(X, target=1, create_graph=True).requires_grad
 
 
-def test_subclasses_have_constructors_of_their_own():
+def test_trainable_subclasses_may_have_other_constructors():
     net = smooth_net()
     ByName(net, "1").attribute(X, target=1)
     for explainer in (Anything(net), Anything(model=net), Nothing()):
@@ -65,7 +65,7 @@ def test_subclasses_have_constructors_of_their_own():
         Anything(lambda x: net(x))
 
 
-def test_signatures_are_captums_and_create_graph():
+def test_trainable_signatures_are_captums_plus_create_graph():
     theirs = list(inspect.signature(captum.attr.LayerGradCam.attribute).parameters)
     assert list(inspect.signature(attr.LayerGradCam.attribute).parameters) == [*theirs, "create_graph"]
     assert inspect.signature(attr.LayerGradCam) == inspect.signature(captum.attr.LayerGradCam)
@@ -73,7 +73,7 @@ def test_signatures_are_captums_and_create_graph():
         attr.Saliency(smooth_net()).attribute(X, targt=1)
 
 
-def test_a_target_for_each_row_of_the_output():
+def test_saliency_accepts_a_target_for_each_row_of_the_output():
     """Which need not be the inputs' rows."""
 
     class Sequence(nn.Module):
@@ -89,7 +89,7 @@ def test_a_target_for_each_row_of_the_output():
     assert attribution.shape == steps.shape
 
 
-def test_a_number_as_a_tensor_among_the_arguments():
+def test_gradient_shap_accepts_a_scalar_tensor_as_additional_argument():
     net, number = smooth_net(), torch.tensor(2.0, dtype=torch.float64)
     explainer = attr.GradientShap(lambda x, k: net(x) * k)
     arguments = {"baselines": X, "target": 1, "additional_forward_args": (number,), "internal_batch_size": 2}

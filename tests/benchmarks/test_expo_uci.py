@@ -33,7 +33,7 @@ def diabetes():
     return TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None])
 
 
-def test_fidelity_makes_a_network_easier_to_explain_at_little_cost(benchmark, diabetes):
+def test_expo_uci_fidelity_improves_explanations_at_little_cost_in_mse(benchmark, diabetes):
     plain = benchmark.run(diabetes, "plain", 0.0, trial=0, n_epochs=16)
     for method in ("Fidelity", "1D-Fidelity"):
         regularized = benchmark.run(diabetes, method, 0.03, trial=0, n_epochs=16)
@@ -42,7 +42,7 @@ def test_fidelity_makes_a_network_easier_to_explain_at_little_cost(benchmark, di
         assert regularized["mse"] < 1.2 * plain["mse"]
 
 
-def test_a_run_goes_on_where_it_stopped_and_is_reported(benchmark, diabetes, tmp_path, monkeypatch):
+def test_expo_uci_run_resumes_and_is_reported(benchmark, diabetes, tmp_path, monkeypatch):
     table = benchmark.Table((10,), (0.2, 0.1), n_tuned=1, n_epochs=1)
     monkeypatch.setattr(benchmark, "TABLES", {"diabetes": table})
     monkeypatch.setattr(benchmark, "RATIOS", (0.1,))
@@ -64,7 +64,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_reported(benchmark, diabetes, tmp
     assert (tmp_path / "expo_uci.png").stat().st_size
 
 
-def test_the_largest_ratio_within_the_margin_is_chosen(benchmark, tmp_path):
+def test_expo_uci_chooses_the_largest_ratio_within_the_margin(benchmark, tmp_path):
     for largest in benchmark.RATIOS:
         results = benchmark.Results(tmp_path / f"{largest}.jsonl")
         results.add(("housing", "plain", 0.0, 0), {"val_mse": 1.0})
@@ -76,7 +76,7 @@ def test_the_largest_ratio_within_the_margin_is_chosen(benchmark, tmp_path):
         assert len(results.rows) <= 4
 
 
-def test_columns_that_are_no_features_are_dropped(benchmark, tmp_path):
+def test_expo_uci_load_drops_columns_that_are_no_features(benchmark, tmp_path):
     columns = range(103)
     lines = [",".join(["", *map(str, columns)])] + [
         ",".join(str(1000 * row + column) for column in [0, *columns]) for row in range(3)
@@ -87,7 +87,7 @@ def test_columns_that_are_no_features_are_dropped(benchmark, tmp_path):
     assert y.tolist() == [[101], [1101], [2101]]
 
 
-def test_openml_s_values_become_numbers(benchmark, monkeypatch):
+def test_expo_uci_load_converts_values_of_openml_to_numbers(benchmark, monkeypatch):
     frame = pd.DataFrame({"a": [1.0, 2.0, None], "b": pd.Categorical(["4", "5", "4"]), "class": ["7", "8", "9"]})
     fetched = Bunch(frame=frame, target_names=["class"])
     monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *arguments, **options: fetched)
@@ -96,15 +96,15 @@ def test_openml_s_values_become_numbers(benchmark, monkeypatch):
     assert y.tolist() == [[7], [8]]
 
 
-def test_what_openml_lacks_is_said(benchmark):
+def test_expo_uci_load_explains_how_to_get_a_set_that_openml_lacks(benchmark):
     with pytest.raises(SystemExit, match="--data-root"):
         benchmark.load("music", None)
 
 
-def test_constant_columns_become_zero(benchmark):
+def test_expo_uci_standardised_makes_constant_columns_zero(benchmark):
     values = torch.tensor([[1.0, 5.0], [3.0, 5.0], [9.0, 6.0]])
     assert benchmark.standardised(values, torch.tensor([0, 1]))[:, 1].eq(0).all()
 
 
-def test_a_set_without_results_is_left_out(benchmark, tmp_path):
+def test_expo_uci_finished_leaves_out_a_set_without_results(benchmark, tmp_path):
     assert benchmark.finished("music", benchmark.Results(tmp_path / "none.jsonl"), 10) == {}

@@ -58,7 +58,7 @@ def test_results_survive_a_kill(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"seed": 0}, {"seed": 1}]
 
 
-def test_a_judge_averages_its_curves_up_to_each_fraction(split, network):
+def test_judge_averages_its_curves_up_to_each_fraction(split, network):
     x, y = split.test.tensors
     regularizer = tabular.make_insertion_deletion(network, "LIME", 40, 0, fraction=0.5)
     judge = Judge(lambda model: tabular.make_insertion_deletion(model, "LIME", 40, 0, fraction=0.5), (0.3, 0.5))
@@ -72,7 +72,7 @@ def test_a_judge_averages_its_curves_up_to_each_fraction(split, network):
     torch.testing.assert_close(found[0.5]["accuracy"], right.double())
 
 
-def test_selection_keeps_the_best_epoch_of_each_eta(split, network):
+def test_fine_tune_keeps_the_best_epoch_of_each_eta(split, network):
     scores = iter([(0.9, 0.1), (0.5, 0.9), (0.7, 0.6)])  # accuracy and insertion before, after 2 and after 4 epochs
 
     class Scripted:
@@ -100,7 +100,7 @@ def test_selection_keeps_the_best_epoch_of_each_eta(split, network):
     assert valscore({"accuracy": 0.5, "insertion": 0.25, "one_minus_deletion": 0.75}, 2.0) == 2.0
 
 
-def test_tables_id_expo_is_more_faithful_than_its_rivals(split, network):
+def test_tabular_id_expo_is_more_faithful_than_its_rivals(split, network):
     rows = {
         method: tabular.measure(setting, network, split, GRID, 0)
         for method, setting in {
@@ -113,7 +113,7 @@ def test_tables_id_expo_is_more_faithful_than_its_rivals(split, network):
     assert faithfulness(rows["ID-ExpO"]) > max(faithfulness(rows[m]) for m in ("CE-only", "ExpO-S", "ExpO-F"))
 
 
-def test_tables_report(tmp_path):
+def test_tabular_report_marks_the_best_settings_and_averages_the_gains(tmp_path):
     noise = np.random.default_rng(0)
     for name in tabular.SETS:
         results = Results(tmp_path / f"tabular_{name}.jsonl")
@@ -199,7 +199,7 @@ def run_of_images(folder):
     return Results(folder / "small.jsonl")
 
 
-def test_images_from_run_to_report(task, run_of_images, folder):
+def test_images_run_is_complete_and_reported(task, run_of_images, folder):
     assert len(run_of_images.rows) == 6
     n_bytes = (folder / "small.jsonl").stat().st_size
     images.run("small", task, None, folder)  # nothing is missing
@@ -221,14 +221,14 @@ def test_images_from_run_to_report(task, run_of_images, folder):
         assert (folder / f"small_{picture}.png").stat().st_size > 10_000
 
 
-def test_a_kept_model_gives_its_scores_again(task, run_of_images, folder):
+def test_images_load_chosen_model_reproduces_its_scores(task, run_of_images, folder):
     model = images.load_chosen("small", "ID-ExpO", "Grad-CAM", run_of_images, None, folder)
     kept = images.chosen(run_of_images)[("Grad-CAM", *images.KEPT, "ID-ExpO")]
     again = images.test(task, images.Images(task, None), model, "Grad-CAM")
     assert [row["insertion"] for row in again if row["fraction"] == 0.5] == pytest.approx([kept["insertion"]], abs=1e-4)
 
 
-def test_other_judges(task, run_of_images, folder, monkeypatch):
+def test_judges_run_scores_every_network(task, run_of_images, folder, monkeypatch):
     monkeypatch.setattr(judges, "N_IMAGES", 12)
     monkeypatch.setitem(judges.BASELINES, "blur", lambda x: judges.gaussian_blur(x, [3, 3], [1.0, 1.0]))
     judges.run("small", None, folder)
@@ -250,7 +250,7 @@ class LeftHalf(nn.Module):
         return torch.stack([-10 * evidence, 10 * evidence], dim=1)
 
 
-def test_road_rewards_the_map_that_marks_what_counts():
+def test_judges_road_rewards_the_map_that_marks_the_evidence():
     x = torch.full((2, 3, 8, 8), -1.0)
     x[..., :4] = 1.0
     target = torch.ones(2, dtype=torch.long)
@@ -261,7 +261,7 @@ def test_road_rewards_the_map_that_marks_what_counts():
     torch.testing.assert_close(right, -wrong, atol=0.05, rtol=0)  # ties go the other way round
 
 
-def test_masked_accuracy_and_infidelity_are_those_of_cells(task):
+def test_judges_masked_accuracy_and_infidelity_work_on_cells(task):
     x = torch.full((40, 3, 8, 8), -0.2)
     x[..., :4] = 1.0
     kept = judges.masked_accuracy(task, LeftHalf(), TensorDataset(x, torch.ones(40, dtype=torch.long)))
@@ -278,7 +278,7 @@ def test_masked_accuracy_and_infidelity_are_those_of_cells(task):
     assert nearly_linear.mean() < 0.1 * noise.mean()
 
 
-def test_imputation_solves_the_system_of_neighbours():
+def test_judges_imputed_solves_the_linear_system_of_neighbors():
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 6)
     mask = torch.rand(1, 1, 6, 6) < 0.5
@@ -304,7 +304,7 @@ def test_imputation_solves_the_system_of_neighbours():
 # --- ablations -----------------------------------------------------------------------------------------------------
 
 
-def test_ablations_train_on_what_they_say():
+def test_ablations_constant_variant_changes_the_gradient_not_the_value():
     """The variants' losses: constants change the gradient and not the value, noise has no explanation."""
     split = ablations.Split.of_seed(0)
     model = ablations.pretrain(split, 0)
@@ -328,7 +328,7 @@ def test_ablations_train_on_what_they_say():
     assert noise.shape == (8, 1, 8, 8)
 
 
-def test_one_temperature_is_that_of_the_batch():
+def test_ablations_one_temperature_is_that_of_the_batch():
     values = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 12.0]])
     soft = ablations.OneTemperature(values)
     slope = 4 / 11  # five distinct values between 1 and 12
@@ -336,7 +336,7 @@ def test_one_temperature_is_that_of_the_batch():
     torch.testing.assert_close(soft(soft.thresholds(torch.tensor([[1, 1]])))[0], expected)
 
 
-def test_ablations_with_batch_norm_frozen_or_not(monkeypatch):
+def test_ablations_train_with_batch_norm_frozen_or_updated(monkeypatch):
     monkeypatch.setattr(ablations, "EPOCHS", 1)
     split = ablations.Split.of_seed(0)
     plain = ablations.pretrain(split, 0)

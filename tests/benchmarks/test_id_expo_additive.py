@@ -31,7 +31,7 @@ X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_se
 Y = torch.tensor([0, 1, 1])
 
 
-def test_each_term_depends_on_its_column_alone_and_all_add_up(nam):
+def test_additive_terms_depend_on_one_column_each_and_sum_to_the_output(nam):
     torch.testing.assert_close(nam.bias + nam.terms(X).sum(dim=1), nam(X))
     other = X.clone()
     other[:, 2] += 1
@@ -39,7 +39,7 @@ def test_each_term_depends_on_its_column_alone_and_all_add_up(nam):
     assert changed.gt(0).tolist() == [False, False, True, False, False]
 
 
-def test_terms_are_centred_of_the_class_explained_and_trainable(additive, nam):
+def test_terms_explainer_centers_the_terms_of_the_class_and_is_trainable(additive, nam):
     explainer = additive.Terms(nam, nam)
     means = nam.terms(nam.background).mean(dim=0)
     for row, (x, y) in enumerate(zip(X, Y, strict=True)):
@@ -48,7 +48,7 @@ def test_terms_are_centred_of_the_class_explained_and_trainable(additive, nam):
     assert_trainable(lambda: explainer.attribute(X, Y, create_graph=True), nam)
 
 
-def test_no_set_of_columns_beats_the_best_order(additive, nam):
+def test_best_order_is_not_beaten_by_any_set_of_columns(additive, nam):
     found = additive.best_order(nam, X, Y)
     steps = {"insertion": [], "one_minus_deletion": []}
     for size in (1, 2):
@@ -60,7 +60,7 @@ def test_no_set_of_columns_beats_the_best_order(additive, nam):
         torch.testing.assert_close(found[name], torch.stack(best).mean(dim=0))
 
 
-def test_the_surrogate_follows_the_network_and_does_not_move_it(additive, nam):
+def test_surrogate_follows_the_network_without_gradient_into_the_network(additive, nam):
     model = additive.WithSurrogate(torch.nn.Linear(5, 2).double(), nam)
     (penalty,) = additive.Following(model)(X, Y).values()
     p, q = model(X).softmax(dim=1), nam(X).softmax(dim=1)
@@ -70,7 +70,7 @@ def test_the_surrogate_follows_the_network_and_does_not_move_it(additive, nam):
     assert nam.bias.grad.abs().sum() > 0
 
 
-def test_terms_become_more_faithful_and_a_run_goes_on(additive, tmp_path, monkeypatch):
+def test_additive_training_makes_terms_more_faithful_and_a_run_resumes(additive, tmp_path, monkeypatch):
     x, y = load_breast_cancer(return_X_y=True)
     table = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
     monkeypatch.setattr(additive.tabular, "load", lambda *_: table)

@@ -45,7 +45,7 @@ def sentences(text):
     return text.Sentences(words, torch.tensor(labels)).at([i for i, s in enumerate(words) if len(s) >= 4])
 
 
-def test_batches_hold_each_sentence_once_and_no_padding(text, sentences):
+def test_sentences_batches_hold_each_sentence_once_without_padding(text, sentences):
     vocabulary = {word: number for number, word in enumerate(sorted(set(chain(*sentences.words))), 2)}
     batches = sentences.batches(vocabulary, 16)
     ids = [[vocabulary[word] for word in words] for words in sentences.words]
@@ -55,7 +55,7 @@ def test_batches_hold_each_sentence_once_and_no_padding(text, sentences):
     assert all(bool((tokens != text.PAD).all()) for tokens, _ in batches)
 
 
-def test_words_are_explained_through_their_vectors_as_through_their_ids(text):
+def test_kernel_shap_of_word_vectors_equals_that_of_word_ids(text):
     torch.manual_seed(0)
     model, tokens = text.make_model(20).eval(), torch.randint(1, 20, (3, 7))
     vectors = model[0](tokens)
@@ -67,7 +67,7 @@ def test_words_are_explained_through_their_vectors_as_through_their_ids(text):
     torch.testing.assert_close(explanations[1], explanations[0][..., None].expand_as(vectors))
 
 
-def test_the_gradient_reaches_reader_and_word_vectors(text):
+def test_text_gradient_reaches_the_reader_and_the_word_vectors(text):
     torch.manual_seed(0)
     model, tokens = text.make_model(9).double().eval(), torch.randint(1, 9, (2, 5))
 
@@ -85,7 +85,7 @@ def test_the_gradient_reaches_reader_and_word_vectors(text):
     assert all(parameter.grad.abs().sum() > 0 for parameter in model[1].parameters())
 
 
-def test_explanations_become_more_faithful_and_a_run_goes_on(text, sentences, sizes, tmp_path, monkeypatch):
+def test_text_training_makes_explanations_faithful_and_a_run_resumes(text, sentences, sizes, tmp_path, monkeypatch):
     kept = {name: text.SETTINGS[name] for name in ("plain", text.PICTURED, text.CONTROL, "random_0.3", "lime_0.3")}
     monkeypatch.setattr(text, "SETTINGS", kept)
     monkeypatch.setattr(text, "SEEDS", range(1))
@@ -112,6 +112,6 @@ def test_explanations_become_more_faithful_and_a_run_goes_on(text, sentences, si
 
 
 @pytest.mark.parametrize("root", [None, Path("nowhere")])
-def test_without_the_sentences_it_is_said_where_they_are_from(text, root):
+def test_text_load_without_sentences_names_their_source(text, root):
     with pytest.raises(SystemExit, match=r"--data-root.*rt_polarity\.csv.*Pang and Lee"):
         text.load(root)

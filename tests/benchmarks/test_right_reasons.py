@@ -23,7 +23,7 @@ def script(monkeypatch):
     torch.set_num_threads(n_threads)
 
 
-def test_iris_cancer(script):
+def test_iris_cancer_penalty_raises_the_accuracy_with_iris_zeroed(script):
     iris_cancer = script("iris_cancer")
     plain, rrr = (
         statistics.mean(iris_cancer.measure("standardised", weight, seed)["iris zeroed"] for seed in range(3))
@@ -33,14 +33,14 @@ def test_iris_cancer(script):
     assert rrr > 0.85
 
 
-def test_toy_colors(script):
+def test_toy_colors_with_corners_forbidden_uses_the_top_middle(script):
     row = script("toy_colors").measure("corners forbidden", 0, **SMALL)
     assert row["accuracy"] > 0.99
     assert row["corners"] < 0.05
     assert row["top middle"] > 0.9
 
 
-def test_the_search_finds_one_rule_and_then_the_other(script, monkeypatch):
+def test_toy_colors_search_finds_one_rule_and_then_the_other(script, monkeypatch):
     toy_colors = script("toy_colors")
     monkeypatch.setattr(toy_colors, "MAX_MODELS", 2)
     first, second = toy_colors.search(0, **SMALL)["models"]
@@ -49,7 +49,7 @@ def test_the_search_finds_one_rule_and_then_the_other(script, monkeypatch):
     assert min(first["accuracy"], second["accuracy"]) > 0.99
 
 
-def test_results_are_measured_once(script, tmp_path):
+def test_experiment_results_are_measured_once(script, tmp_path):
     experiment = script("experiment")
     calls = []
     for _ in range(2):

@@ -29,7 +29,7 @@ def speed(monkeypatch):
         sys.modules.pop(name)
 
 
-def test_the_loop_over_examples_computes_the_same_loss_and_gradient(speed):
+def test_loop_id_expo_computes_the_same_loss_and_gradient(speed):
     subject = speed.models.SUBJECTS["tiny"]
     model = subject.model(torch.device("cpu")).double()
     x, y = subject.batch(torch.device("cpu"), 3)
@@ -50,7 +50,7 @@ def test_the_loop_over_examples_computes_the_same_loss_and_gradient(speed):
     torch.testing.assert_close(torch.autograd.grad(loops, parameters), torch.autograd.grad(ours, parameters))
 
 
-def test_each_contender_takes_its_turn_and_short_calls_are_repeated(speed, monkeypatch):
+def test_interleaved_alternates_contenders_and_repeats_short_calls(speed, monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(speed.timing.time, "perf_counter", lambda: clock[0])
 
@@ -67,12 +67,12 @@ def test_each_contender_takes_its_turn_and_short_calls_are_repeated(speed, monke
     assert times == {"short": pytest.approx([0.03] * 3), "long": pytest.approx([2.0] * 3)}
 
 
-def test_ratios_are_paired(speed):
+def test_ratio_is_computed_from_paired_rounds(speed):
     ratio = speed.timing.Ratio.of([3.0, 2.0, 8.0], [1.0, 1.0, 2.0])
     assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 4.0)
 
 
-def test_a_run_measures_every_job_and_writes_a_table_and_a_chart(speed, monkeypatch, tmp_path, capsys):
+def test_speed_run_measures_every_job_and_writes_a_table_and_a_chart(speed, monkeypatch, tmp_path, capsys):
     small = speed.models.SUBJECTS["mlp128"]._replace(n_examples=2, n_samples=8, rows=(8, 16))
     monkeypatch.setitem(speed.models.SUBJECTS, "mlp128", small)
     spec = importlib.util.spec_from_file_location("speed_main", SCRIPTS / "speed" / "__main__.py")

@@ -33,7 +33,7 @@ def forms(value, tensor, without_batch_axis):
 
 @pytest.mark.parametrize("name", MASKING + ON_THE_WAY)
 @pytest.mark.parametrize("specimen", ["Tanh, AvgPool", "many columns", "recurrent", "two inputs"])
-def test_forms_of_a_baseline_agree(specimen, name):
+def test_baseline_forms_agree(specimen, name):
     specimen, call = ONE_EACH.get(specimen, ZOO[specimen]), CALLS[name]
     inputs, target = specimen.inputs(3), torch.arange(3) % specimen.n_columns
     masking = name in MASKING
@@ -50,7 +50,7 @@ def test_forms_of_a_baseline_agree(specimen, name):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.lists(st.sampled_from([1, 0]), min_size=4, max_size=4), st.integers(0, 3))
 @pytest.mark.parametrize("name", [*MASKING, "scores", "regularizers"])
-def test_a_baseline_broadcasts_along_any_axes(name, n_examples, kept, n_missing):
+def test_baseline_broadcasts_along_any_axes(name, n_examples, kept, n_missing):
     """Whether an axis has size 1 or is missing, the result is that of the baseline in the input's shape."""
     specimen = ZOO["Tanh, AvgPool"]
     x, y = specimen.inputs(n_examples), torch.arange(n_examples) % 3
@@ -76,14 +76,14 @@ def test_a_baseline_broadcasts_along_any_axes(name, n_examples, kept, n_missing)
 
 
 @pytest.mark.parametrize("name", ["ShapleyValues", "ShapleyValueSampling", "KernelShap", "FeatureAblation"])
-def test_integers_may_have_a_fractional_baseline(name):
+def test_baseline_may_be_fractional_for_integer_inputs(name):
     x = torch.tensor([[1, 3]])
     values = getattr(attr, name)(lambda x: x.sum(1)).attribute(x, 0.5)
     torch.testing.assert_close(values.double(), torch.tensor([[0.5, 2.5]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", MASKING)
-def test_a_baseline_that_does_not_fit_is_the_same_error_everywhere(name):
+def test_baseline_that_does_not_fit_is_refused_by_every_class(name):
     specimen = ZOO["Tanh, AvgPool"]
     x, y = specimen.inputs(3), torch.arange(3)
     for baselines, text in (
@@ -96,7 +96,7 @@ def test_a_baseline_that_does_not_fit_is_the_same_error_everywhere(name):
             CALLS[name](specimen, x, y, baselines=baselines)
 
 
-def test_a_fidelity_of_masks_knows_its_baselines():
+def test_fidelity_refuses_masked_neighbors_with_baselines_that_do_not_fit():
     specimen = ZOO["Tanh, AvgPool"]
     with pytest.raises(ValueError, match=r"\(3,\) does not fit"):
         Fidelity(specimen.model(), MaskedNeighbors(torch.zeros(3)))(specimen.inputs(3), torch.arange(3))

@@ -23,7 +23,7 @@ CHUNKED = [name for name, call in CALLS.items() if call.chunk]
 
 @pytest.mark.parametrize("name", CHUNKED)
 @pytest.mark.parametrize("specimen", ONE_EACH)
-def test_a_chunk_of_any_size_gives_the_same_attribution(specimen, name):
+def test_chunk_size_does_not_change_the_attribution(specimen, name):
     if (specimen, name) == ("siamese", "DeepLiftShap"):
         pytest.skip("a module that is used twice is refused")
     specimen, call = ZOO[specimen], CALLS[name]
@@ -36,7 +36,7 @@ def test_a_chunk_of_any_size_gives_the_same_attribution(specimen, name):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["Lime", "KernelShap"]), st.integers(1, 6), st.floats(1.0, 1e6))
-def test_a_memory_budget_of_any_size_gives_the_same_attribution_and_gradient(name, n_examples, budget):
+def test_memory_budget_does_not_change_attribution_or_gradient(name, n_examples, budget):
     specimen, call = ZOO["Tanh, AvgPool"], CALLS[name]
     inputs, target = specimen.inputs(n_examples), torch.arange(n_examples) % 3
     results = []
@@ -50,7 +50,7 @@ def test_a_memory_budget_of_any_size_gives_the_same_attribution_and_gradient(nam
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40), st.sampled_from([None, "auto"]), st.booleans())
-def test_rows_of_a_forward_pass_do_not_change_scores(n_examples, max_rows, temperature, grouped):
+def test_max_examples_per_batch_does_not_change_scores(n_examples, max_rows, temperature, grouped):
     specimen = ZOO["Tanh, MaxPool"]
     model, x, phi = specimen.model(), specimen.inputs(n_examples), specimen.inputs(n_examples, seed=5)
     arguments = {
@@ -70,7 +70,7 @@ def test_rows_of_a_forward_pass_do_not_change_scores(n_examples, max_rows, tempe
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40))
-def test_rows_of_a_forward_pass_do_not_change_a_loss(n_examples, max_rows):
+def test_max_examples_per_batch_does_not_change_a_loss(n_examples, max_rows):
     specimen = ZOO["Tanh, AvgPool"]
     model, x, y = specimen.model(), specimen.inputs(n_examples), torch.arange(n_examples) % 3
     lime = attr.Lime(model, Ridge(0.1))

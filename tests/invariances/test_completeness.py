@@ -57,7 +57,7 @@ def test_kernel_shap_is_complete(specimen, sampling):
 
 
 @pytest.mark.parametrize("specimen", ONE_EACH)
-def test_kernel_shap_with_enough_samples_is_shapleys(specimen):
+def test_kernel_shap_with_enough_samples_equals_shapley_values(specimen):
     specimen = ZOO[specimen]
     model, inputs, target, _ = problem(specimen)
     arguments = {"baselines": specimen.baselines(), "target": target, "feature_mask": feature_mask(specimen)}
@@ -73,7 +73,7 @@ def test_deep_lift_is_complete(specimen):
 
 
 @pytest.mark.parametrize("specimen", RULED)
-def test_deep_lift_of_a_layer_is_complete(specimen):
+def test_layer_deep_lift_is_complete(specimen):
     check("LayerDeepLift", RULED[specimen])
 
 
@@ -91,7 +91,7 @@ def test_deep_lift_shap_is_complete_on_average(specimen):
 
 
 @pytest.mark.parametrize("specimen", RULED)
-def test_deep_lift_shap_of_a_layer_is_complete_on_average(specimen):
+def test_layer_deep_lift_shap_is_complete_on_average(specimen):
     check_average("LayerDeepLiftShap", RULED[specimen])
 
 

@@ -25,13 +25,13 @@ def in_dtype(call, dtype, **more):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_double_precision_stays(name, create_graph):
+def test_float64_inputs_give_float64_attributions(name, create_graph):
     for tensor in tensors_of(in_dtype(CALLS[name], torch.float64, create_graph=create_graph)):
         assert tensor.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_single_precision_is_rounded_double(name):
+def test_float32_attributions_are_close_to_float64(name):
     single, double = in_dtype(CALLS[name], torch.float32), in_dtype(CALLS[name], torch.float64)
     for a, b in zip(tensors_of(single), tensors_of(double), strict=True):
         assert a.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_single_precision_is_rounded_double(name):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_halves_neither_fail_nor_give_nan(name, create_graph, dtype):
+def test_half_precision_neither_fails_nor_gives_nan(name, create_graph, dtype):
     halves, double = in_dtype(CALLS[name], dtype, create_graph=create_graph), in_dtype(CALLS[name], torch.float64)
     for a, b in zip(tensors_of(halves), tensors_of(double), strict=True):
         assert a.isfinite().all()
@@ -51,7 +51,7 @@ def test_halves_neither_fail_nor_give_nan(name, create_graph, dtype):
 
 
 @pytest.mark.parametrize("name", ["DeepLift", "LayerDeepLift", "NeuronDeepLift"])
-def test_an_input_equal_to_its_baseline_in_half_precision(name):
+def test_deep_lift_in_half_precision_is_finite_where_input_is_baseline(name):
     x = SPECIMEN.inputs(3).half()
     values = CALLS[name](SPECIMEN, x, torch.arange(3), SPECIMEN.model().half(), baselines=x.clone())
     assert all(tensor.isfinite().all() for tensor in tensors_of(values))
@@ -69,7 +69,7 @@ OF_INTEGERS = {
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize("name", OF_INTEGERS)
-def test_integer_inputs_give_floats(name, dtype):
+def test_integer_inputs_give_float_attributions(name, dtype):
     torch.manual_seed(0)
     embedding, head = nn.Embedding(7, 4), nn.Linear(12, 3)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6], [0, 0, 1]]).to(dtype)
@@ -82,7 +82,7 @@ def test_integer_inputs_give_floats(name, dtype):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["ShapleyValues", "KernelShap", "FeatureAblation", "Lime", "FeaturePermutation"])
-def test_what_is_masked_is_gone(name, value):
+def test_masked_nan_or_infinity_does_not_change_attributions(name, value):
     """A value that no output depends on while it is there, and that spreads if it is multiplied by 0."""
     x = torch.tensor([[1.0, 2.0, value], [3.0, 1.0, value]], dtype=torch.float64)
 
@@ -99,7 +99,7 @@ def test_what_is_masked_is_gone(name, value):
 
 
 @pytest.mark.parametrize("name", ["FeatureAblation", "Occlusion", "FeaturePermutation", "ShapleyValueSampling"])
-def test_attention_masks_of_minus_infinity(name):
+def test_attention_masks_of_minus_infinity_give_finite_attributions(name):
     """Also with many copies in a forward pass, in which features of both tensors are ablated."""
     scores = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0.0, 0.0, -torch.inf, 0.0], [0.0, -torch.inf, 0.0, 0.0]], dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_attention_masks_of_minus_infinity(name):
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_without_a_check_of_finite_numbers(temperature, value):
+def test_check_finite_false_allows_nan_and_infinity_in_scores(temperature, value):
     model, x, phi = SPECIMEN.model(), SPECIMEN.inputs(3), SPECIMEN.inputs(3, seed=5)
     phi[:, 1] -= 100  # the second channel is inserted last and deleted last
     broken = x.clone()

@@ -37,14 +37,14 @@ class ReturnsDict(nn.Module):
 
 
 @pytest.mark.parametrize("name", WITH_TARGET)
-def test_outputs_that_are_no_tensors(name):
+def test_outputs_that_are_no_tensors_are_refused(name):
     with pytest.raises(TypeError, match=r"return a tensor, given: a dict of logits, hidden.*\['logits'\]"):
         call(name, model=ReturnsDict())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("name", WITH_TARGET)
-def test_targets_of_any_integers_and_in_a_column(name, dtype):
+def test_targets_of_any_integer_dtype_and_in_a_column_are_accepted(name, dtype):
     expected = call(name, target=[0, 2, 1])
     target = torch.tensor([[0], [2], [1]], dtype=dtype)
     for a, b in zip(tensors_of(call(name, target)), tensors_of(expected), strict=True):
@@ -65,13 +65,13 @@ def test_targets_of_any_integers_and_in_a_column(name, dtype):
     ids=["bool", "float", "NumPy", "string", "too short", "a list too short"],
 )
 @pytest.mark.parametrize("name", WITH_TARGET)
-def test_targets_that_choose_nothing(name, target, message):
+def test_targets_of_wrong_type_or_length_are_refused(name, target, message):
     with pytest.raises(AssertionError, match=message):
         call(name, target)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_TARGET if name not in ("FeatureAblation", "Occlusion")])
-def test_a_missing_target(name):
+def test_target_that_is_missing_is_refused(name):
     if "Permutation" in name or "Ablation" in name or "ShapleyValue" in name:
         pytest.skip("it explains every output")
     with pytest.raises(AssertionError, match=r"(?i)target.*missing"):
@@ -79,20 +79,20 @@ def test_a_missing_target(name):
 
 
 @pytest.mark.parametrize("name", ["Lime", "KernelShap", *OF_GRADIENTS])
-def test_an_empty_batch(name):
+def test_empty_batch_is_refused(name):
     with pytest.raises(ValueError, match="batch is empty: there is nothing to explain"):
         call(name, inputs=SPECIMEN.inputs(3)[:0])
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(("inputs", "given"), [(lambda x: (x, None), "NoneType"), (lambda x: x.numpy(), "ndarray")])
-def test_inputs_that_are_no_tensors(name, inputs, given):
+def test_inputs_that_are_no_tensors_are_refused(name, inputs, given):
     with pytest.raises(AssertionError, match=f"tensor or a tuple of tensors, given: {given}"):
         call(name, inputs=inputs(SPECIMEN.inputs(3)))
 
 
 @pytest.mark.parametrize("name", OF_GRADIENTS)
-def test_token_ids_in_methods_of_gradients(name):
+def test_token_ids_are_refused_by_gradient_methods(name):
     model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3))
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
     explainer = CALLS[name].build(model, None)
@@ -101,21 +101,21 @@ def test_token_ids_in_methods_of_gradients(name):
         explainer.attribute(tokens, target=1, **more)
 
 
-def test_integers_as_numbers_have_a_path():
+def test_integrated_gradients_accepts_integer_inputs():
     model, x = nn.Linear(3, 2), torch.tensor([[1, 2, 3]])
     for explainer in (attr.IntegratedGradients(model), attr.NoiseTunnel(attr.IntegratedGradients(model))):
         assert explainer.attribute(x, target=1).shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.modules_only])
-def test_functions_where_modules_are_needed(name):
+def test_functions_are_refused_where_modules_are_needed(name):
     model = SPECIMEN.model()
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, given: function\. Put a function into"):
         CALLS[name].build(lambda x: model(x), model.get_submodule(SPECIMEN.layer))
 
 
 @pytest.mark.parametrize("name", [*OF_LAYERS, ENDS_IN_LAYER])
-def test_layers_that_are_no_modules(name):
+def test_layers_that_are_no_modules_are_refused(name):
     model = SPECIMEN.model()
     with pytest.raises(TypeError, match=r"given: the name '0'; model\.get_submodule"):
         CALLS[name].build(model, "0")
@@ -146,7 +146,7 @@ class Bypass(nn.Module):
     ],
 )
 @pytest.mark.parametrize("name", [*OF_LAYERS, ENDS_IN_LAYER])
-def test_layers_without_one_activation(name, layer, message):
+def test_layers_without_exactly_one_activation_are_refused(name, layer, message):
     model = Bypass()
     explainer = CALLS[name].build(model, model.get_submodule(layer))
     with pytest.raises(ValueError, match=message):
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The attributions of DeepLift")
 @pytest.mark.parametrize("name", [name for name in OF_LAYERS if name not in ("NeuronGuidedBackprop",)])
-def test_a_flat_tuple_with_none_is_its_tensor(name):
+def test_layer_output_of_a_flat_tuple_with_none_is_explained_as_its_tensor(name):
     """As an nn.Identity through which the tensor goes."""
     model, x = Attention(nn.Identity()), torch.randn(3, 4, 6, dtype=torch.float64)
     arguments = CALLS[name].arguments(SPECIMEN, 1)

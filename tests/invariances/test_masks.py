@@ -74,7 +74,7 @@ names = st.lists(st.integers(-(2**40), 2**40), min_size=4, max_size=4, unique=Tr
 @settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("name", MASKED)
 @given(mask=st.lists(masks, min_size=1, max_size=3), names=names, data=st.data())
-def test_features_may_have_any_names(name, mask, names, data):
+def test_feature_mask_may_use_any_numbers(name, mask, names, data):
     n_examples = 3 if len(mask) < 3 else len(mask)
     mask = torch.tensor(mask[:1] if len(mask) < 3 else mask)
     if name == "FeaturePermutation":
@@ -90,7 +90,7 @@ def test_features_may_have_any_names(name, mask, names, data):
 @settings(max_examples=15, deadline=None)
 @pytest.mark.parametrize("name", ORDERED)
 @given(mask=masks.filter(lambda mask: len(set(mask)) > 1), names=names)
-def test_gaps_and_offsets_change_nothing(name, mask, names):
+def test_feature_mask_gaps_and_offsets_change_nothing(name, mask, names):
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = torch.arange(4) % 3
     mask = torch.tensor([mask])
@@ -99,7 +99,7 @@ def test_gaps_and_offsets_change_nothing(name, mask, names):
     assert_same(call(ORDERED[name], x, y, renamed), call(ORDERED[name], x, y, compact))
 
 
-def test_only_features_that_exist_are_evaluated():
+def test_feature_mask_evaluates_only_features_that_exist():
     rows = []
 
     def forward(x):
@@ -144,14 +144,14 @@ OF_MASKS = {
         (TypeError, "tensor of whole numbers, given: list", [[0, 0, 1, 1, 2, 2]]),
     ],
 )
-def test_masks_that_do_not_fit_are_the_same_error_everywhere(name, error, text, mask):
+def test_feature_mask_that_does_not_fit_is_refused_everywhere(name, error, text, mask):
     with pytest.raises(error, match=text):
         OF_MASKS[name](lambda x: x.sum(1), TWO[0], mask)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_MASKS if name not in ("InsertionDeletion", "Fidelity")])
 @pytest.mark.parametrize("n_masks", [1, 3])
-def test_there_is_one_mask_for_each_tensor(name, n_masks):
+def test_feature_mask_needs_one_mask_for_each_input_tensor(name, n_masks):
     masks = (ONE_MASK, torch.tensor([[3, 3, 4]]), ONE_MASK)[:n_masks]
     with pytest.raises(ValueError, match=f"{n_masks} tensors for 2 input tensors"):
         OF_MASKS[name](lambda a, b: a.sum(1) + b.sum(1), TWO, masks)

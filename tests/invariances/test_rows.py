@@ -31,7 +31,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("specimen", "name"), cases())
-def test_a_row_is_explained_alike_in_any_batch(specimen, name):
+def test_rows_are_explained_alike_in_any_batch(specimen, name):
     specimen, call = ZOO[specimen], CALLS[name]
     inputs, target = specimen.inputs(6), torch.arange(6) % specimen.n_columns
     whole = call(specimen, inputs, target)
@@ -42,7 +42,7 @@ def test_a_row_is_explained_alike_in_any_batch(specimen, name):
 
 
 @pytest.mark.parametrize("specimen", ONE_EACH)
-def test_models_of_the_zoo_have_independent_rows(specimen):
+def test_zoo_models_have_independent_rows(specimen):
     assert_rows_independent(ZOO[specimen].model(), ZOO[specimen].inputs(6))
 
 
@@ -71,7 +71,7 @@ def test_baselines_and_masks_are_read_alike_in_any_batch(specimen, name, form):
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
 @pytest.mark.parametrize("specimen", ONE_EACH)
-def test_a_row_is_scored_alike_in_any_batch(specimen, temperature):
+def test_insertion_deletion_scores_a_row_alike_in_any_batch(specimen, temperature):
     specimen = ZOO[specimen]
     model, inputs = specimen.model(), specimen.inputs(6)
     target = torch.arange(6) % max(2, specimen.n_columns)
@@ -95,7 +95,7 @@ def test_a_row_is_scored_alike_in_any_batch(specimen, temperature):
         assert_same([part.insertion, part.deletion], [whole.insertion[rows], whole.deletion[rows]])
 
 
-def test_a_loss_of_a_batch_is_the_mean_of_its_rows_losses():
+def test_regularizer_loss_of_a_batch_is_the_mean_over_its_rows():
     specimen = ZOO["Tanh, AvgPool"]
     model, x, y = specimen.model(), specimen.inputs(5), torch.arange(5) % 3
     mask, annotations = feature_mask(specimen), (specimen.inputs(5, seed=4) > 0).double()
@@ -141,7 +141,7 @@ MIXING = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_rows_that_influence_each_other_are_refused_where_each_has_its_own_mask(name):
+def test_dependent_rows_are_refused_where_each_row_has_a_different_mask(name):
     model, x, y = MIXING[name]()
     regularizers = [
         InsertionDeletion(attr.FeatureAblation(model), baselines=0.0, model=torch.nn.Identity()),
@@ -163,7 +163,7 @@ def test_rows_that_influence_each_other_are_refused_where_each_has_its_own_mask(
 
 
 @pytest.mark.parametrize("name", ["graph of 5", "graph of 20", "centred", "scaled", "one number of rows"])
-def test_rows_that_influence_each_other_can_be_masked_alike(name):
+def test_dependent_rows_can_be_explained_with_shared_masks(name):
     model, x, y = MIXING[name]()
     together = {"share_masks": True, "perturbations_per_eval": 1, "sampling": "independent"}
     shap = attr.KernelShap(model).attribute(x, target=y, n_samples=8, **together)
@@ -177,7 +177,7 @@ def test_rows_that_influence_each_other_can_be_masked_alike(name):
     torch.testing.assert_close(scores.insertion, torch.stack(curve).mean(0))
 
 
-def test_a_function_that_draws_random_numbers_is_not_refused():
+def test_dependent_rows_check_accepts_functions_that_draw_random_numbers():
     specimen = ZOO["linear"]
     model, x = specimen.model(), specimen.inputs(6)
     insertion_deletion(lambda x: model(x) + 0.1 * torch.randn(len(x), 3), x, x, target=0)
@@ -189,7 +189,7 @@ def test_a_function_that_draws_random_numbers_is_not_refused():
 
 
 @pytest.mark.parametrize("outputs", ["raw", "logits"])
-def test_halves_that_round_differently_in_another_place_are_not_refused(outputs):
+def test_dependent_rows_check_accepts_rounding_in_half_precision(outputs):
     model, x = ZOO["linear"].model().bfloat16(), ZOO["linear"].inputs(6)
 
     def forward(x):  # vectorised kernels end with rows that they add up in another order

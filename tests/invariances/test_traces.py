@@ -51,7 +51,7 @@ def call(name, net, **more):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_operations_in_place_behind_a_layer_change_nothing(name, create_graph):
+def test_in_place_operations_behind_a_layer_change_nothing(name, create_graph):
     expected = call(name, relu_net(inplace=False), create_graph=create_graph)
     assert_same(call(name, relu_net(inplace=True), create_graph=create_graph), expected)
 
@@ -67,7 +67,7 @@ OUTPUTS_ONLY += ["Lime", "KernelShap"]
 
 @pytest.mark.parametrize("writes", WRITES)
 @pytest.mark.parametrize("name", OUTPUTS_ONLY)
-def test_a_forward_function_may_write_into_its_input(name, writes):
+def test_forward_function_may_write_into_its_input(name, writes):
     net = SPECIMEN.model()
     clean = {
         "multiplies": lambda x: net(2 * x),
@@ -87,21 +87,21 @@ class _Baselines:
         return None if name == "FeaturePermutation" else SPECIMEN.baselines()
 
 
-def test_feature_ablation_of_a_function_that_writes():
+def test_feature_ablation_of_a_function_that_writes_into_its_input():
     x = torch.tensor([[1.0, 2.0]])
     assert attr.FeatureAblation(lambda x: x.mul_(2).sum(1)).attribute(x).tolist() == [[2.0, 4.0]]
     assert x.tolist() == [[1.0, 2.0]]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_class_hands_out_the_inputs_themselves(name):
+def test_inputs_are_not_changed_by_a_model_that_works_in_place(name):
     net, x = relu_net(inplace=True, first=True), X.clone()
     with suppress(RuntimeError):  # torch's, of a leaf that requires gradient
         CALLS[name](SPECIMEN, x, Y, InFront(*net))
     assert torch.equal(x, X)
 
 
-def test_metrics_and_losses_of_a_function_that_writes():
+def test_metrics_and_losses_allow_a_model_that_writes_into_its_input():
     net = SPECIMEN.model()
     writing = nn.Sequential(nn.ReLU(inplace=True), net).eval()
     clean = nn.Sequential(nn.ReLU(), net).eval()
@@ -162,7 +162,7 @@ DRAWS |= {"NeuronGradientShap"}
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_leaves_no_trace(name, create_graph, fails, requires_grad):
+def test_attribute_leaves_model_inputs_and_random_state_unchanged(name, create_graph, fails, requires_grad):
     specimen = ZOO["BatchNorm"]
     model = specimen.model()
     model[2].train()  # a mixture of modes
@@ -184,7 +184,7 @@ def test_a_call_leaves_no_trace(name, create_graph, fails, requires_grad):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_metrics_and_regularizers_leave_no_trace(fails):
+def test_metrics_and_regularizers_leave_model_and_inputs_unchanged(fails):
     specimen = ZOO["BatchNorm"]
     model, x, y = specimen.model().train(), specimen.inputs(4), torch.full((4,), 9) if fails else Y
     generator = torch.Generator()
@@ -216,7 +216,7 @@ def test_metrics_and_regularizers_leave_no_trace(fails):
         assert_unchanged(before, snapshot(model, x), streams=True)
 
 
-def test_the_zoo_has_every_class():
+def test_calls_cover_every_attribution_class():
     classes = {name for name in attr.__all__ if isinstance(getattr(attr, name), type)}
     classes = {name for name in classes if issubclass(getattr(attr, name), attr.Saliency.__mro__[2])}
     assert classes - {"LimeBase"} <= set(CALLS)

@@ -71,7 +71,7 @@ def literal_images(net, phi, baseline, s_values, direction, temperature=None, fe
 
 @pytest.mark.parametrize("temperature", [None, "auto", 3.0])
 @pytest.mark.parametrize(("fraction", "step_size"), [(1.0, 1), (0.5, 4), (0.34, 5), (1.0, None)])
-def test_equals_the_equations(temperature, fraction, step_size):
+def test_insertion_deletion_equals_the_equations(temperature, fraction, step_size):
     net = smooth_conv_net()
     step = step_size or 2  # the smallest that gives at most 32 steps of 36
 
@@ -92,7 +92,7 @@ def test_equals_the_equations(temperature, fraction, step_size):
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_a_feature_mask_makes_groups_locations(temperature):
+def test_feature_mask_groups_are_ranked_and_masked_as_locations(temperature):
     """Groups of different number an example, with gaps: each example has its own D, S and steps."""
     net = smooth_conv_net()
     features = torch.randint(9, (4, 1, 6, 6), generator=torch.Generator().manual_seed(3)) * 2
@@ -118,7 +118,7 @@ def test_a_feature_mask_makes_groups_locations(temperature):
 
 
 @pytest.mark.parametrize("n_locations", [1, 31, 32, 33, 64, 65, 97, 98, 129, 1000, 1024])
-def test_the_default_step_is_the_smallest_that_gives_at_most_32(n_locations):
+def test_step_schedule_default_step_is_the_smallest_with_at_most_32_steps(n_locations):
     size = next(size for size in range(1, n_locations + 1) if n_locations // size <= 32)
     schedule = StepSchedule.of(torch.tensor([n_locations]), 1.0, None)
     assert schedule.steps[0].tolist() == list(range(size, n_locations + 1, size))
@@ -128,12 +128,12 @@ def test_the_default_step_is_the_smallest_that_gives_at_most_32(n_locations):
     ("n_locations", "fraction"),
     [(100, 0.53), (75, 0.84), (200, 0.59), (375, 0.072), (1000, 0.251), (500, 0.502), (10, 0.3), (10, 0.29)],
 )
-def test_the_number_of_locations_is_rounded_in_double_precision(n_locations, fraction):
+def test_step_schedule_rounds_the_number_of_steps_in_double_precision(n_locations, fraction):
     schedule = StepSchedule.of(torch.tensor([n_locations]), fraction, 1)
     assert schedule.steps.shape[1] == math.floor(fraction * n_locations + 1e-9)
 
 
-def test_an_image_of_one_superpixel_takes_one_step():
+def test_insertion_deletion_of_one_superpixel_takes_one_step():
     net, features = smooth_conv_net(), torch.arange(36).view(1, 1, 6, 6).repeat(4, 1, 1, 1) // 6
     features[1] = 0
     scores = insertion_deletion(net, IMAGES, PIXELS, feature_mask=features, target=Y, fraction=0.5, step_size=3)
@@ -145,7 +145,7 @@ def test_an_image_of_one_superpixel_takes_one_step():
 
 @pytest.mark.parametrize("mask", ["(1, 1, H, W)", "(1, C, H, W)", "(H, W)"])
 @pytest.mark.parametrize("attribution", ["pixels", "elements"])
-def test_masks_and_maps_may_have_one_channel_or_all(mask, attribution):
+def test_insertion_accepts_masks_and_maps_with_one_channel_or_all(mask, attribution):
     net, cells = smooth_conv_net(), torch.arange(36).view(6, 6) // 12
     shapes = {"(1, 1, H, W)": cells[None, None], "(1, C, H, W)": cells.expand(1, 2, 6, 6), "(H, W)": cells}
     phi = PIXELS if attribution == "pixels" else PIXELS[:, None].expand(4, 2, 6, 6)
@@ -154,7 +154,7 @@ def test_masks_and_maps_may_have_one_channel_or_all(mask, attribution):
     torch.testing.assert_close(ours, expected)
 
 
-def test_a_mask_or_baseline_without_batch_axis_broadcasts_whatever_the_batch_size():
+def test_insertion_broadcasts_masks_and_baselines_without_a_batch_axis():
     """Captum would read a first size equal to the batch's as one row an example."""
     net = smooth_conv_net()
     images, maps = IMAGES.repeat(2, 1, 1, 1)[:6], PIXELS.repeat(2, 1, 1)[:6]
@@ -169,7 +169,7 @@ def test_a_mask_or_baseline_without_batch_axis_broadcasts_whatever_the_batch_siz
     torch.testing.assert_close(whole[:1], insertion(smooth_net(), x[:1], x[:1], baselines=columns, target=1))
 
 
-def test_raw_outputs_of_one_value_need_no_target_in_any_shape():
+def test_insertion_of_raw_outputs_of_one_value_needs_no_target():
     net = smooth_conv_net(n_classes=1)
     expected = insertion(net, IMAGES, PIXELS, outputs="raw")
     for shape in ((-1,), (-1, 1, 1)):
@@ -177,7 +177,7 @@ def test_raw_outputs_of_one_value_need_no_target_in_any_shape():
         torch.testing.assert_close(ours, expected)
 
 
-def test_pixels_may_have_a_channel_axis():
+def test_insertion_accepts_pixel_maps_with_a_channel_axis():
     net = smooth_conv_net()
     ours = insertion(net, IMAGES, PIXELS[:, None], target=Y)
     assert torch.equal(ours, insertion(net, IMAGES, PIXELS, target=Y))
@@ -194,7 +194,7 @@ class TwoInputs(nn.Module):
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_tuples_are_ranked_together(temperature):
+def test_insertion_ranks_a_tuple_of_inputs_together(temperature):
     net = TwoInputs()
     a, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, 2, dtype=torch.float64)
     phi_a, phi_b = torch.randn_like(a), torch.randn_like(b)
@@ -215,7 +215,7 @@ def test_tuples_are_ranked_together(temperature):
 
 
 @pytest.mark.parametrize("ids_first", [False, True])
-def test_integers_beside_floats_stay_integers_under_hard_masks(ids_first):
+def test_insertion_keeps_integer_inputs_integer_under_hard_masks(ids_first):
     torch.manual_seed(0)
     embedding, head = nn.Embedding(9, 4).double(), nn.Linear(3 + 20, 3).double()
     x, ids = torch.randn(4, 3, dtype=torch.float64), torch.randint(1, 9, (4, 5))
@@ -245,7 +245,7 @@ def test_integers_beside_floats_stay_integers_under_hard_masks(ids_first):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_soft_metric_tends_to_the_hard_one():
+def test_insertion_deletion_soft_scores_tend_to_the_hard_scores():
     net = smooth_conv_net()
     hard = insertion_deletion(net, IMAGES, PIXELS, target=Y)
     distances = []
@@ -256,7 +256,7 @@ def test_the_soft_metric_tends_to_the_hard_one():
     assert distances[2] < 1e-9
 
 
-def test_ties_go_by_position():
+def test_insertion_breaks_ties_by_position():
     phi = torch.tensor([[1.0, 2.0, 1.0, 2.0]])
     values = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
     curve = insertion_deletion(lambda x: x.sum(1), values, phi, outputs="raw").insertion_curve
@@ -264,7 +264,7 @@ def test_ties_go_by_position():
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_a_constant_map_is_harmless_and_alone(temperature):
+def test_insertion_of_a_constant_map_is_finite_and_affects_no_other_map(temperature):
     net, phi = smooth_conv_net(), PIXELS.clone()
     phi[2] = 0.7
     phi.requires_grad_()
@@ -282,7 +282,7 @@ def test_a_constant_map_is_harmless_and_alone(temperature):
         assert gradient[[0, 1, 3]].abs().amax((1, 2)).min() > 0
 
 
-def test_a_map_of_one_value_is_constant_whatever_the_sizes_of_its_groups():
+def test_insertion_deletion_of_an_equal_valued_map_ignores_group_sizes():
     """The mean over a group of equal float32 values is that value, so ties between groups stay ties."""
     net, x = smooth_net(40).float(), torch.randn(1, 40)
     mask = torch.tensor([[0] * 3 + [1] * 7 + [2] * 11 + [3] * 19])
@@ -290,7 +290,7 @@ def test_a_map_of_one_value_is_constant_whatever_the_sizes_of_its_groups():
     torch.testing.assert_close(soft.insertion, net(0.5 * x).softmax(1)[:, 1])
 
 
-def test_a_nearly_constant_map_overflows_nothing():
+def test_insertion_of_a_nearly_constant_map_has_a_finite_gradient():
     phi = torch.full((1, 4), 0.0)
     phi[0, 0] = 1e-45
     phi.requires_grad_()
@@ -300,7 +300,7 @@ def test_a_nearly_constant_map_overflows_nothing():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([None, "auto", 2.5]), st.floats(0.2, 1.0), st.integers(1, 3))
-def test_no_example_depends_on_its_batch_mates(seed, temperature, fraction, step_size):
+def test_insertion_deletion_of_an_example_does_not_depend_on_its_batch(seed, temperature, fraction, step_size):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 18, dtype=torch.float64, generator=generator)
     phi = torch.randint(-3, 4, (5, 18), generator=generator).double()
@@ -316,7 +316,7 @@ def test_no_example_depends_on_its_batch_mates(seed, temperature, fraction, step
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.1, 10.0), st.floats(-5.0, 5.0), st.sampled_from([None, "auto"]))
-def test_the_scale_and_offset_of_a_map_do_not_matter(seed, scale, offset, temperature):
+def test_insertion_does_not_depend_on_the_scale_and_offset_of_the_map(seed, scale, offset, temperature):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 10, dtype=torch.float64, generator=generator)
     phi = torch.randn(2, 10, dtype=torch.float64, generator=generator)
@@ -326,7 +326,7 @@ def test_the_scale_and_offset_of_a_map_do_not_matter(seed, scale, offset, temper
     torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
 
 
-def test_deletion_of_one_order_is_insertion_of_the_other():
+def test_deletion_in_one_order_equals_insertion_in_the_reverse_order():
     """Deleting the top s leaves what inserting the lowest D - s puts in."""
     net = smooth_conv_net()
     forward = insertion_deletion(net, IMAGES, PIXELS, target=Y, step_size=1)
@@ -335,7 +335,7 @@ def test_deletion_of_one_order_is_insertion_of_the_other():
 
 
 @pytest.mark.parametrize("max_examples_per_batch", [1, 3, 4, 7, 1000])
-def test_chunks_change_nothing_but_memory(max_examples_per_batch):
+def test_insertion_deletion_does_not_depend_on_the_chunk_size(max_examples_per_batch):
     rows = []
     net = smooth_conv_net()
 
@@ -350,13 +350,13 @@ def test_chunks_change_nothing_but_memory(max_examples_per_batch):
     assert max(rows) <= max_examples_per_batch
 
 
-def test_numpys_integers_are_integers():
+def test_insertion_accepts_numpy_integers_as_step_size():
     net = smooth_conv_net()
     ours = insertion(net, IMAGES, PIXELS, target=Y, step_size=np.int64(4))
     assert torch.equal(ours, insertion(net, IMAGES, PIXELS, target=Y, step_size=4))
 
 
-def test_hard_scores_repeat_bit_for_bit():
+def test_insertion_deletion_hard_scores_repeat_bit_for_bit():
     net = smooth_conv_net().float()
     scores = [insertion_deletion(net, IMAGES.float(), PIXELS.float(), target=Y) for _ in range(3)]
     for other in scores[1:]:
@@ -366,7 +366,7 @@ def test_hard_scores_repeat_bit_for_bit():
 # --- what the forward function returns -----------------------------------------------------------------------------
 
 
-def test_the_kinds_of_outputs_agree():
+def test_insertion_deletion_agrees_for_all_kinds_of_outputs():
     net = smooth_conv_net()
     kinds = {
         "logits": net,
@@ -381,7 +381,7 @@ def test_the_kinds_of_outputs_agree():
 
 
 @pytest.mark.parametrize("shape", ["(B, 1)", "(B,)"])
-def test_one_column_is_class_1_and_its_complement_class_0(shape):
+def test_insertion_deletion_of_one_column_treats_it_as_class_1(shape):
     net, y = smooth_conv_net(n_classes=1), torch.tensor([0, 1, 1, 0])
     column = net if shape == "(B, 1)" else lambda x: net(x)[:, 0]
     two = lambda x: torch.cat([torch.zeros_like(net(x)), net(x)], 1)  # noqa: E731
@@ -400,7 +400,7 @@ def test_one_column_is_class_1_and_its_complement_class_0(shape):
     torch.testing.assert_close(missing, insertion(two, IMAGES, PIXELS, target=1))
 
 
-def test_targets_in_all_of_captums_forms():
+def test_insertion_accepts_targets_in_all_of_captums_forms():
     net = smooth_conv_net()
     expected = insertion(net, IMAGES, PIXELS, target=Y)
     for target in ([0, 1, 2, 0], [(0,), (1,), (2,), (0,)], Y.int(), list(Y.numpy())):
@@ -420,7 +420,7 @@ def test_targets_in_all_of_captums_forms():
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_the_gradient_in_the_weights_is_true(temperature):
+def test_insertion_deletion_has_the_true_gradient_in_the_weights(temperature):
     """With a fixed attribution the scores are functions of the model alone."""
     net = smooth_conv_net()
 
@@ -431,7 +431,7 @@ def test_the_gradient_in_the_weights_is_true(temperature):
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_the_gradient_in_the_attribution_is_that_of_the_masks():
+def test_insertion_gradient_in_the_attribution_is_that_of_the_masks():
     """T and t_s are constants of the equations: the literal masks, differentiated with both held, give the gradient."""
     net, phi = smooth_net(), torch.randn(3, 6, dtype=torch.float64).requires_grad_()
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -446,7 +446,7 @@ def test_the_gradient_in_the_attribution_is_that_of_the_masks():
     torch.testing.assert_close(ours, expected)
 
 
-def test_the_ambient_mode_is_followed():
+def test_insertion_follows_the_ambient_gradient_mode():
     net = smooth_conv_net()
     assert insertion(net, IMAGES, PIXELS, target=Y).requires_grad
     with torch.no_grad():
@@ -520,21 +520,21 @@ BAD = {
 
 @pytest.mark.parametrize("metric", [insertion, deletion, insertion_deletion])
 @pytest.mark.parametrize(("error", "text", "arguments"), BAD.values(), ids=BAD)
-def test_bad_arguments_are_named(metric, error, text, arguments):
+def test_insertion_deletion_errors_name_bad_arguments(metric, error, text, arguments):
     good = {"forward_func": NET, "inputs": IMAGES, "attributions": PIXELS, "target": Y}
     with pytest.raises(error, match=text):
         metric(**{**good, **arguments})
 
 
-def test_probabilities_given_as_logits_are_warned_of():
+def test_insertion_warns_of_probabilities_given_as_logits():
     with pytest.warns(UserWarning, match="already sums to one"):
         insertion(lambda x: NET(x).softmax(1), IMAGES, PIXELS, target=Y)
 
 
-def test_finite_checks_can_be_switched_off():
+def test_insertion_finite_checks_can_be_switched_off():
     insertion(NET, IMAGES, broken(PIXELS, math.inf), target=Y, check_finite=False)
 
 
-def test_the_signature_is_the_same_for_all():
+def test_insertion_and_deletion_functions_have_the_same_signature():
     signatures = [inspect.signature(metric).parameters for metric in (insertion, deletion, insertion_deletion)]
     assert signatures[0] == signatures[1] == signatures[2]

@@ -38,7 +38,7 @@ def test_local_linear_models_are_ridge_regressions(alpha):
         np.testing.assert_allclose(explanation(X)[i].numpy(), ridge.intercept_, atol=1e-9)
 
 
-def test_point_and_neighborhood_fidelity():
+def test_point_and_neighborhood_fidelity_equal_their_definitions():
     net = smooth_net()
     saliency = [Saliency(net).attribute(X, target=k, abs=False) for k in range(3)]
     slopes = torch.stack(saliency, dim=2)
@@ -57,13 +57,13 @@ def test_point_and_neighborhood_fidelity():
     torch.testing.assert_close(value, expected)
 
 
-def test_a_single_output_and_no_last_axis():
+def test_point_fidelity_accepts_a_single_output_without_a_last_axis():
     model = torch.nn.Sequential(torch.nn.Linear(6, 1), torch.nn.Flatten(0)).double()
     line = LinearExplanation(model[0].weight.detach().expand(5, 6), model[0].bias.detach().expand(5))
     torch.testing.assert_close(point_fidelity(lambda x: line, model, X), torch.zeros(5, dtype=torch.float64))
 
 
-def test_stability_explains_the_neighbour_anew():
+def test_stability_explains_each_neighbor_separately():
     net = smooth_net()
     calls = []
 
@@ -80,7 +80,7 @@ def test_stability_explains_the_neighbour_anew():
 
 
 @pytest.mark.parametrize("n_samples", [51, 1300, 5000])  # all five in one chunk, some, one
-def test_nothing_depends_on_batch_mates_or_chunks(n_samples):
+def test_local_linear_models_do_not_depend_on_batches_or_chunks(n_samples):
     net = smooth_net()
     whole = LocalLinearModels(net, n_samples=n_samples, generator=torch.Generator().manual_seed(0))(X)
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +100,6 @@ def test_nothing_depends_on_batch_mates_or_chunks(n_samples):
         lambda net: point_fidelity(LocalLinearModels(net), lambda x: 1.0, X),
     ],
 )
-def test_bad_arguments(call):
+def test_local_fidelity_metrics_refuse_bad_arguments(call):
     with pytest.raises(ValueError, match=r"must|explains rows"):
         call(smooth_net())

@@ -30,7 +30,7 @@ def literal_soft(values, s, temperature):
 
 @settings(max_examples=80, deadline=None)
 @given(NUMBERS, st.integers(0, 3), st.sampled_from([1.0, 2.5]))
-def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absent, temperature):
+def test_masks_equal_the_equations_with_ties_and_absent_locations(numbers, n_absent, temperature):
     values = torch.tensor([[*map(float, numbers), *[9.0] * n_absent]], dtype=torch.float64)
     present = torch.tensor([[True] * len(numbers) + [False] * n_absent]) if n_absent else None
     steps = torch.arange(1, len(numbers) + 1)[:, None]
@@ -45,7 +45,7 @@ def test_masks_are_the_equations_with_ties_and_absent_locations(numbers, n_absen
         assert soft[s - 1, 0, : len(numbers)].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_after_all_locations_no_mask_falls_below_the_paper_s_bound():
+def test_soft_masks_after_all_locations_keep_to_the_bound_of_the_paper():
     soft = after(SoftMasks(torch.randn(5, 7, dtype=torch.float64)), torch.full((1, 5), 7))
     assert float(soft.min()) == pytest.approx(1 / (1 + math.exp(-0.5)))
 
@@ -60,16 +60,16 @@ def test_hard_masks_take_only_types_that_hold_every_rank():
 
 
 @pytest.mark.parametrize("kind", [HardMasks, SoftMasks])
-def test_numbers_of_locations_are_no_thresholds(kind):
+def test_masks_refuse_numbers_of_locations_as_thresholds(kind):
     with pytest.raises(ValueError, match=r"masks\.thresholds\(steps\)"):
         kind(torch.randn(2, 4))(torch.tensor([[2, 2]]))
 
 
-def test_half_precision_is_ranked_in_single():
+def test_soft_masks_rank_half_precision_values_in_single_precision():
     assert after(SoftMasks(torch.randn(1, 4).half()), torch.tensor([[2]])).dtype == torch.float32
 
 
-def test_values_that_differ_by_rounding_are_one():
+def test_soft_masks_treat_values_that_differ_by_rounding_as_equal():
     """Else the temperature, which counts distinct values, would depend on the size of a forward pass."""
     values = torch.tensor([[0.3, 0.1, 0.3, 0.7, 0.1]], dtype=torch.float64)
     rounded = values * (1 + 2e-16 * torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64))

@@ -23,7 +23,7 @@ def score(forward, logits, target, outputs, kind):
 
 
 @pytest.mark.parametrize("outputs", KINDS)
-def test_scores_are_the_targets_probability_its_logarithm_and_its_complements(outputs):
+def test_target_scorer_gives_probability_logarithm_and_log_complement(outputs):
     multiclass, binary = KINDS[outputs]
     p = LOGITS.softmax(1)[[0, 1], [2, 0]]
     q = torch.stack([1 - COLUMN[0, 0].sigmoid(), COLUMN[1, 0].sigmoid()])
@@ -38,7 +38,7 @@ def test_scores_are_the_targets_probability_its_logarithm_and_its_complements(ou
 
 
 @pytest.mark.parametrize("columns", [1, 3])
-def test_logarithms_of_sure_logits_stay_finite_with_a_gradient(columns):
+def test_target_scorer_logarithms_of_confident_logits_are_finite(columns):
     logits = torch.full((2, columns), -300.0).requires_grad_()
     sure = logits + torch.tensor([600.0] + [0.0] * (columns - 1))
     for kind in ("log_probability", "log_complement"):
@@ -48,11 +48,11 @@ def test_logarithms_of_sure_logits_stay_finite_with_a_gradient(columns):
             assert torch.autograd.grad(values.sum(), logits, retain_graph=True)[0].isfinite().all()
 
 
-def test_raw_scores_are_the_outputs():
+def test_target_scorer_returns_raw_outputs_unchanged():
     assert score(lambda z: z, LOGITS, [2, 0], "raw", "log_probability").tolist() == [0.5, 3.0]
 
 
-def test_predictions():
+def test_predicted_class_of_each_kind_of_outputs():
     assert predicted_class(LOGITS, "logits").tolist() == [0, 0]
     assert predicted_class(COLUMN, "logits").tolist() == [1, 0]
     assert predicted_class(COLUMN[:, 0].sigmoid(), "probabilities").tolist() == [1, 0]
@@ -63,7 +63,7 @@ def test_predictions():
         predicted_class(torch.zeros(2, 3, 4), "logits")
 
 
-def test_labels_of_a_binary_loss_become_integers():
+def test_class_labels_of_a_binary_loss_become_integers():
     assert class_labels(torch.tensor([[0.0], [1.0]])).tolist() == [0, 1]
     assert class_labels(torch.tensor([True, False])).dtype == torch.int64
     assert class_labels(torch.tensor([0.5, 1.0])).dtype == torch.float32

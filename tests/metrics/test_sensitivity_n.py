@@ -31,7 +31,7 @@ def literal(net, x, phi, y, subsets, baseline):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_tends_to_the_correlation_over_all_subsets(n):
+def test_sensitivity_n_tends_to_the_correlation_over_all_subsets(n):
     net = smooth_net()
     ours = sensitivity_n(
         net, X, PHI, n, baselines=0.4, target=Y, n_samples=20_000, generator=torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def test_tends_to_the_correlation_over_all_subsets(n):
         assert float(ours[b]) == pytest.approx(expected, abs=0.03)
 
 
-def test_equals_numpys_correlation_on_the_drawn_subsets():
+def test_sensitivity_n_equals_numpys_correlation_on_the_drawn_subsets():
     net, seen = smooth_net(), []
 
     def forward(x):
@@ -56,7 +56,7 @@ def test_equals_numpys_correlation_on_the_drawn_subsets():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 6))
-def test_lies_between_minus_one_and_one_and_turns_with_the_sign(seed, n):
+def test_sensitivity_n_is_between_minus_one_and_one_and_odd_in_the_map(seed, n):
     x, net = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), smooth_net()
 
     def score(phi):
@@ -66,14 +66,14 @@ def test_lies_between_minus_one_and_one_and_turns_with_the_sign(seed, n):
     torch.testing.assert_close(score(PHI[:2]), -score(-PHI[:2]))
 
 
-def test_exact_attributions_of_a_linear_function_correlate_fully():
+def test_sensitivity_n_of_exact_linear_attributions_is_one():
     phi = X * torch.arange(1.0, 7.0).double()
     scores = sensitivity_n(lambda x: x @ torch.arange(1.0, 7.0).double(), X, phi, 2, outputs="raw")
     torch.testing.assert_close(scores, torch.ones(4).double())
 
 
 @torch.no_grad()
-def test_constant_sides_score_zero():
+def test_sensitivity_n_of_a_constant_map_or_model_is_zero():
     net = smooth_net()
     constant = PHI.clone()
     constant[1] = 0.3
@@ -84,7 +84,7 @@ def test_constant_sides_score_zero():
     assert not sensitivity_n(net.float(), X.float(), PHI.float(), 6, target=Y).any()  # a single subset of all
 
 
-def test_groups_of_a_feature_mask_are_masked_together():
+def test_sensitivity_n_masks_groups_of_a_feature_mask_together():
     net, images = smooth_conv_net(), torch.randn(2, 2, 6, 6, dtype=torch.float64)
     seen = []
 
@@ -102,7 +102,7 @@ def test_groups_of_a_feature_mask_are_masked_together():
         assert masked.any(1).sum() == 2
 
 
-def test_groups_that_occur_in_other_examples_only_are_never_drawn():
+def test_sensitivity_n_never_draws_groups_absent_from_the_example():
     """A gap in the numbers, and fewer groups in one example: the subsets hold n groups that are there."""
     net, images, seen = smooth_conv_net(), torch.randn(2, 2, 6, 6, dtype=torch.float64), []
 
@@ -122,7 +122,7 @@ def test_groups_that_occur_in_other_examples_only_are_never_drawn():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
-def test_float32_neither_underflows_nor_overflows(scale):
+def test_sensitivity_n_in_float32_neither_underflows_nor_overflows(scale):
     x, phi = X.float(), PHI.float()
     generator = torch.Generator()
     expected = sensitivity_n(lambda x: x.sum(1), X, PHI, 2, outputs="raw", generator=generator.manual_seed(0))
@@ -138,7 +138,7 @@ def test_float32_neither_underflows_nor_overflows(scale):
         torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_generator_decides():
+def test_sensitivity_n_depends_on_the_generator_alone():
     net, state = smooth_net(), torch.get_rng_state()
 
     def score(seed):
@@ -149,7 +149,7 @@ def test_the_generator_decides():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_chunks_change_nothing_but_memory():
+def test_sensitivity_n_does_not_depend_on_the_chunk_size():
     net = smooth_net()
     scores = [
         sensitivity_n(net, X, PHI, 2, target=Y, generator=torch.Generator().manual_seed(0), max_examples_per_batch=rows)
@@ -159,7 +159,7 @@ def test_chunks_change_nothing_but_memory():
         torch.testing.assert_close(other, scores[0], atol=1e-9, rtol=0)
 
 
-def test_one_column_flips_the_sign_of_class_0():
+def test_sensitivity_n_of_one_column_flips_the_sign_for_class_0():
     net = smooth_net(n_classes=1)
 
     def score(target, phi):
@@ -168,7 +168,7 @@ def test_one_column_flips_the_sign_of_class_0():
     torch.testing.assert_close(score(0, PHI), score(1, PHI))  # both p_y and the attribution change sign
 
 
-def test_the_gradient_is_true():
+def test_sensitivity_n_has_the_true_gradient():
     net = smooth_net()
 
     def loss():
@@ -177,7 +177,7 @@ def test_the_gradient_is_true():
     assert gradient_error(loss, net) < 1e-5
 
 
-def test_bad_arguments_are_named():
+def test_sensitivity_n_errors_name_bad_arguments():
     net = smooth_net()
     for text, n, arguments in (
         ("n must lie between 1 and the number of locations, 6", 7, {}),

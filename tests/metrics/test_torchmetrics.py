@@ -18,7 +18,7 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 
 
 @pytest.mark.parametrize(("metric", "function"), [(Insertion, insertion), (Deletion, deletion)])
-def test_batches_of_any_size_give_the_mean_over_examples(metric, function):
+def test_torchmetrics_give_the_mean_over_examples_for_any_batch_sizes(metric, function):
     net = smooth_net()
     accumulated = metric(net, baselines=0.3, fraction=0.5)
     for part in (slice(0, 5), slice(5, 7)):
@@ -30,14 +30,14 @@ def test_batches_of_any_size_give_the_mean_over_examples(metric, function):
     assert not accumulated.state_dict()
 
 
-def test_a_collection_takes_both():
+def test_metric_collection_accepts_insertion_and_deletion():
     net = smooth_net()
     both = MetricCollection([Insertion(net), Deletion(net)])
     both.update(X, MAPS, target=Y)
     assert set(both.compute()) == {"Insertion", "Deletion"}
 
 
-def test_a_clone_scores_the_same_model_and_a_collection_keeps_metrics_apart():
+def test_metric_clones_score_the_same_model_and_collections_stay_separate():
     torch.manual_seed(0)
     model, x, phi = torch.nn.Linear(6, 3), torch.randn(8, 6), torch.randn(8, 6)
     clone = Insertion(model).clone()

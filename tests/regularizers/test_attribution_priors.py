@@ -17,7 +17,7 @@ IMAGES = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=G)
 LABELS = torch.tensor([0, 2, 1])
 
 
-def test_total_variation_of_an_image():
+def test_smoothness_of_an_image_is_its_total_variation():
     net = smooth_conv_net()
     explainer = Saliency(net)
     map = explainer.attribute(IMAGES, target=LABELS, abs=False)
@@ -32,13 +32,13 @@ def test_total_variation_of_an_image():
     assert prior(IMAGES, LABELS)["smoothness"].item() == pytest.approx(expected / 3)
 
 
-def test_total_variation_of_rows_goes_along_the_columns():
+def test_smoothness_of_rows_is_the_total_variation_along_the_columns():
     explainer = InputXGradient(smooth_net())
     expected = explainer.attribute(X, target=Y).diff(dim=1).abs().sum(dim=1).mean()
     torch.testing.assert_close(Smoothness(explainer)(X, Y)["smoothness"].detach(), expected)
 
 
-def test_the_gini_coefficient():
+def test_sparsity_is_one_minus_the_gini_coefficient():
     explainer = InputXGradient(smooth_net())
     importance = explainer.attribute(X, target=Y).abs().mean(dim=0)
     gini = (importance[:, None] - importance).abs().sum() / (2 * 6 * importance.sum())
@@ -53,7 +53,7 @@ def test_the_gini_coefficient():
         lambda net: (GradientShap(net), {"baselines": X + 1}),
     ],
 )
-def test_the_gradient_is_true(prior, explainer):
+def test_attribution_priors_have_the_true_gradient(prior, explainer):
     net = smooth_net()
     explained, arguments = explainer(net)
     regularizer = prior(explained, attribute_kwargs=arguments)
@@ -61,13 +61,13 @@ def test_the_gradient_is_true(prior, explainer):
 
 
 @pytest.mark.parametrize("prior", [Smoothness, Sparsity])
-def test_a_layers_map_is_brought_to_the_input(prior):
+def test_attribution_priors_of_a_layer_map_are_trainable(prior):
     net = smooth_conv_net()
     regularizer = prior(LayerGradCam(net, net[6]))
     assert_trainable(lambda: regularizer(IMAGES, LABELS), net)
 
 
-def test_a_model_that_uses_nothing_gives_no_nan():
+def test_sparsity_of_a_model_that_uses_no_feature_is_one_without_nan():
     net = smooth_net()
     with torch.no_grad():
         net[0].weight.zero_()

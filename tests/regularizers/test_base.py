@@ -39,7 +39,7 @@ each = pytest.mark.parametrize(("term", "make"), ALL.items(), ids=list(ALL))
 
 
 @each
-def test_the_term_is_weighted_and_has_a_name(term, make):
+def test_regularizer_term_is_weighted_and_named(term, make):
     model = smooth_net()
     torch.manual_seed(0)
     single = make(model, weight=1.0)(X, Y, A)
@@ -52,7 +52,7 @@ def test_the_term_is_weighted_and_has_a_name(term, make):
 
 
 @each
-def test_under_no_grad_the_value_is_the_same_without_a_graph(term, make):
+def test_regularizer_under_no_grad_has_the_same_value_and_no_graph(term, make):
     regularizer = make(smooth_net())
     torch.manual_seed(0)
     attached = regularizer(X, Y, A)[term]
@@ -64,7 +64,7 @@ def test_under_no_grad_the_value_is_the_same_without_a_graph(term, make):
 
 
 @each
-def test_the_model_belongs_to_the_user(term, make):
+def test_regularizer_does_not_register_the_model_as_a_submodule(term, make):
     model = smooth_net()
     regularizer = make(model)
     assert not list(regularizer.parameters())
@@ -73,7 +73,7 @@ def test_the_model_belongs_to_the_user(term, make):
 
 
 @each
-def test_the_mode_is_held_and_given_back(term, make):
+def test_regularizer_holds_eval_mode_and_restores_the_training_mode(term, make):
     net = smooth_conv_net().train()
     flat = nn.Sequential(nn.Unflatten(1, (2, 6, 6)), net)
     x, y = torch.randn(4, 72, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
@@ -92,7 +92,7 @@ def test_the_mode_is_held_and_given_back(term, make):
 
 
 @each
-def test_an_automatic_weight_is_a_ratio_to_the_task_loss(term, make):
+def test_automatic_weight_is_a_ratio_to_the_task_loss(term, make):
     model = smooth_net()
     regularizer = make(model, weight="auto", ratio=0.25)
     assert math.isnan(regularizer.weight)
@@ -108,7 +108,7 @@ def test_an_automatic_weight_is_a_ratio_to_the_task_loss(term, make):
     assert regularizer.weight == weight
 
 
-def test_a_batch_that_sets_no_weight_asks_for_another_try():
+def test_automatic_weight_stays_unset_after_a_batch_without_penalty():
     model = smooth_net()
     regularizer, task = RightForTheRightReasons(model, weight="auto"), torch.tensor(1.0)
     regularizer.calibrate(task, X, Y, torch.zeros_like(A))  # no annotation, no penalty to be a share of
@@ -151,7 +151,7 @@ def test_additional_forward_args_reach_the_explained_function(make):
         torch.testing.assert_close(regularizer(X, Y, A)[name], value)
 
 
-def test_a_single_row_without_statistics_is_never_asked_for():
+def test_one_column_detection_evaluates_no_single_row_in_training_mode():
     """Whether one column is explained is seen from one row, which BatchNorm in training mode cannot take."""
     net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
     for forward_func in (None, lambda x: net(x)):
@@ -161,7 +161,7 @@ def test_a_single_row_without_statistics_is_never_asked_for():
     assert Sparsity(InputXGradient(net), eval_mode=False)(X, Y)["sparsity"].isfinite()
 
 
-def test_the_columns_that_count_are_those_of_what_is_explained():
+def test_one_column_detection_counts_the_columns_of_the_explained_function():
     """The LIME of a one-column model explains two probabilities."""
     model, y = smooth_net(n_classes=1), Y % 2
     lime = id_expo_lime(model)
@@ -173,12 +173,12 @@ def test_the_columns_that_count_are_those_of_what_is_explained():
 
 
 @pytest.mark.parametrize("make", [SaliencyGuided, lambda model: Sparsity(InputXGradient(model))])
-def test_soft_labels_are_an_error_that_says_what_to_do(make):
+def test_soft_labels_raise_an_error_that_recommends_argmax(make):
     with pytest.raises(TypeError, match=r"float64 of shape \(8, 3\)\. Pass target\.argmax\(dim=1\)"):
         make(smooth_net())(X, torch.full((8, 3), 1 / 3).double())
 
 
-def test_the_loss_module_calibrates_and_a_state_dict_carries_the_weight():
+def test_automatic_weight_is_set_by_the_loss_and_saved_in_its_state_dict():
     model = smooth_net()
     loss = ExplanationRegularizedLoss(model, [RightForTheRightReasons(model, weight="auto", ratio=0.5)])
     _, parts = loss((X, Y, A))
@@ -188,7 +188,7 @@ def test_the_loss_module_calibrates_and_a_state_dict_carries_the_weight():
     assert other.regularizers[0].weight == loss.regularizers[0].weight
 
 
-def test_a_first_batch_without_annotations_leaves_the_weight_to_the_next():
+def test_automatic_weight_is_set_by_the_first_batch_with_annotations():
     model = smooth_net()
     loss = ExplanationRegularizedLoss(model, [RightForTheRightReasons(model, weight="auto")])
     _, parts = loss((X, Y, torch.zeros_like(A)))
@@ -198,7 +198,7 @@ def test_a_first_batch_without_annotations_leaves_the_weight_to_the_next():
     assert loss.regularizers[0].weight > 0
 
 
-def test_the_history_reports_the_weight():
+def test_training_history_reports_the_automatic_weight():
     model = smooth_net().float()
     data = torch.utils.data.TensorDataset(X.float(), Y, A.float())
     trainer = ExplanationRegularizedTrainer(
@@ -213,13 +213,13 @@ def test_the_history_reports_the_weight():
 
 
 @each
-def test_a_regressions_targets_are_refused_where_classes_are_said(term, make):
+def test_regression_targets_are_refused_for_class_outputs(term, make):
     with pytest.raises(ValueError, match=r"real numbers.*outputs='logits'.*outputs='raw'"):
         make(smooth_net())(X, torch.linspace(-3, 3, 8), A)
 
 
 @pytest.mark.parametrize("term", ["fidelity", "stability", "right_reasons", "smoothness", "sparsity"])
-def test_a_regression(term):
+def test_regression_with_raw_outputs_has_a_finite_gradient(term):
     model = smooth_net(n_classes=1)
     terms = ALL[term](model, outputs="raw")(X, torch.linspace(-3, 3, 8), A)
     terms[term].backward()
@@ -237,13 +237,13 @@ def test_a_regression(term):
     ],
 )
 @each
-def test_bad_settings(term, make, arguments, message):
+def test_regularizer_refuses_bad_settings(term, make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(smooth_net(), **arguments)
 
 
 @each
-def test_bad_inputs(term, make):
+def test_regularizer_refuses_bad_inputs(term, make):
     regularizer = make(smooth_net())
     with pytest.raises(ValueError, match="batch is empty"):
         regularizer(X[:0], Y[:0], A[:0])
@@ -251,7 +251,7 @@ def test_bad_inputs(term, make):
         regularizer({"x": X}, Y, A)
 
 
-def test_a_function_whose_mode_cannot_be_held_is_warned_of():
+def test_eval_mode_warns_of_a_function_whose_model_is_unknown():
     model = smooth_net()
     with pytest.warns(UserWarning, match="cannot be held in eval mode"):
         Stability(lambda x: model(x))
@@ -261,7 +261,7 @@ def test_a_function_whose_mode_cannot_be_held_is_warned_of():
 
 
 @pytest.mark.parametrize("how", ["eval", "no_grad"])
-def test_an_evaluation_sets_no_automatic_weight(how):
+def test_automatic_weight_is_not_set_by_an_evaluation(how):
     """Lightning evaluates before it trains."""
     model = smooth_net()
     regularizer = RightForTheRightReasons(model, weight="auto", ratio=0.5)
@@ -277,7 +277,7 @@ def test_an_evaluation_sets_no_automatic_weight(how):
     assert not regularizer.needs_calibration
 
 
-def test_an_automatic_weight_of_what_is_not_finite_or_has_no_share_is_an_error():
+def test_automatic_weight_refuses_non_finite_terms_and_negative_losses():
     model = smooth_net()
     with pytest.raises(NonFiniteError, match="no ratio"):
         Stability(model, weight="auto").calibrate(torch.tensor(1.0), X * math.nan, Y)
@@ -285,7 +285,7 @@ def test_an_automatic_weight_of_what_is_not_finite_or_has_no_share_is_an_error()
         Stability(model, weight="auto").calibrate(torch.tensor(-2.0), X, Y)
 
 
-def test_rounding_errors_get_no_weight():
+def test_automatic_weight_ignores_terms_of_rounding_error_size():
     linear = nn.Linear(6, 1).double()
     regularizer = Fidelity(linear, weight="auto", outputs="raw")
     regularizer.calibrate(torch.tensor(1.0), X, torch.zeros(8, 1))
@@ -294,7 +294,7 @@ def test_rounding_errors_get_no_weight():
 
 
 @pytest.mark.parametrize("term", ["right_reasons", "smoothness", "sparsity", "saliency_guided"])
-def test_a_single_logit_of_two_classes(term):
+def test_regularizer_of_a_single_logit_handles_two_classes(term):
     model = smooth_net(n_classes=1)
     arguments = {"explainer": InputXGradient(model)} if term == "right_reasons" else {}
     for target in (torch.tensor([0, 1, 1, 0, 1, 0, 1, 1]), torch.tensor([[0.0], [1.0]] * 4)):
@@ -302,30 +302,30 @@ def test_a_single_logit_of_two_classes(term):
 
 
 @pytest.mark.parametrize("term", ["right_reasons", "saliency_guided", "fidelity", "stability"])
-def test_token_ids_have_neither_gradient_nor_neighbours(term):
+def test_token_ids_are_refused_where_gradients_or_neighbors_are_needed(term):
     with pytest.raises(TypeError, match=r"torch\.int64.*embedding"):
         ALL[term](smooth_net())(X.long(), Y, A)
 
 
 @pytest.mark.parametrize("term", ["fidelity", "stability", "saliency_guided", "right_reasons"])
-def test_squares_are_taken_in_single_precision_at_least(term):
+def test_regularizer_squares_in_single_precision_under_autocast(term):
     """Squares of halves would vanish."""
     model = smooth_net().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ALL[term](model)(X.float(), Y, A)[term].dtype == torch.float32
 
 
-def test_one_row_is_looked_at_in_eval_mode():
+def test_saliency_guided_without_eval_mode_accepts_batch_norm():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
     assert SaliencyGuided(model, eval_mode=False)(X, Y)["saliency_guided"].isfinite()
 
 
-def test_numbers_of_numpy_are_weights():
+def test_regularizer_accepts_numpy_numbers_as_weight():
     for weight in (np.float32(0.5), np.float64(0.5), np.int64(2)):
         assert Stability(smooth_net(), weight=weight).weight == weight
 
 
-def test_a_task_loss_of_zero_leaves_the_weight_to_the_next_batch():
+def test_automatic_weight_stays_unset_after_a_task_loss_of_zero():
     model = smooth_net()
     regularizer = Stability(model, weight="auto")
     regularizer.calibrate(torch.tensor(0.0), X, Y)
@@ -335,7 +335,7 @@ def test_a_task_loss_of_zero_leaves_the_weight_to_the_next_batch():
     assert regularizer.weight > 0
 
 
-def test_labels_of_any_integers_are_labels():
+def test_labels_of_any_integer_type_give_the_same_terms():
     model = smooth_net()
     for regularizer in (
         InsertionDeletion(Saliency(model), baselines=0.0, step_size=1),

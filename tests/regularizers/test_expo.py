@@ -43,7 +43,7 @@ def left_by_numpy(coordinates, values, weights=None):
 
 
 @pytest.mark.parametrize("neighborhood", [GaussianNeighbors(0.3), UniformNeighbors(0.2)])
-def test_fidelity_is_what_least_squares_leaves(neighborhood):
+def test_fidelity_is_the_residual_of_least_squares(neighborhood):
     net = smooth_net()
     neighbors = drawn(neighborhood, 30)
     squares = []
@@ -56,7 +56,7 @@ def test_fidelity_is_what_least_squares_leaves(neighborhood):
 
 
 @pytest.mark.parametrize("make", [Fidelity, Stability])
-def test_token_ids_are_masked_as_their_embeddings_are(make):
+def test_expo_terms_of_token_ids_equal_those_of_masked_embeddings(make):
     torch.manual_seed(0)
     embedding, head = nn.Embedding(9, 4).double(), nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double()
     ids = torch.randint(1, 9, (4, 5))
@@ -71,7 +71,7 @@ def test_token_ids_are_masked_as_their_embeddings_are(make):
 @pytest.mark.parametrize("neighborhood", [GaussianNeighbors(0.3), MaskedNeighbors()])
 @pytest.mark.parametrize("make", [Fidelity, Stability])
 @pytest.mark.parametrize("max_examples_per_batch", [1, 3, 4, 9])
-def test_rows_are_bounded_also_below_the_size_of_the_batch(make, neighborhood, max_examples_per_batch):
+def test_expo_terms_bound_the_rows_even_below_the_batch_size(make, neighborhood, max_examples_per_batch):
     net, rows = smooth_net(), []
     net.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
     bounded = seeded(make(net, neighborhood, n_neighbors=30, max_examples_per_batch=max_examples_per_batch))
@@ -94,7 +94,7 @@ def test_fidelity_along_one_coordinate_is_a_line_in_closed_form():
     assert value.item() == pytest.approx(torch.stack(squares).mean().item(), rel=1e-9)
 
 
-def test_fidelity_on_masked_copies():
+def test_fidelity_on_masked_copies_is_the_weighted_residual():
     net = smooth_conv_net()
     neighbors = drawn(MASKED, 40, IMAGES)
     squares = []
@@ -110,7 +110,7 @@ def test_fidelity_on_masked_copies():
     assert value.item() == pytest.approx(np.mean(squares), rel=1e-9)
 
 
-def test_stability():
+def test_stability_is_the_mean_squared_change_at_the_neighbors():
     net = smooth_net()
     neighbors = drawn(UniformNeighbors(0.05), 3)
     assert float((neighbors.tensors[0] - X).abs().max()) <= 0.05
@@ -118,7 +118,7 @@ def test_stability():
     torch.testing.assert_close(seeded(Stability(net, n_neighbors=3)), expected)
 
 
-def test_stability_on_masked_copies():
+def test_stability_on_masked_copies_is_the_weighted_squared_change():
     net = smooth_conv_net()
     neighbors = drawn(MASKED, 9, IMAGES)
     probabilities = net(neighbors.tensors[0].flatten(0, 1)).softmax(dim=1).reshape(9, 3, 3)
@@ -140,20 +140,20 @@ def test_stability_on_masked_copies():
         (lambda net: Stability(net, MASKED, n_neighbors=5), True),
     ],
 )
-def test_the_gradient_is_true(make, images):
+def test_expo_terms_have_the_true_gradient(make, images):
     net = smooth_conv_net() if images else smooth_net()
     regularizer = make(net)
     assert_trainable(lambda: regularizer(IMAGES if images else X, LABELS if images else Y), net)
 
 
-def test_coordinates_that_depend_on_each_other_are_fitted_in_their_span():
+def test_residuals_of_dependent_coordinates_are_fitted_in_their_span():
     coordinates = torch.tensor([[[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]], dtype=torch.float64)
     values = torch.tensor([[[1.0], [2.0], [3.0], [5.0]]], dtype=torch.float64)
     left = residuals(Neighbors((), coordinates), values)
     torch.testing.assert_close(left[0, :, 0], torch.tensor([-1.0, -1.5, 1.0, 1.5], dtype=torch.float64))
 
 
-def test_constant_features_and_constant_outputs_are_no_trouble():
+def test_fidelity_of_constant_features_and_outputs_is_finite():
     constant = X.clone()
     constant[:, 2] = 1.0
     assert seeded(Fidelity(smooth_net()), constant).item() > 0
@@ -166,7 +166,7 @@ def test_constant_features_and_constant_outputs_are_no_trouble():
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
-def test_rows_of_a_forward_pass_change_nothing(rows):
+def test_fidelity_does_not_depend_on_the_rows_of_a_forward_pass(rows):
     net, seen = smooth_net(), []
     net.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
     whole = seeded(Fidelity(net, n_neighbors=20))
@@ -175,14 +175,14 @@ def test_rows_of_a_forward_pass_change_nothing(rows):
     assert max(seen) <= max(rows, 4)  # a copy of the batch at least
 
 
-def test_tuples_of_inputs():
+def test_fidelity_of_a_tuple_of_inputs_equals_that_of_joined_inputs():
     net = smooth_net()
     joined = lambda a, b: net(torch.cat([a, b], dim=1))  # noqa: E731
     both = seeded(Fidelity(joined, n_neighbors=20, eval_mode=False), (X[:, :2], X[:, 2:]))
     torch.testing.assert_close(both, seeded(Fidelity(net, n_neighbors=20)))
 
 
-def test_a_generator_of_ones_own():
+def test_fidelity_repeats_with_a_seeded_generator():
     net = smooth_net()
     values = []
     for _ in range(2):
@@ -191,13 +191,13 @@ def test_a_generator_of_ones_own():
     assert values[0] == values[1]
 
 
-def test_too_few_neighbours_name_the_number_that_is_needed():
+def test_fidelity_with_too_few_neighbors_names_the_number_needed():
     with pytest.raises(ValueError, match=r"n_neighbors=7 leaves nothing.*7 unknowns: give at least 8"):
         Fidelity(smooth_net(), n_neighbors=7)(X, Y)
     assert Fidelity(smooth_net(), n_neighbors=8)(X, Y)["fidelity"].item() > 0
 
 
-def test_a_regression_on_masked_copies():
+def test_fidelity_of_a_regression_on_masked_copies_is_positive():
     net = smooth_net(n_classes=1)
     regularizer = Fidelity(net, MaskedNeighbors(0.0), outputs="raw")
     assert regularizer(X, torch.randn(4, 1, dtype=torch.float64))["fidelity"].item() > 0
@@ -212,13 +212,13 @@ def test_a_regression_on_masked_copies():
         lambda: Stability(smooth_net(), max_examples_per_batch=0),
     ],
 )
-def test_bad_settings(make):
+def test_expo_terms_refuse_bad_settings(make):
     with pytest.raises(ValueError, match="must be"):
         make()
 
 
 @pytest.mark.parametrize("make", [Fidelity, Stability])
-def test_halves_of_an_earlier_layer_under_autocast(make):
+def test_expo_terms_of_half_precision_inputs_use_single_precision(make):
     torch.manual_seed(0)
     first, rest = nn.Linear(10, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.randn(4, 10), torch.tensor([0, 1, 2, 0])
@@ -234,7 +234,7 @@ def test_halves_of_an_earlier_layer_under_autocast(make):
     assert first.weight.grad is not None
 
 
-def test_features_of_other_examples_take_nothing_from_a_local_fit():
+def test_residuals_ignore_features_of_other_examples():
     torch.manual_seed(0)
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     groups = torch.stack([(torch.arange(64) * k // 64).view(1, 8, 8) for k in (4, 48)])

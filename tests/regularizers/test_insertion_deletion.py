@@ -130,7 +130,7 @@ def call(regularizer):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", ["ratio", "log", "complement"])
-def test_the_terms_are_the_equations(name, form):
+def test_insertion_deletion_terms_equal_the_equations(name, form):
     net, regularizer, map_of, frozen = prepare(name, form)
     ours = call(regularizer)
     expected = literal_terms(net, *map_of(net), frozen, form)
@@ -142,7 +142,7 @@ def test_the_terms_are_the_equations(name, form):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", ["ratio", "complement"])
 @pytest.mark.parametrize("max_examples_per_batch", [None, 5])
-def test_the_gradient_of_the_total_loss_is_true(name, form, max_examples_per_batch):
+def test_insertion_deletion_total_loss_has_the_true_gradient(name, form, max_examples_per_batch):
     """Task loss and all terms, against central differences of the literal loss with T and t_s held."""
     net, regularizer, map_of, frozen = prepare(name, form, max_examples_per_batch=max_examples_per_batch)
     (cross_entropy(net(X), Y) + sum(call(regularizer).values())).backward()
@@ -169,7 +169,7 @@ def test_the_gradient_of_the_total_loss_is_true(name, form, max_examples_per_bat
         assert claimed == pytest.approx(measured, rel=1e-5, abs=1e-7)
 
 
-def test_constant_channel_weights_would_be_noticed():
+def test_grad_cam_with_constant_channel_weights_has_another_gradient():
     """The trap the test above guards against: the same loss with Captum's half-true graph trains something else."""
     net, regularizer, _, _ = prepare("Grad-CAM")
     gradients = []
@@ -190,7 +190,7 @@ class HalfTrue(captum.attr.LayerGradCam):
 
 
 @pytest.mark.parametrize(("n_locations", "k"), [(32, 4), (30, 4), (7, 7), (5, 1), (5, 2), (7, 3)])
-def test_drawn_steps_are_stratified_and_unbiased(n_locations, k):
+def test_step_schedule_draws_stratified_and_unbiased_steps(n_locations, k):
     schedule = StepSchedule.of(torch.tensor([n_locations]), 1.0, 1)
     steps, weights = schedule.draw(k, 40_000, torch.float32, torch.Generator().manual_seed(0))
     torch.testing.assert_close(weights.sum(1), torch.ones(40_000))
@@ -201,7 +201,7 @@ def test_drawn_steps_are_stratified_and_unbiased(n_locations, k):
     torch.testing.assert_close(probability[1:] / 40_000, expected, atol=0.004, rtol=0)
 
 
-def test_drawn_steps_respect_each_examples_own_number():
+def test_step_schedule_draws_only_steps_that_the_example_has():
     schedule = StepSchedule.of(torch.tensor([32, 3]), 1.0, 1)
     steps, weights = schedule.draw(4, 2, torch.float32, torch.Generator().manual_seed(0))
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
@@ -209,7 +209,7 @@ def test_drawn_steps_respect_each_examples_own_number():
     assert set(steps[1][weights[1] > 0].tolist()) == {1, 2, 3}
 
 
-def test_a_partial_update_estimates_the_full_one():
+def test_steps_per_update_estimates_the_terms_of_all_steps():
     net = smooth_conv_net()
     explainer = LayerGradCam(net, net[4])
     full = InsertionDeletion(explainer, step_size=2, **SETTINGS)(X, Y)
@@ -225,7 +225,7 @@ def test_a_partial_update_estimates_the_full_one():
         assert float(values.mean()) == pytest.approx(float(full[name].detach()), abs=4 * error)
 
 
-def test_all_steps_drawn_are_all_steps():
+def test_steps_per_update_of_all_steps_equals_the_full_update():
     net = smooth_conv_net()
     settings = {"step_size": 3, **SETTINGS}
     explainer = LayerGradCam(net, net[4])
@@ -235,7 +235,7 @@ def test_all_steps_drawn_are_all_steps():
         torch.testing.assert_close(drawn[name], full[name], atol=1e-12, rtol=0)
 
 
-def test_more_steps_than_there_are_is_an_error():
+def test_steps_per_update_above_the_number_of_steps_is_an_error():
     net = smooth_conv_net()
     with pytest.raises(ValueError, match="only 6 steps"):
         InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=7, **SETTINGS)(X, Y)
@@ -249,7 +249,7 @@ def state(net):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails):
+def test_insertion_deletion_restores_modes_and_buffers_of_the_model(fails):
     net = smooth_conv_net().train()
     net[4].eval()  # a module the user has frozen stays frozen
     buffers, modes = state(net)
@@ -277,7 +277,7 @@ def test_eval_mode_makes_examples_independent_and_can_be_switched_off():
     assert not torch.equal(buffers[0], net[1].running_mean)
 
 
-def test_a_model_behind_a_lambda_is_held_if_it_is_named():
+def test_eval_mode_holds_a_model_passed_beside_a_lambda():
     net = smooth_conv_net().train()
     forward = lambda x: net(x)  # noqa: E731
     explainer = Lime(forward, Ridge(0.1), MaskSimilarity())
@@ -292,7 +292,7 @@ def test_a_model_behind_a_lambda_is_held_if_it_is_named():
     assert torch.equal(buffers[0], net[1].running_mean)
 
 
-def test_the_explainers_own_module_is_held_too():
+def test_eval_mode_holds_the_module_of_the_explainer():
     net = smooth_conv_net().train()
     buffers = state(net)[0]
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), forward_func=lambda x: net(x), **SETTINGS)
@@ -301,7 +301,7 @@ def test_the_explainers_own_module_is_held_too():
     assert torch.equal(buffers[0], net[1].running_mean)
 
 
-def test_rows_are_bounded():
+def test_insertion_deletion_bounds_the_rows_of_a_forward_pass():
     net, rows = smooth_conv_net(), []
     net.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
     explainer = Lime(net, Ridge(0.1), MaskSimilarity())
@@ -315,7 +315,7 @@ def test_rows_are_bounded():
     assert sorted(rows, reverse=True)[:9] == [*explained, *explained, 2]
 
 
-def test_without_gradients_the_values_are_the_same_and_have_no_graph():
+def test_insertion_deletion_under_no_grad_has_the_same_values_and_no_graph():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), **SETTINGS)
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_without_gradients_the_values_are_the_same_and_have_no_graph():
         assert torch.equal(term.detach(), silent[name])
 
 
-def test_the_model_stands_in_no_second_state_dict():
+def test_insertion_deletion_does_not_register_the_model_as_a_submodule():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), model=net, forward_func=net, **SETTINGS)
     assert not list(regularizer.parameters())
@@ -336,13 +336,13 @@ def test_the_model_stands_in_no_second_state_dict():
 # --- options -------------------------------------------------------------------------------------------------------
 
 
-def test_a_weight_of_zero_leaves_its_term_out():
+def test_insertion_deletion_leaves_out_terms_of_weight_zero():
     net = smooth_conv_net()
     terms = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=0.0)(X, Y)
     assert list(terms) == ["deletion"]
 
 
-def test_the_floor_binds_and_says_so():
+def test_deletion_floor_binds_and_warns_once():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(
         LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=0.0, deletion_floor=0.999, deletion_form="log"
@@ -356,7 +356,7 @@ def test_the_floor_binds_and_says_so():
     regularizer(X, Y)  # once is enough
 
 
-def test_a_network_sure_of_itself_gives_finite_terms():
+def test_insertion_deletion_terms_of_a_confident_network_are_finite():
     net = smooth_conv_net()
     confident = nn.Sequential(net, Scale(1e4))
     for form in ("ratio", "log", "complement"):
@@ -374,7 +374,7 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-def test_lime_may_explain_probabilities_while_the_loss_is_taken_on_logits():
+def test_insertion_deletion_loss_uses_logits_beside_lime_on_probabilities():
     net = smooth_net()
     x = torch.randn(3, 6, dtype=torch.float64)
     regularizer = InsertionDeletion(id_expo_lime(net), forward_func=net, attribute_kwargs={"n_samples": 20}, **SETTINGS)
@@ -386,7 +386,7 @@ def test_lime_may_explain_probabilities_while_the_loss_is_taken_on_logits():
     torch.testing.assert_close(terms["insertion"], -0.7 * soft.log().mean())
 
 
-def test_a_callable_makes_masks_and_baselines_of_each_batch():
+def test_insertion_deletion_calls_functions_for_masks_and_baselines():
     net = smooth_conv_net()
     explainer = Lime(net, Ridge(0.1), MaskSimilarity())
     torch.manual_seed(0)
@@ -403,7 +403,7 @@ def test_a_callable_makes_masks_and_baselines_of_each_batch():
         assert torch.equal(called[name], given[name])
 
 
-def test_the_generator_draws_an_independent_explainers_masks():
+def test_insertion_deletion_generator_draws_the_masks_of_the_explainer():
     net = smooth_conv_net()
     explainer, state = KernelShap(net), torch.get_rng_state()
     settings = {
@@ -452,7 +452,7 @@ def test_additional_forward_args_reach_explainer_and_metric():
     torch.testing.assert_close(terms["insertion"], -0.7 * expected.insertion_curve.log().mean())
 
 
-def test_one_column_explains_the_column_and_flips_for_class_0():
+def test_insertion_deletion_of_one_column_equals_that_of_two_columns():
     """A net of one column gives the terms of its two-column twin, for either class."""
     net = smooth_conv_net(n_classes=1)
     twin = nn.Sequential(net, TwoColumns())
@@ -464,7 +464,7 @@ def test_one_column_explains_the_column_and_flips_for_class_0():
         torch.testing.assert_close(ours[name], theirs[name])
 
 
-def test_one_column_that_is_scored_as_two_flips_for_class_0_too():
+def test_insertion_deletion_of_one_column_scored_as_two_flips_for_class_0():
     net = smooth_net(n_classes=1)
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 0])
     explainer = captum_idexpo.attr.InputXGradient(net)
@@ -477,7 +477,7 @@ def test_one_column_that_is_scored_as_two_flips_for_class_0_too():
 
 
 @pytest.mark.parametrize(("n_columns", "outputs"), [(3, "logits"), (2, "raw")])
-def test_one_column_that_is_scored_as_other_than_two_classes_keeps_its_sign(n_columns, outputs):
+def test_insertion_deletion_of_one_column_scored_otherwise_keeps_its_sign(n_columns, outputs):
     """No class is the complement of another there, so one map of the column serves every target."""
     scored = smooth_net(n_classes=n_columns)
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 0])
@@ -496,7 +496,7 @@ class TwoColumns(nn.Module):
         return torch.cat([-x / 2, x / 2], dim=1)
 
 
-def test_regression_uses_the_outputs_themselves():
+def test_insertion_deletion_of_a_regression_uses_the_raw_outputs():
     net = smooth_conv_net(n_classes=1)
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), outputs="raw", **SETTINGS)
     terms = regularizer(X, torch.tensor([0.3, -1.0, 2.0]))
@@ -506,7 +506,7 @@ def test_regression_uses_the_outputs_themselves():
     torch.testing.assert_close(terms["deletion"], 0.4 * scores.deletion.mean())
 
 
-def test_scores_are_the_hard_metric_of_the_predicted_class():
+def test_insertion_deletion_scores_are_hard_scores_of_the_predicted_class():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=2, **SETTINGS)
     predicted = net(X).argmax(1)
@@ -521,7 +521,7 @@ def test_scores_are_the_hard_metric_of_the_predicted_class():
     torch.testing.assert_close(regularizer.attribution(X, Y)[0], LayerGradCam(net, net[4]).attribute(X, target=Y))
 
 
-def test_channels_are_averaged_where_locations_are_pixels():
+def test_insertion_deletion_attribution_of_pixels_averages_the_channels():
     net = smooth_conv_net()
     explainer = Lime(net, Ridge(0.1), MaskSimilarity())
     torch.manual_seed(0)
@@ -556,12 +556,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("error", "text", "arguments"), BAD.values(), ids=BAD)
-def test_bad_settings_are_named_at_once(error, text, arguments):
+def test_insertion_deletion_errors_name_bad_settings_at_construction(error, text, arguments):
     with pytest.raises(error, match=text):
         InsertionDeletion(**{"explainer": LayerGradCam(NET, NET[4]), "baselines": 0.0, **arguments})
 
 
-def test_bad_batches_are_named():
+def test_insertion_deletion_errors_name_bad_batches():
     regularizer = InsertionDeletion(LayerGradCam(NET, NET[4]), baselines=0.0)
     with pytest.raises(IndexError, match="out of range"):
         regularizer(X, torch.tensor([0, 1, 3]))
@@ -578,7 +578,7 @@ def test_bad_batches_are_named():
         InsertionDeletion(LayerGradCam(NET, NET[4]), baselines=torch.zeros(7))(X, Y)
 
 
-def test_a_frozen_model_is_an_error():
+def test_insertion_deletion_with_a_frozen_model_is_an_error():
     net = smooth_conv_net().requires_grad_(False)
     with pytest.raises(RuntimeError, match="requires_grad_"):
         InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)(X, Y)
@@ -590,7 +590,7 @@ UNSUITED = {"LimeBase": "explains one input as a whole", "DataLoaderAttribution"
 
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 @pytest.mark.parametrize("case", [case for case in ONE_EACH if case.class_name not in UNSUITED], ids=lambda c: c.name)
-def test_every_attribution_can_be_the_explainer(case):
+def test_insertion_deletion_accepts_every_attribution_as_explainer(case):
     model = case.model()
     explainer = case.explainer(captum_idexpo.attr, model)
     if case.class_name == "LayerFeatureAblation":  # the case's own layer has no place in an image
@@ -615,7 +615,7 @@ def test_every_attribution_can_be_the_explainer(case):
     assert regularizer.scores(case.inputs, target).insertion.shape == (4,)
 
 
-def test_the_attribution_of_grouped_positions_goes_back_into_the_metrics():
+def test_insertion_deletion_attribution_of_groups_reproduces_the_scores():
     torch.manual_seed(0)
     reader = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
     vectors, tokens = torch.randn(4, 5, 4, dtype=torch.float64), torch.arange(5).view(1, 5, 1)
@@ -628,7 +628,7 @@ def test_the_attribution_of_grouped_positions_goes_back_into_the_metrics():
     torch.testing.assert_close(scores.insertion, regularizer.scores(vectors, 1).insertion)
 
 
-def test_an_embedding_s_attribution_is_averaged_over_its_last_axis():
+def test_insertion_deletion_averages_embedding_maps_over_the_last_axis():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
     tokens = torch.randint(1, 10, (4, 5))
@@ -639,7 +639,7 @@ def test_an_embedding_s_attribution_is_averaged_over_its_last_axis():
     assert regularizer.scores(tokens, 1).insertion.shape == (4,)
 
 
-def test_a_layer_without_a_place_in_the_input_is_an_error():
+def test_insertion_deletion_refuses_layer_maps_that_do_not_fit_the_input():
     model = smooth_net()
     explainer = captum_idexpo.attr.LayerConductance(model, model[0])
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -647,13 +647,13 @@ def test_a_layer_without_a_place_in_the_input_is_an_error():
         InsertionDeletion(explainer, baselines=0.0)(x, 1)
 
 
-def test_a_missing_distribution_of_baselines_is_an_error_at_once():
+def test_insertion_deletion_with_gradient_shap_needs_many_baselines():
     explainer = captum_idexpo.attr.GradientShap(smooth_net())
     with pytest.raises(ValueError, match=r"GradientShap needs a distribution.*attribute_kwargs"):
         InsertionDeletion(explainer, baselines=0.0)
 
 
-def test_magnitudes_do_not_change_sign_for_the_class_of_zeros():
+def test_insertion_deletion_keeps_the_sign_of_magnitudes_for_class_0():
     """A single logit: what speaks for class 1 speaks against class 0, but a magnitude speaks for neither."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
@@ -671,7 +671,7 @@ def test_magnitudes_do_not_change_sign_for_the_class_of_zeros():
         torch.testing.assert_close(regularizer.scores(x, target).insertion, expected)
 
 
-def test_baselines_of_each_example_reach_every_explainer():
+def test_insertion_deletion_broadcasts_the_baselines_of_each_example():
     """Captum's gradient methods do not broadcast them."""
     net = smooth_conv_net()
     x, y = X, Y
@@ -685,7 +685,7 @@ def test_baselines_of_each_example_reach_every_explainer():
         torch.testing.assert_close(means[name], term)
 
 
-def test_a_convergence_delta_is_refused():
+def test_insertion_deletion_refuses_return_convergence_delta():
     net = smooth_conv_net()
     arguments = {"return_convergence_delta": True}
     with pytest.raises(ValueError, match="leave return_convergence_delta out"):
@@ -693,7 +693,7 @@ def test_a_convergence_delta_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_layers_map_is_squared_in_single_precision(dtype):
+def test_insertion_deletion_l2_term_is_squared_in_single_precision(dtype):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 3)

@@ -32,13 +32,13 @@ def literal(net, x, a):
     return total / len(x)
 
 
-def test_the_equation():
+def test_right_reasons_equals_the_equation():
     net = smooth_net()
     assert RightForTheRightReasons(net)(X, Y, A)["right_reasons"].item() == pytest.approx(literal(net, X, A), rel=1e-12)
 
 
 @pytest.mark.parametrize("outputs", ["logits", "log_probabilities", "probabilities"])
-def test_whatever_the_model_returns(outputs):
+def test_right_reasons_agrees_for_all_kinds_of_outputs(outputs):
     net = smooth_net()
     forward = {
         "logits": net,
@@ -49,7 +49,7 @@ def test_whatever_the_model_returns(outputs):
     assert value.item() == pytest.approx(literal(net, X, A), rel=1e-9)
 
 
-def test_a_single_logit_is_two_classes():
+def test_right_reasons_treats_a_single_logit_as_two_classes():
     net = smooth_net(n_classes=1)
     pair = lambda x: torch.cat([torch.zeros(len(x), 1), net(x)], dim=1)  # noqa: E731
     value = RightForTheRightReasons(net)(X, Y.clamp(max=1), A)["right_reasons"]
@@ -65,19 +65,19 @@ def test_a_single_logit_is_two_classes():
         lambda net: RightForTheRightReasons(net, explainer=Saliency(net), attribute_kwargs={"abs": False}),
     ],
 )
-def test_the_gradient_is_true(make):
+def test_right_reasons_has_the_true_gradient(make):
     net = smooth_net()
     regularizer = make(net)
     assert_trainable(lambda: regularizer(X, Y, A), net)
 
 
-def test_the_gradient_of_a_layers_map_is_true():
+def test_right_reasons_of_a_layer_map_has_the_true_gradient():
     net = smooth_conv_net()
     regularizer = RightForTheRightReasons(net, explainer=LayerGradCam(net, net[6]))
     assert_trainable(lambda: regularizer(IMAGES, LABELS, HALF), net)
 
 
-def test_where_the_evidence_should_be_is_the_opposite():
+def test_right_reasons_of_right_places_equals_that_of_the_inverse_mask():
     net = smooth_net()
     wrong = RightForTheRightReasons(net)(X, Y, 1 - A)
     right = RightForTheRightReasons(net, annotates="right")(X, Y, A)
@@ -88,13 +88,13 @@ def test_where_the_evidence_should_be_is_the_opposite():
     "annotations",
     [HALF, HALF.expand(3, 2, 6, 6), HALF.bool(), HALF[:, 0], HALF[:1], HALF.float(), HALF[:1, :, :1]],
 )
-def test_annotations_broadcast(annotations):
+def test_right_reasons_annotations_broadcast(annotations):
     net = smooth_conv_net()
     regularizer = RightForTheRightReasons(net)
     torch.testing.assert_close(regularizer(IMAGES, LABELS, annotations), regularizer(IMAGES, LABELS, HALF))
 
 
-def test_a_tuple_of_inputs():
+def test_right_reasons_accepts_a_tuple_of_inputs():
     net = smooth_net()
     joined = lambda a, b: net(torch.cat([a, b], dim=1))  # noqa: E731
     regularizer = RightForTheRightReasons(joined, eval_mode=False)
@@ -114,12 +114,12 @@ def test_a_tuple_of_inputs():
         ([[0.0] * 6] * 5, "5 annotations for 1 input"),
     ],
 )
-def test_bad_annotations(annotations, message):
+def test_right_reasons_refuses_bad_annotations(annotations, message):
     with pytest.raises(ValueError, match=message):
         RightForTheRightReasons(smooth_net())(X, Y, annotations)
 
 
-def test_annotations_that_leave_no_place_are_warned_of_once():
+def test_right_reasons_warns_once_of_annotations_that_forbid_every_place():
     net = smooth_net()
     regularizer = RightForTheRightReasons(net)
     with pytest.warns(UserWarning, match="no place where evidence may be"):
@@ -129,7 +129,7 @@ def test_annotations_that_leave_no_place_are_warned_of_once():
         RightForTheRightReasons(net, annotates="right")(X, Y, torch.zeros_like(X))
 
 
-def test_bad_settings():
+def test_right_reasons_refuses_bad_settings():
     with pytest.raises(ValueError, match="annotates must be"):
         RightForTheRightReasons(smooth_net(), annotates="both")
     with pytest.raises(ValueError, match="pass explainer="):
@@ -161,7 +161,7 @@ class Columns:
         return float((model(self.x).argmax(dim=1) == self.y).float().mean())
 
 
-def test_the_search_finds_both_rules_and_then_collapses():
+def test_find_another_explanation_finds_both_rules_then_loses_accuracy():
     data = Columns()
     found = find_another_explanation(data.train, data.accuracy, data.x, threshold=0.67, max_drop=0.25)
     assert len(found) == 3
@@ -173,7 +173,7 @@ def test_the_search_finds_both_rules_and_then_collapses():
     assert isinstance(found[0].model, nn.Module)
 
 
-def test_the_search_ends_where_nothing_new_is_found():
+def test_find_another_explanation_ends_where_nothing_new_is_found():
     data = Columns()
     model = data.train(torch.zeros_like(data.x))
     found = find_another_explanation(lambda annotations: model, lambda model: 1.0, data.x)
@@ -184,12 +184,12 @@ def test_the_search_ends_where_nothing_new_is_found():
 
 
 @pytest.mark.parametrize("arguments", [{"threshold": 0.0}, {"threshold": 1.0}, {"max_explanations": 0}])
-def test_bad_searches(arguments):
+def test_find_another_explanation_refuses_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         find_another_explanation(lambda a: smooth_net(), lambda m: 1.0, X, **arguments)
 
 
-def test_what_a_confident_model_uses_is_found_in_single_precision():
+def test_find_another_explanation_of_a_confident_model_in_single_precision():
     """Of p_0 (10, -3, 0), the true gradient up to a factor, column 0 is the largest, however near to 1 p_0 is."""
     x = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [3.0, 0.0, 0.0], [20.0, 0.0, 0.0]])  # margins up to 200
     model = nn.Linear(3, 2)
@@ -200,7 +200,7 @@ def test_what_a_confident_model_uses_is_found_in_single_precision():
     assert found[1].annotations.tolist() == [[1.0, 0.0, 0.0]] * 4
 
 
-def test_squares_of_halves_do_not_vanish():
+def test_right_reasons_squares_half_precision_gradients_without_underflow():
     torch.manual_seed(0)
     net, x, y = nn.Linear(6, 3).half(), torch.rand(4, 6).half(), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():

@@ -24,7 +24,7 @@ def captured(regularizer, model, x, y):
     return seen[-2:]
 
 
-def test_the_features_of_least_gradient_are_replaced():
+def test_saliency_guided_replaces_the_features_of_least_gradient():
     net = smooth_net()
     plain, replaced = captured(SaliencyGuided(net, fraction=0.5), net, X, Y)
     x = X.clone().requires_grad_()
@@ -35,7 +35,7 @@ def test_the_features_of_least_gradient_are_replaced():
     assert torch.equal(changed, torch.zeros_like(changed).scatter(1, least, True))
 
 
-def test_the_values_are_of_each_features_range():
+def test_saliency_guided_draws_values_from_the_range_of_each_feature():
     net = smooth_net()
     for _ in range(20):
         _, replaced = captured(SaliencyGuided(net, fraction=0.9), net, X, Y)
@@ -49,7 +49,7 @@ def test_the_values_are_of_each_features_range():
     assert float(replaced[:, 0].max()) < 50 < float(replaced[:, 1].min())  # each channel's own range
 
 
-def test_the_divergence():
+def test_saliency_guided_term_is_the_divergence_of_both_predictions():
     net = smooth_net()
     regularizer = SaliencyGuided(net, generator=torch.Generator().manual_seed(2))
     plain, replaced = captured(regularizer, net, X, Y)
@@ -59,19 +59,19 @@ def test_the_divergence():
     torch.testing.assert_close(regularizer(X, Y)["saliency_guided"], expected)
 
 
-def test_the_gradient_is_true_through_both_predictions():
+def test_saliency_guided_has_the_true_gradient_through_both_predictions():
     net = smooth_net()
     regularizer = SaliencyGuided(net)
     assert_trainable(lambda: regularizer(X, Y), net)
 
 
-def test_a_single_logit():
+def test_saliency_guided_accepts_a_single_logit():
     net = smooth_net(n_classes=1)
     labels = torch.tensor([[0.0], [1.0], [0.0], [1.0], [1.0]])
     assert SaliencyGuided(net)(X, labels)["saliency_guided"].item() > 0
 
 
-def test_a_constant_feature_stays():
+def test_saliency_guided_leaves_a_constant_feature_unchanged():
     net, x = smooth_net(), X.clone()
     x[:, 3] = 0.5
     _, replaced = captured(SaliencyGuided(net, fraction=0.9), net, x, Y)
@@ -82,6 +82,6 @@ def test_a_constant_feature_stays():
     ("arguments", "message"),
     [({"fraction": 0.0}, "fraction"), ({"fraction": 1.0}, "fraction"), ({"outputs": "raw"}, "distributions")],
 )
-def test_bad_settings(arguments, message):
+def test_saliency_guided_refuses_bad_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         SaliencyGuided(nn.Linear(2, 2), **arguments)

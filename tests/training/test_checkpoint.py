@@ -96,7 +96,7 @@ def killed(monkeypatch):
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 4, 5, 8, 12])
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(tmp_path, killed_at, killed):
+def test_resume_ends_bit_for_bit_as_an_uninterrupted_run(tmp_path, killed_at, killed):
     whole, loaders = trainer_of(None)
     expected = whole.fit(*loaders, epochs=3)
 
@@ -135,7 +135,7 @@ class Noise:
         return x + 0.1 * torch.randn(x.shape, generator=self.source, dtype=x.dtype)
 
 
-def test_what_data_sets_draw_and_mean_baselines_are_resumed_too(tmp_path, killed):
+def test_resume_restores_generators_of_data_sets_and_mean_baselines(tmp_path, killed):
     """The mean of what a shuffled loader yields, without its last batch, is another each time."""
 
     def trainer_and_loader(folder):
@@ -181,7 +181,7 @@ class Sized(Shuffling):
 @pytest.mark.parametrize("n_passes", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "own"), [(Shuffling, True), (Sized, True), (Sized, False)])
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
-def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, killed, kind, own, n_passes, killed_at):
+def test_resume_continues_custom_loaders_where_they_stopped(tmp_path, killed, kind, own, n_passes, killed_at):
     def trainer_and_loader(folder):
         net = smooth_conv_net().train()
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_loaders_of_ones_own_go_on_where_they_were(tmp_path, killed, kind, own, 
         assert torch.equal(ours, theirs)
 
 
-def test_a_new_trainer_of_the_same_regularizers_resumes_their_mean_baselines(tmp_path):
+def test_resume_restores_mean_baselines_in_a_new_trainer(tmp_path):
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines="mean")
     loader = DataLoader(TensorDataset(X, Y), batch_size=5)
@@ -222,7 +222,7 @@ def test_a_new_trainer_of_the_same_regularizers_resumes_their_mean_baselines(tmp
         torch.testing.assert_close(regularizer.baselines, measured)
 
 
-def test_a_run_that_is_resumed_from_an_earlier_one_leaves_the_later_ones(tmp_path):
+def test_resume_from_an_earlier_checkpoint_removes_the_later_ones(tmp_path):
     folder, earlier = tmp_path / "run", tmp_path / "earlier.pt"
     trainer, loaders = trainer_of(folder, checkpoint_every=1)
     trainer.fit(*loaders, epochs=1)
@@ -237,7 +237,7 @@ def test_a_run_that_is_resumed_from_an_earlier_one_leaves_the_later_ones(tmp_pat
     assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-000000007.pt", "checkpoint-000000008.pt"]
 
 
-def test_a_finished_run_is_not_trained_on_and_one_that_is_may_go_on(tmp_path):
+def test_resume_of_a_finished_run_trains_only_additional_epochs(tmp_path):
     trainer, loaders = trainer_of(tmp_path)
     trainer.fit(*loaders, epochs=2)
     again, loaders = trainer_of(tmp_path)
@@ -274,7 +274,7 @@ torch.save(trainer.model.state_dict(), folder / "final.pt")
 """
 
 
-def test_a_process_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(tmp_path):
+def test_resume_after_repeated_sigkill_equals_an_uninterrupted_run(tmp_path):
     whole, loaders = trainer_of(None)
     whole.fit(*loaders, epochs=3)
     script = tmp_path / "run.py"
@@ -321,7 +321,7 @@ def paths(folder):
     return sorted(folder.glob("checkpoint-*.pt"))
 
 
-def test_the_last_two_are_kept_and_nothing_else(tmp_path):
+def test_checkpoint_dir_keeps_only_the_last_two_checkpoints(tmp_path):
     trainer, loaders = trainer_of(tmp_path, checkpoint_every=1)
     (tmp_path / "checkpoint-000000007.123.tmp").write_bytes(b"left over by a process that was killed")
     trainer.fit(*loaders, epochs=2)
@@ -339,7 +339,7 @@ def test_the_last_two_are_kept_and_nothing_else(tmp_path):
     ],
     ids=["half", "a byte short", "a bit changed", "empty", "foreign"],
 )
-def test_the_previous_good_one_is_found(folder, damage):
+def test_load_latest_falls_back_to_the_previous_intact_checkpoint(folder, damage):
     older, newer = paths(folder)
     newer.write_bytes(damage(newer.read_bytes()))
     state, found = checkpoint.load_latest(folder)
@@ -352,14 +352,14 @@ def test_the_previous_good_one_is_found(folder, damage):
         checkpoint.load_latest(folder)
 
 
-def test_another_format_is_told_from_a_foreign_file(folder):
+def test_load_distinguishes_another_format_from_a_foreign_file(folder):
     path = paths(folder)[0]
     path.write_bytes(path.read_bytes().replace(b"checkpoint 5\n", b"checkpoint 3\n", 1))
     with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
         checkpoint.load(path)
 
 
-def test_code_is_never_run(folder):
+def test_load_never_runs_code_in_a_checkpoint(folder):
     class Evil:
         def __reduce__(self):
             return os.system, ("touch " + str(folder / "run"),)
@@ -374,7 +374,7 @@ def test_code_is_never_run(folder):
     assert not (folder / "run").exists()
 
 
-def test_a_full_disk_leaves_the_last_good_one(folder, monkeypatch):
+def test_save_on_a_full_disk_leaves_the_last_checkpoint_untouched(folder, monkeypatch):
     before = [path.read_bytes() for path in paths(folder)]
 
     def full(descriptor):
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_last_good_one(folder, monkeypatch):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_another_model_is_an_error(folder):
+def test_resume_refuses_another_model_and_missing_checkpoints(folder):
     other = torch.nn.Linear(3, 2)
     trainer = ExplanationRegularizedTrainer(other, torch.optim.SGD(other.parameters(), lr=0.1), show_progress=False)
     with pytest.raises(CheckpointError, match="belongs to another model, optimizer, scheduler or set of regularizers"):
@@ -400,32 +400,32 @@ def test_another_model_is_an_error(folder):
         trainer.resume(folder / "nowhere")
 
 
-def test_a_checkpoint_holds_the_users_own_names(folder):
+def test_checkpoint_holds_the_names_of_the_users_model(folder):
     state = checkpoint.load(paths(folder)[-1])
     assert list(state["model"]) == list(smooth_conv_net().state_dict())
     assert state["run"]["history"][0]["sparsity_weight"] > 0
 
 
-def test_a_new_run_does_not_write_over_another(folder):
+def test_fit_refuses_to_overwrite_checkpoints_of_another_run(folder):
     trainer, loaders = trainer_of(folder)
     with pytest.raises(CheckpointError, match=r"another run: call resume\(\)"):
         trainer.fit(*loaders, epochs=1)
 
 
-def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+def test_save_converts_numpy_numbers_to_python_numbers(tmp_path):
     path = checkpoint.save(
         {"lr": np.float64(0.5), "rows": [{"a": np.int64(3)}], "pair": (np.float32(1), 2)}, tmp_path, 1
     )
     assert checkpoint.load(path) == {"lr": 0.5, "rows": [{"a": 3}], "pair": (1.0, 2)}
 
 
-def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path):
+def test_save_refuses_values_that_could_not_be_loaded(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.save({"model": Path()}, tmp_path, 1)
     assert not list(tmp_path.glob("*"))
 
 
-def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
+def test_resume_with_a_refused_checkpoint_changes_nothing(folder):
     trainer, _ = trainer_of(folder)
     with torch.no_grad():
         trainer.model[0].weight.add_(1)
@@ -456,7 +456,7 @@ def test_a_refused_checkpoint_leaves_everything_as_it_was(folder):
         assert torch.equal(ours, theirs)
 
 
-def test_checkpoints_of_another_run_are_not_removed(tmp_path, folder):
+def test_resume_refuses_a_checkpoint_dir_that_holds_another_run(tmp_path, folder):
     trainer, loaders = trainer_of(tmp_path / "other")
     trainer.fit(*loaders, epochs=3)
     before = paths(tmp_path / "other")
@@ -466,7 +466,7 @@ def test_checkpoints_of_another_run_are_not_removed(tmp_path, folder):
     assert paths(tmp_path / "other") == before
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path):
+def test_checkpoint_dir_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
         trainer, loaders = trainer_of(tmp_path / name)
@@ -487,7 +487,7 @@ class Tempered(nn.Module):
         return nn.functional.cross_entropy(output * self.scale.exp(), target)
 
 
-def test_what_a_loss_learns_is_resumed(tmp_path):
+def test_resume_restores_learned_parameters_of_the_loss(tmp_path):
     def run(folder, epochs):
         net, loss_fn = smooth_conv_net(), Tempered()
         optimizer = torch.optim.Adam([*net.parameters(), *loss_fn.parameters()], lr=0.05)
@@ -503,7 +503,7 @@ def test_what_a_loss_learns_is_resumed(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_a_look_at_what_is_explained_draws_once_a_run_without_a_trace(tmp_path):
+def test_output_check_of_a_regularizer_leaves_random_streams_unchanged(tmp_path):
     """Dropout that nothing holds, since the forward function is no module."""
 
     def run(folder, epochs):
@@ -522,7 +522,7 @@ def test_a_look_at_what_is_explained_draws_once_a_run_without_a_trace(tmp_path):
     assert torch.equal(run(tmp_path, 2), expected)
 
 
-def test_a_run_killed_at_an_epochs_end_draws_no_more_than_one_that_was_not(tmp_path, killed):
+def test_resume_at_the_end_of_an_epoch_draws_no_extra_random_numbers(tmp_path, killed):
     class Dropping(nn.Module):
         """A model that draws in any mode."""
 
@@ -548,7 +548,7 @@ def test_a_run_killed_at_an_epochs_end_draws_no_more_than_one_that_was_not(tmp_p
     assert without_times(resumed.fit([(X, Y)] * 2, epochs=2)) == without_times(expected)
 
 
-def test_a_refused_scheduler_leaves_the_optimizer_as_it_was(folder):
+def test_resume_with_a_refused_scheduler_leaves_the_optimizer_unchanged(folder):
     trainer, _ = trainer_of(folder)
     optimizer = torch.optim.Adam(trainer.model.parameters(), lr=0.7)
     for scheduler, message in (
@@ -572,7 +572,7 @@ class Broken(torch.optim.lr_scheduler.StepLR):
 Broken.__name__ = "StepLR"
 
 
-def test_a_copy_is_resumed_where_nothing_good_is_left(tmp_path, folder):
+def test_resume_accepts_a_copy_when_all_checkpoints_are_damaged(tmp_path, folder):
     copies = tmp_path / "copies"
     copies.mkdir()
     kept = shutil.copy(paths(folder)[-1], copies)
@@ -583,7 +583,7 @@ def test_a_copy_is_resumed_where_nothing_good_is_left(tmp_path, folder):
     assert len(trainer.fit(*loaders, epochs=3)) == 3
 
 
-def test_a_loss_of_another_kind_is_refused(tmp_path):
+def test_resume_refuses_another_loss_fn(tmp_path):
     def trainer(loss_fn):
         net = smooth_conv_net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -595,7 +595,7 @@ def test_a_loss_of_another_kind_is_refused(tmp_path):
         trainer(nn.functional.cross_entropy).resume()
 
 
-def test_worker_processes_that_persist_start_anew_within_the_first_epoch(tmp_path, killed):
+def test_resume_within_the_first_epoch_restarts_persistent_workers(tmp_path, killed):
     def trainer_and_loader(folder):
         net = smooth_conv_net().train()
         torch.manual_seed(0)

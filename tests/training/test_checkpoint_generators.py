@@ -48,7 +48,7 @@ class Noisy(nn.Module):
         return self.linear(x + torch.randn(x.shape, generator=self.generator) if self.training else x)
 
 
-def test_generators_of_loaders_and_samplers_are_found():
+def test_generators_of_finds_those_of_loaders_and_samplers():
     torchs, numpys = torch.Generator(), np.random.default_rng(0)
     shuffling = DataLoader(TensorDataset(X, Y), shuffle=True, generator=torchs)
     sampling = DataLoader(TensorDataset(X, Y), sampler=Shuffled(numpys))
@@ -58,7 +58,7 @@ def test_generators_of_loaders_and_samplers_are_found():
     assert generators_of([(X, Y)], "no loader") == []
 
 
-def test_a_run_that_draws_from_them_is_resumed_bit_for_bit(tmp_path):
+def test_generators_of_samplers_and_users_are_resumed_bit_for_bit(tmp_path):
     def run(folder, epochs):
         torch.manual_seed(0)
         model, jittered, legacy = Noisy(), Jittered(), np.random.RandomState(4)
@@ -81,7 +81,7 @@ def test_a_run_that_draws_from_them_is_resumed_bit_for_bit(tmp_path):
     assert torch.equal(run(tmp_path, 3), expected)
 
 
-def test_worker_processes_that_persist_draw_one_number_a_run(tmp_path):
+def test_persistent_workers_draw_one_random_number_per_run(tmp_path):
     def run(folder, epochs):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Dropout(), nn.Linear(4, 3))

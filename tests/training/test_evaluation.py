@@ -39,7 +39,7 @@ def squared(output, target):
 
 
 @pytest.mark.parametrize("announced", [False, True])
-def test_a_regression_of_whole_numbers_has_no_accuracy(announced):
+def test_accuracy_is_absent_for_a_regression_on_whole_numbers(announced):
     model, counts = Column(), (5 + 3 * X[:, 0]).round().long().clamp_min(0)
     regularizers = [Stability(model, outputs="raw")] if announced else []
     trainer = trainer_of(model, regularizers, squared)
@@ -63,7 +63,7 @@ JUDGES = {
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_column_of_probabilities_is_right_above_a_half(name):
+def test_accuracy_of_a_probability_column_uses_a_threshold_of_one_half(name):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
     labels = (net(X)[:, 0] > 0.5).long()
@@ -76,7 +76,7 @@ def test_a_column_of_probabilities_is_right_above_a_half(name):
     assert scores["accuracy"] == pytest.approx(0.9)
 
 
-def test_a_judge_of_probabilities_made_of_a_logit_predicts_what_the_model_does():
+def test_accuracy_is_the_models_when_the_judge_wraps_a_logit_in_sigmoid():
     torch.manual_seed(0)
     net = nn.Linear(4, 1)
     labels = (net(X)[:, 0] > 0).long()
@@ -88,7 +88,7 @@ def test_a_judge_of_probabilities_made_of_a_logit_predicts_what_the_model_does()
     assert trainer_of(net, [judge], loss_fn).evaluate([(X, labels)])["accuracy"] == 1.0
 
 
-def test_targets_in_a_mapping_weigh_a_batch_by_its_examples():
+def test_loss_weighs_a_batch_of_mapping_targets_by_its_examples():
     def loss_fn(output, target):
         return cross_entropy(output[:, :3], target["class"]) + mse_loss(output[:, 3], target["value"])
 
@@ -99,7 +99,7 @@ def test_targets_in_a_mapping_weigh_a_batch_by_its_examples():
     assert trainer.evaluate(DataLoader(data, 4))["loss"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_outputs_of_more_axes_are_the_losss_to_read():
+def test_accuracy_is_absent_for_outputs_with_more_than_two_axes():
     class Steps(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,7 +112,7 @@ def test_outputs_of_more_axes_are_the_losss_to_read():
     assert set(trainer.evaluate([(X, torch.arange(40) % 3)])) == {"loss", "valscore"}
 
 
-def test_a_shuffled_loader_is_read_in_one_order():
+def test_evaluate_reads_a_shuffled_loader_in_the_same_order_each_time():
     configuration = DataLoaderConfiguration(use_seedable_sampler=True)
     torch.manual_seed(0)
     net = nn.Linear(4, 3)
@@ -123,7 +123,7 @@ def test_a_shuffled_loader_is_read_in_one_order():
     assert trainer.evaluate(loader) == first
 
 
-def test_a_term_on_raw_outputs_leaves_a_classifier_its_accuracy():
+def test_accuracy_of_a_classifier_is_kept_beside_a_term_on_raw_outputs():
     torch.manual_seed(0)
     net, labels = nn.Linear(4, 3), torch.arange(40) % 3
     judge = InsertionDeletion(KernelShap(net), baselines=0.0, attribute_kwargs={"n_samples": 8})
@@ -133,7 +133,7 @@ def test_a_term_on_raw_outputs_leaves_a_classifier_its_accuracy():
 
 
 @pytest.mark.parametrize("n_boxes", [[5, 1, 2, 3], [0, 1, 2, 3], [1, 1, 1, 1]])
-def test_targets_in_a_list_weigh_a_batch_by_its_examples(n_boxes):
+def test_loss_weighs_a_batch_of_list_targets_by_its_examples(n_boxes):
     targets = [{"boxes": torch.ones(n, 4)} for n in n_boxes]
 
     def loss_fn(output, target):
@@ -146,7 +146,7 @@ def test_targets_in_a_list_weigh_a_batch_by_its_examples(n_boxes):
     assert trainer.evaluate([(X[:3], targets[:3]), (X[3:4], targets[3:])])["loss"] == pytest.approx(whole, rel=1e-4)
 
 
-def test_evaluating_leaves_a_loaders_passes_where_they_were():
+def test_evaluate_leaves_the_iteration_count_of_a_loader_unchanged():
     configuration = DataLoaderConfiguration(use_seedable_sampler=True)
     trainer = trainer_of(nn.Linear(4, 3), accelerator=Accelerator(cpu=True, dataloader_config=configuration))
     loader = trainer.accelerator.prepare_data_loader(

@@ -256,7 +256,7 @@ def alone():
 
 
 @pytest.mark.parametrize(("name", "sharding"), GRADIENTS)
-def test_gradients_are_those_of_one_process(results, name, sharding):
+def test_fsdp_gradients_equal_those_of_one_process(results, name, sharding):
     expected = gradients(name, None)
     for process in results[0]:
         assert process["gradients"][f"{name} {sharding}"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -270,36 +270,36 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(("name", "sharding"), TRAININGS)
-def test_training_is_that_of_one_process(results, alone, name, sharding):
+def test_fsdp_training_equals_that_of_one_process(results, alone, name, sharding):
     """Steps, clipped gradients, scores and the best weights, which are put back."""
     for process in results[0]:
         assert_same(process["training"][f"{name} {sharding}"], alone(name))
 
 
-def test_the_best_weights_are_not_always_the_last(alone):
+def test_best_weights_are_not_always_the_last(alone):
     """So that the test above sees them put back."""
     scores = [[row["valscore"] for row in alone(name)["history"]] for name, _ in TRAININGS]
     assert any(max(valscores) > valscores[-1] for valscores in scores)
 
 
-def test_accelerate_may_do_the_sharding(results, alone):
+def test_fsdp_training_equals_one_process_when_accelerate_shards(results, alone):
     for process in results[0]:
         assert_same(process["accelerate"], alone("Grad-CAM"))
 
 
-def test_gradients_accumulate(results, alone):
+def test_fsdp_gradient_accumulation_equals_the_whole_batch(results, alone):
     for process in results[0]:
         assert process["accumulated"] == pytest.approx(alone("Grad-CAM")["weights"], rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("killed_at", KILLED_AT)
-def test_a_resumed_run_ends_as_one_that_was_never_killed(results, killed_at):
+def test_fsdp_resume_ends_as_an_uninterrupted_run(results, killed_at):
     for process in results[0]:
         expected = {name: value for name, value in process["training"]["LIME layers"].items() if name != "before"}
         assert process["resumed"][str(killed_at)] == expected
 
 
-def test_a_checkpoint_holds_whole_weights_under_the_users_names(results):
+def test_fsdp_checkpoint_holds_whole_weights_under_the_users_names(results):
     [folder, *_] = sorted((results[1] / "checkpoints").iterdir())
     state, _ = checkpoint.load_latest(folder)
     net = net_of(None)
@@ -312,12 +312,12 @@ def test_a_checkpoint_holds_whole_weights_under_the_users_names(results):
     assert moments["exp_avg"].shape == net[0].weight.shape
 
 
-def test_a_batch_that_is_not_finite_stops_all(results):
+def test_fsdp_training_stops_in_all_processes_at_a_nonfinite_batch(results):
     for process in results[0]:
         assert process["stopped"] == pytest.approx(stopped(1), rel=1e-6, abs=1e-9)
 
 
-def test_what_cannot_be_trained_is_refused_before_training_starts(results):
+def test_fsdp_refuses_untrainable_settings_before_training_starts(results):
     for process in results[0]:
         said = process["refusals"]
         assert "owns none" in said["late"]
@@ -336,7 +336,7 @@ def test_fsdp1_is_refused(monkeypatch):
         trainer_of("RRR", None, accelerator=accelerator)
 
 
-def test_a_model_that_is_not_sharded_is_left_alone():
+def test_gathered_leaves_an_unsharded_model_unchanged():
     net = smooth_conv_net()
     with gathered(net):
         assert net(X).shape == (22, 3)

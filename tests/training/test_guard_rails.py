@@ -40,7 +40,7 @@ def loader(x=X, size=4):
     return DataLoader(TensorDataset(x, Y[: len(x)]), batch_size=size)
 
 
-def test_a_schedule_raises_the_regularizers_weights():
+def test_weight_schedule_raises_the_regularizers_weights():
     net = smooth_net()
     seen = []
 
@@ -61,7 +61,7 @@ def test_a_schedule_raises_the_regularizers_weights():
     torch.testing.assert_close(quarter["task"], whole["task"])
 
 
-def test_gradient_norms_are_measured_and_a_term_that_dwarfs_the_task_is_named():
+def test_gradient_norms_are_measured_and_a_dominating_term_is_named():
     net = smooth_net()
     regularizer = Sparsity(InputXGradient(net), weight=1e4)
     trainer = trainer_of(net, [regularizer], lr=1e-9, gradient_norms_every=2)
@@ -76,7 +76,7 @@ def test_gradient_norms_are_measured_and_a_term_that_dwarfs_the_task_is_named():
     assert history[0]["task_gradient_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
 
 
-def test_measuring_gradient_norms_changes_no_result():
+def test_gradient_norms_every_changes_no_result():
     results = []
     for every in (None, 1):
         net = smooth_conv_net().train()
@@ -87,14 +87,14 @@ def test_measuring_gradient_norms_changes_no_result():
     assert torch.equal(*results)
 
 
-def test_gradients_are_clipped():
+def test_max_grad_norm_clips_the_gradients():
     net, twin = smooth_net(), smooth_net()
     trainer_of(net, lr=1.0, max_grad_norm=1e-3).fit([(X, Y)])
     moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), twin.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_deletion_floor_is_reported():
+def test_deletion_floor_share_is_reported():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6, deletion_floor=0.4)
     with pytest.warns(UserWarning, match="deletion floor"):
@@ -102,7 +102,7 @@ def test_the_deletion_floor_is_reported():
     assert 0 < history[0]["deletion_floor_share"] <= 1
 
 
-def test_time_is_split():
+def test_history_splits_the_time_of_a_step():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
     row = trainer_of(net, [regularizer]).fit(loader(IMAGES))[0]
@@ -110,7 +110,7 @@ def test_time_is_split():
     assert 0 < parts <= row["seconds_per_step"]
 
 
-def test_callbacks_trackers_and_csv(tmp_path):
+def test_callbacks_trackers_and_csv_receive_each_epoch(tmp_path):
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
     net, rows = smooth_net(), []
@@ -127,7 +127,7 @@ def test_callbacks_trackers_and_csv(tmp_path):
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in history]
 
 
-def test_a_compiled_model_is_refused_before_training_starts():
+def test_compiled_model_is_refused_before_training_starts():
     net = smooth_net()
     compiled = torch.compile(net, backend="eager")
     with pytest.raises(ValueError, match=r"torch\.compile has no double backward"):
@@ -135,7 +135,7 @@ def test_a_compiled_model_is_refused_before_training_starts():
     trainer_of(compiled)  # plain training is the compiler's business
 
 
-def test_a_model_compiled_in_place_is_refused_too():
+def test_compiled_model_in_place_is_refused():
     net = smooth_net()
     regularizer = Sparsity(InputXGradient(net))
     net.compile(backend="eager")
@@ -169,12 +169,12 @@ def test_mean_baselines_are_measured_once():
         ({"checkpoint_every": 0}, "checkpoint_every"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_trainer_refuses_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(smooth_net(), **settings)
 
 
-def test_scores_of_each_example_average_to_the_evaluation():
+def test_example_scores_average_to_the_evaluation():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
     trainer = trainer_of(net, [regularizer])
@@ -188,7 +188,7 @@ def test_scores_of_each_example_average_to_the_evaluation():
     assert set(trainer_of(smooth_net()).example_scores(loader())) == {"accuracy"}
 
 
-def test_measuring_gradient_norms_leaves_generators_and_statistics_alone():
+def test_gradient_norms_every_changes_no_generator_or_batch_norm_statistic():
     results = []
     for every in (None, 1):
         net = smooth_conv_net().train()
@@ -237,7 +237,7 @@ def accelerator_of():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["Grad-CAM", "LIME", "RRR", "Fidelity", "Stability"])
-def test_half_precision_leaves_the_gradient_where_it_is(name, precision, accelerator_of):
+def test_half_precision_gradient_is_near_that_of_single_precision(name, precision, accelerator_of):
     """Second-order term included; the surrogate's solve and differences of neighbours keep their precision."""
     gradients = []
     for used in ("no", precision):
@@ -268,7 +268,7 @@ def flat(net):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_in_half_precision_ends_near_that_in_single(precision, accelerator_of):
+def test_half_precision_training_ends_near_that_in_single_precision(precision, accelerator_of):
     start, ends = flat(smooth_conv_net().float()), []
     for used in ("no", precision):
         trainer, batches = half_trainer(accelerator_of(used))
@@ -279,7 +279,7 @@ def test_training_in_half_precision_ends_near_that_in_single(precision, accelera
     assert 0 <= scores["val_insertion"] <= 1
 
 
-def test_an_update_whose_scaled_gradient_overflows_is_left_out_and_the_next_is_not(accelerator_of):
+def test_grad_scaler_skips_an_update_that_overflows_but_not_the_next(accelerator_of):
     """The scale is the scaler's business: no failure of the loss, nor of the gradient."""
     accelerator = accelerator_of("fp16", scale=2.0**24)
     trainer, batches = half_trainer(accelerator)
@@ -292,20 +292,20 @@ def test_an_update_whose_scaled_gradient_overflows_is_left_out_and_the_next_is_n
     assert (flat(trainer.model) - start).norm() > 0.01
 
 
-def test_gradients_are_clipped_as_they_are_without_their_scale(accelerator_of):
+def test_max_grad_norm_clips_unscaled_gradients_in_half_precision(accelerator_of):
     trainer, batches = half_trainer(accelerator_of("fp16"), lr=1.0, max_grad_norm=1e-3)
     start = flat(trainer.model)
     trainer.fit([next(iter(batches))])
     assert (flat(trainer.model) - start).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_half_precision_too(accelerator_of):
+def test_half_precision_training_stops_at_a_nonfinite_loss(accelerator_of):
     trainer, _ = half_trainer(accelerator_of("fp16"))
     with pytest.raises(NonFiniteError, match=r"'task' is not finite.*epoch 1, step 1"):
         trainer.fit([(IMAGES.float() * float("nan"), Y[:8])])
 
 
-def test_the_scale_is_resumed(accelerator_of, tmp_path):
+def test_grad_scaler_scale_is_resumed(accelerator_of, tmp_path):
     trainer, batches = half_trainer(accelerator_of("fp16", scale=2.0**24), tmp_path)
     trainer.fit(batches, epochs=1)
     again, batches = half_trainer(accelerator_of("fp16"), tmp_path)
@@ -327,7 +327,7 @@ class Tail(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_what_the_optimizer_does_not_own_is_neither_clipped_nor_kept(accelerator_of, precision):
+def test_parameters_outside_the_optimizer_are_not_clipped_and_lose_grad(accelerator_of, precision):
     batches = list(loader()) * 3
     model, twin = Tail(), Tail()
     trainer = ExplanationRegularizedTrainer(
@@ -348,7 +348,7 @@ def test_what_the_optimizer_does_not_own_is_neither_clipped_nor_kept(accelerator
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_second_trainer_of_an_accelerator_leaves_the_scale_of_the_firsts_gradients(accelerator_of):
+def test_grad_scaler_unscales_gradients_once_for_a_second_trainer(accelerator_of):
     def trained(accelerator, model, lr):
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         settings = {"accelerator": accelerator, "max_grad_norm": 0.3, "show_progress": False}
@@ -374,7 +374,7 @@ def test_gradient_norms_are_measured_before_an_automatic_weight_is_set():
     assert torch.equal(*results)
 
 
-def test_gradient_norms_are_those_of_the_precision_trained_in(accelerator_of):
+def test_gradient_norms_are_measured_in_the_precision_of_training(accelerator_of):
     class Seen(nn.Module):
         def __init__(self):
             super().__init__()
@@ -390,7 +390,7 @@ def test_gradient_norms_are_those_of_the_precision_trained_in(accelerator_of):
     assert set(model.seen) == {torch.bfloat16}
 
 
-def test_an_update_that_was_broken_off_leaves_nothing_to_the_next_run():
+def test_interrupted_update_leaves_no_gradient_to_the_next_run():
     def run(break_off):
         net, calls = smooth_net(), []
 
@@ -414,7 +414,7 @@ def test_an_update_that_was_broken_off_leaves_nothing_to_the_next_run():
     assert torch.equal(run(True), run(False))
 
 
-def test_another_trainer_leaves_the_number_of_passes_alone():
+def test_gradient_accumulation_steps_are_unchanged_by_another_trainer():
     def run(another):
         net = smooth_net()
         trainer = trainer_of(net, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=3))
@@ -426,7 +426,7 @@ def test_another_trainer_leaves_the_number_of_passes_alone():
     assert torch.equal(run(True), run(False))
 
 
-def test_the_last_check_of_an_epoch_is_in_the_mode_and_precision_of_training(accelerator_of):
+def test_final_check_of_an_epoch_uses_the_mode_and_precision_of_training(accelerator_of):
     class Auxiliary(nn.Module):
         """Another output in training, as Inception's."""
 
@@ -451,7 +451,7 @@ def test_the_last_check_of_an_epoch_is_in_the_mode_and_precision_of_training(acc
     assert history[1]["loss"] < history[0]["loss"]
 
 
-def test_each_automatic_weight_is_reported():
+def test_automatic_weights_are_reported_for_each_regularizer():
     net = smooth_net()
     regularizers = [Stability(net, weight="auto", ratio=ratio, generator=torch.Generator()) for ratio in (0.5, 0.25)]
     row = trainer_of(net, regularizers).fit(loader())[0]
@@ -470,7 +470,7 @@ class Exploding(nn.Module):
         return nn.functional.cross_entropy(output, target) + self.scale.abs().sqrt()
 
 
-def test_the_gradient_of_what_a_loss_learns_is_checked():
+def test_gradient_of_learned_loss_parameters_is_checked():
     net, loss_fn = smooth_net(), Exploding()
     optimizer = torch.optim.SGD([*net.parameters(), *loss_fn.parameters()], lr=0.1)
     trainer = ExplanationRegularizedTrainer(net, optimizer, [], loss_fn, show_progress=False)
@@ -479,7 +479,7 @@ def test_the_gradient_of_what_a_loss_learns_is_checked():
     assert loss_fn.scale == 0
 
 
-def test_a_loader_may_use_the_model_in_another_mode():
+def test_loader_that_calls_model_eval_leaves_training_in_train_mode():
     net, seen = smooth_conv_net().train(), []
     net.register_forward_pre_hook(lambda module, _: seen.append(module.training))
 
@@ -493,7 +493,7 @@ def test_a_loader_may_use_the_model_in_another_mode():
     assert seen[:4] == [False, True] * 2
 
 
-def test_a_train_method_of_another_kind_is_let_alone():
+def test_train_method_with_another_signature_is_not_called():
     class Fitted(nn.Linear):
         def train(self, loader, epochs):
             raise AssertionError

@@ -80,7 +80,7 @@ def trainer_of(net=None, regularized=True, **settings):
 
 
 @pytest.mark.parametrize(("loader", "n_examples"), LOADERS.values(), ids=list(LOADERS))
-def test_every_example_counts(loader, n_examples):
+def test_loader_examples_each_count_once(loader, n_examples):
     trainer = trainer_of()
     scores = trainer.example_scores(loader)
     assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(scores, n_examples)
@@ -89,7 +89,7 @@ def test_every_example_counts(loader, n_examples):
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation", "loss"])
-def test_a_pass_that_breaks_off_in_the_last_batch_leaves_nothing_behind(where):
+def test_loader_is_left_clean_when_its_last_batch_raises(where):
     """accelerate would cut every later batch to the size of that one."""
     spoiled = X[:10].clone()
     spoiled[9] = torch.nan
@@ -116,7 +116,7 @@ def test_a_pass_that_breaks_off_in_the_last_batch_leaves_nothing_behind(where):
 
 
 @pytest.mark.parametrize("n_passes", [1, 2, 3, 5])
-def test_an_epochs_last_update_may_be_of_fewer_passes_whatever_the_loader(n_passes):
+def test_gradient_accumulation_may_end_an_epoch_with_fewer_passes(n_passes):
     """Of seven batches, the last one short."""
     nets = [smooth_net(), smooth_net()]
     loader = DataLoader(TensorDataset(X[:20], Y[:20]), batch_size=3)
@@ -143,7 +143,7 @@ class Shifted(DataLoader):
         return ((x + 100, y) for x, y in super().__iter__())
 
 
-def test_a_loader_with_a_way_of_its_own_is_iterated_in_it():
+def test_loader_with_overridden_iter_is_iterated_through_it():
     net, seen = smooth_net(), []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean().item()))
     trainer = ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=1e-9), show_progress=False)
@@ -151,7 +151,7 @@ def test_a_loader_with_a_way_of_its_own_is_iterated_in_it():
     assert min(seen) > 90
 
 
-def test_several_processes_cannot_share_one():
+def test_loader_with_overridden_iter_is_refused_for_several_processes():
     with pytest.raises(ValueError, match=r"Shifted has an __iter__ of its own.*collate_fn"):
         is_its_own(Shifted(DATA, 11), SimpleNamespace(num_processes=2))
     assert not is_its_own(DataLoader(DATA), SimpleNamespace(num_processes=2))
@@ -175,7 +175,7 @@ class Plain(DataLoader):
 
 
 @pytest.mark.parametrize("make", [lambda: Quarter(DATA, 6), lambda: Plain(Endless(), 8)])
-def test_the_length_of_a_loader_with_a_way_of_its_own_is_not_believed(make):
+def test_loader_with_overridden_iter_ends_its_epoch_whatever_its_length(make):
     net = smooth_net()
     before = net[0].weight.clone()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)

@@ -30,7 +30,7 @@ class Term(nn.Module):
         return {name: torch.tensor(value) for name, value in self.terms.items()}
 
 
-def test_the_loss_is_the_sum_of_its_named_parts():
+def test_loss_is_the_sum_of_its_named_parts():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, l2_weight=0.1)
     loss, parts = ExplanationRegularizedLoss(net, [regularizer])((X, Y))
@@ -41,7 +41,7 @@ def test_the_loss_is_the_sum_of_its_named_parts():
     assert not any(part.requires_grad for part in parts.values())
 
 
-def test_its_gradient_is_that_of_any_loop():
+def test_loss_gradient_equals_that_of_a_plain_loop():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
     ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0].backward()
@@ -52,19 +52,19 @@ def test_its_gradient_is_that_of_any_loop():
         torch.testing.assert_close(ours, theirs.grad)
 
 
-def test_repeated_names_get_a_number():
+def test_loss_part_names_that_repeat_get_a_number():
     loss = ExplanationRegularizedLoss(smooth_conv_net(), [Term(a=1.0, task=5.0), Term(a=2.0), Term(a=3.0)])
     total, parts = loss((X, Y))
     assert list(parts) == ["task", "a", "task_2", "a_2", "a_3"]
     assert float((total - parts["task"]).detach()) == pytest.approx(11.0)
 
 
-def test_a_term_named_like_the_loss_gets_a_number():
+def test_loss_part_names_that_are_reserved_get_a_number():
     _, parts = ExplanationRegularizedLoss(smooth_conv_net(), [Term(loss=1.0, epoch=2.0, valscore=3.0)])((X, Y))
     assert list(parts) == ["task", "loss_2", "epoch_2", "valscore_2"]
 
 
-def test_inputs_may_be_a_tuple_or_a_mapping_and_annotations_pass_through():
+def test_loss_takes_tuple_or_mapping_inputs_and_passes_annotations_on():
     class Add(nn.Module):
         def __init__(self):
             super().__init__()
@@ -84,28 +84,28 @@ def test_inputs_may_be_a_tuple_or_a_mapping_and_annotations_pass_through():
         assert term.calls[1][2] is None
 
 
-def test_the_model_is_held_once():
+def test_loss_holds_the_model_once():
     net = smooth_conv_net()
     loss = ExplanationRegularizedLoss(net, [InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, model=net)])
     assert set(loss.state_dict()) == {f"model.{name}" for name in net.state_dict()}
 
 
 @pytest.mark.parametrize("batch", [X, (X,), (X, Y, None, None), {"x": X, "y": Y}, 3])
-def test_other_batches_are_an_error(batch):
+def test_loss_refuses_batches_of_other_forms(batch):
     with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
         ExplanationRegularizedLoss(smooth_conv_net())(batch)
 
 
-def test_an_empty_batch_is_an_error():
+def test_loss_refuses_an_empty_batch():
     with pytest.raises(ValueError, match="empty"):
         ExplanationRegularizedLoss(smooth_conv_net())((X[:0], Y[:0]))
 
 
-def test_regularizers_may_come_from_a_generator():
+def test_loss_accepts_regularizers_from_a_generator():
     assert len(ExplanationRegularizedLoss(smooth_conv_net(), (Term(a=1.0) for _ in range(2))).regularizers) == 2
 
 
-def test_other_regularizers_are_an_error():
+def test_loss_refuses_regularizers_that_are_not_a_list_of_modules():
     net = smooth_conv_net()
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         ExplanationRegularizedLoss(net, [lambda x, y, a: {}])
@@ -113,12 +113,12 @@ def test_other_regularizers_are_an_error():
         ExplanationRegularizedLoss(net, Term())
 
 
-def test_a_loss_of_many_values_is_an_error():
+def test_loss_refuses_a_loss_fn_that_returns_many_values():
     with pytest.raises(ValueError, match="scalar"):
         ExplanationRegularizedLoss(smooth_conv_net(), loss_fn=nn.CrossEntropyLoss(reduction="none"))((X, Y))
 
 
-def test_a_regularizer_that_meets_nan_names_the_term():
+def test_loss_names_the_term_that_is_nan():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
     with torch.no_grad():
@@ -150,7 +150,7 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("regularizer_of", [RightForTheRightReasons, lambda net: Sparsity(InputXGradient(net))])
-def test_a_mapping_is_refused_with_the_forward_method_that_mends_it(regularizer_of):
+def test_regularizers_refuse_a_mapping_and_suggest_a_forward_method(regularizer_of):
     model = Wrapped(OfPixels())
     explained = InsertionDeletion(LayerGradCam(model, model.model.net[4]), baselines=0.0)
     for regularizer in (explained, regularizer_of(model)):
@@ -160,7 +160,7 @@ def test_a_mapping_is_refused_with_the_forward_method_that_mends_it(regularizer_
         mean_inputs([({"pixel_values": X}, Y)])
 
 
-def test_a_model_of_keyword_arguments_is_explained_behind_such_a_forward_method():
+def test_regularizer_explains_a_wrapped_model_of_keyword_arguments():
     model, twin = Wrapped(OfPixels()), smooth_conv_net()
     losses = []
     for net, layer in ((model, model.model.net[4]), (twin, twin[4])):
@@ -186,7 +186,7 @@ class Returning(nn.Module):
         ({"own": torch.ones(3)}, r"Returning must return scalar tensors.*shape \(3,\) as 'own'"),
     ],
 )
-def test_a_regularizer_that_returns_no_terms_is_named(terms, message):
+def test_loss_names_a_regularizer_that_returns_no_scalar_terms(terms, message):
     net = smooth_conv_net()
     with pytest.raises(TypeError, match=message):
         ExplanationRegularizedLoss(net, [Returning(terms)])((X, Y))

@@ -158,7 +158,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(results):
 
 
 @pytest.mark.parametrize(("name", "n_examples"), [("sampled", 13), ("joined", 8), ("stream", 13), ("dispatched", 13)])
-def test_every_example_a_loader_draws_is_scored_once(results, name, n_examples):
+def test_scores_hold_every_example_of_a_loader_once_in_two_processes(results, name, n_examples):
     [one], two = results
     for process in two:
         for score, values in one[name].items():
@@ -183,7 +183,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(results, name):
         assert process["gradients"][name] == pytest.approx(one["gradients"][name], abs=1e-9)
 
 
-def test_a_failure_in_one_process_stops_both(results):
+def test_failure_in_one_process_stops_both(results):
     _, two = results
     errors = sorted(process["error"] for process in two)
     assert any("Another process" in error for error in errors)

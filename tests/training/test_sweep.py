@@ -34,7 +34,7 @@ def train(weight, seed, device="cpu"):
     return trainer.evaluate(loader)
 
 
-def test_each_setting_is_run_once(tmp_path):
+def test_sweep_runs_each_setting_once(tmp_path):
     calls = []
 
     def run(**settings):
@@ -54,7 +54,7 @@ def test_each_setting_is_run_once(tmp_path):
     assert len(calls) == 7
 
 
-def test_real_runs_end_with_a_table_and_a_picture(tmp_path):
+def test_sweep_of_real_runs_gives_a_table_and_a_plot(tmp_path):
     found = sweep(train, GRID, tmp_path / "sweep.jsonl")
     assert {"accuracy", "insertion", "deletion"} <= set(found[0])
     assert len(found.table().splitlines()) == 6
@@ -62,7 +62,7 @@ def test_real_runs_end_with_a_table_and_a_picture(tmp_path):
     assert list(found.to_pandas()["seed"]) == [0, 1, 0, 1]
 
 
-def test_the_front_is_what_no_other_setting_beats():
+def test_sweep_front_holds_the_settings_that_no_other_beats():
     points = [(0.9, 0.1), (0.8, 0.5), (0.85, 0.4), (0.8, 0.3), (0.7, 0.5), (0.6, 0.9)]
     found = Sweep({"accuracy": x, "insertion": y} for x, y in points)
     assert [(row["accuracy"], row["insertion"]) for row in found.front()] == [
@@ -74,7 +74,7 @@ def test_the_front_is_what_no_other_setting_beats():
     assert found.table().count("yes") == 4
 
 
-def test_numpys_numbers_are_numbers_and_what_cannot_be_written_is_named_before_anything_runs(tmp_path):
+def test_sweep_accepts_numpy_numbers_and_refuses_unwritable_values_first(tmp_path):
     path = tmp_path / "sweep.jsonl"
     found = sweep(lambda weight, seed: {"accuracy": weight}, {"weight": np.arange(2), "seed": [np.float32(0.5)]}, path)
     assert found == [{"weight": 0, "seed": 0.5, "accuracy": 0.0}, {"weight": 1, "seed": 0.5, "accuracy": 1.0}]
@@ -87,12 +87,12 @@ def test_numpys_numbers_are_numbers_and_what_cannot_be_written_is_named_before_a
     ("grid", "message"),
     [({}, "empty"), ({"weight": []}, "empty"), ({"accuracy": [1]}, "share names")],
 )
-def test_bad_grids(tmp_path, grid, message):
+def test_sweep_refuses_invalid_grids(tmp_path, grid, message):
     with pytest.raises(ValueError, match=message):
         sweep(lambda **settings: {"accuracy": 1.0}, grid, tmp_path / "sweep.jsonl")
 
 
-def test_a_run_without_a_score_is_no_front():
+def test_sweep_front_excludes_a_run_with_a_nan_score():
     found = Sweep([{"accuracy": math.nan, "insertion": 0.9}, {"accuracy": 0.8, "insertion": 0.5}])
     assert found.front() == [found[1]]
     assert [line.split("|")[-2].strip() for line in found.table().splitlines()[2:]] == ["", "yes"]

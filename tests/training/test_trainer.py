@@ -44,7 +44,7 @@ def make(net=None, regularized=True, lr=0.05, **arguments):
     return ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9), **arguments)
 
 
-def test_an_epoch_is_the_ordinary_loop():
+def test_fit_equals_a_plain_training_loop():
     net, twin = smooth_conv_net().train(), smooth_conv_net().train()
     torch.manual_seed(0)
     history = make(net).fit(batches(), epochs=2)
@@ -71,7 +71,7 @@ def test_an_epoch_is_the_ordinary_loop():
         assert row["loss"] == pytest.approx(row["task"] + row["insertion"] + row["deletion"])
 
 
-def test_training_improves_what_it_trains():
+def test_fit_improves_insertion_and_the_loss():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, insertion_weight=1.0, deletion_weight=0.1)
     trainer = make(net, regularizers=[regularizer], lr=0.1)
@@ -107,7 +107,7 @@ def test_evaluate_is_the_mean_over_all_examples():
     assert label["insertion"] == pytest.approx(float(expected.insertion.mean()))
 
 
-def test_evaluating_repeats_and_leaves_everything_as_it_was():
+def test_evaluate_repeats_exactly_and_changes_no_state():
     net = smooth_conv_net().train()
     generator = torch.Generator().manual_seed(3)
     judges = [
@@ -137,13 +137,13 @@ def test_evaluating_repeats_and_leaves_everything_as_it_was():
             assert torch.equal(value, weights[name])
 
 
-def test_without_a_judge_there_are_loss_and_accuracy():
+def test_evaluate_without_a_judge_gives_loss_and_accuracy():
     scores = make(regularized=False).evaluate(batches())
     assert set(scores) == {"loss", "accuracy", "valscore"}
     assert scores["valscore"] == pytest.approx(2 * scores["accuracy"])
 
 
-def test_outputs_that_only_the_loss_can_read_have_no_accuracy():
+def test_accuracy_is_absent_for_outputs_that_only_the_loss_can_read():
     class Mapping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,7 +165,7 @@ def test_outputs_that_only_the_loss_can_read_have_no_accuracy():
     assert scores["loss"] == pytest.approx(cross_entropy(net.eval()(X)["logits"], Y).item())
 
 
-def test_evaluating_repeats_with_numpys_random_numbers_too():
+def test_evaluate_repeats_exactly_with_random_numbers_of_numpy():
     net = smooth_conv_net()
     explainer = GradientShap(net)
     regularizer = InsertionDeletion(explainer, baselines=0.0, attribute_kwargs={"baselines": X[:4], "n_samples": 2})
@@ -179,7 +179,7 @@ def test_evaluating_repeats_with_numpys_random_numbers_too():
     assert np.random.get_state()[2] == position
 
 
-def test_regression_has_no_accuracy():
+def test_accuracy_is_absent_for_a_regression():
     net = smooth_conv_net(n_classes=1)
     judge = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, outputs="raw", step_size=6)
     data = DataLoader(TensorDataset(X, X.mean(dim=(1, 2, 3))[:, None]), batch_size=8)
@@ -191,7 +191,7 @@ def test_regression_has_no_accuracy():
 
 
 @pytest.mark.parametrize("values", [(5.0, 6.0), (0.0, 1.0)])
-def test_whole_numbers_of_a_regression_are_no_labels(values):
+def test_accuracy_is_absent_for_a_regression_on_whole_numbers(values):
     """Wine is rated 5 or 6: without a judge of classes there is no accuracy to select by."""
     y = torch.tensor(values * 11).double()[:, None]
     net = smooth_conv_net(n_classes=1)
@@ -200,7 +200,7 @@ def test_whole_numbers_of_a_regression_are_no_labels(values):
     assert scores["valscore"] == pytest.approx(-2 * scores["loss"])
 
 
-def test_the_best_weights_are_restored():
+def test_best_weights_are_restored():
     net = smooth_conv_net()
     trainer = make(net, lr=0.3)
     kept, evaluate = [], trainer._evaluate
@@ -227,7 +227,7 @@ def test_patience_stops_early():
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_batch_norm_is_frozen_or_not(freeze):
+def test_freeze_batch_norm_decides_whether_running_statistics_change(freeze):
     net = smooth_conv_net()
     mean = net[1].running_mean.clone()
     make(net, regularized=False, lr=0.0, freeze_batch_norm=freeze).fit(batches())
@@ -235,14 +235,14 @@ def test_batch_norm_is_frozen_or_not(freeze):
     assert not net.training  # as it was
 
 
-def test_the_model_trains_in_training_mode():
+def test_fit_trains_the_model_in_train_mode():
     net, modes = smooth_conv_net(), []
     net[3].register_forward_hook(lambda module, *_: modes.append(module.training))
     make(net, regularized=False).fit(batches())
     assert modes[:3] == [True, True, True]
 
 
-def test_schedulers_step_once_an_epoch():
+def test_scheduler_steps_once_per_epoch():
     net = smooth_conv_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     step = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -254,14 +254,14 @@ def test_schedulers_step_once_an_epoch():
     assert optimizer.param_groups[0]["lr"] < 0.125
 
 
-def test_the_progress_bar_shows_the_terms(capsys):
+def test_progress_bar_shows_the_terms(capsys):
     make(show_progress=True).fit(batches(), epochs=2)
     shown = capsys.readouterr().err
     assert "epoch 2/2" in shown
     assert all(f"{name}=" in shown for name in ("loss", "task", "insertion", "deletion"))
 
 
-def test_a_history_is_rows_that_pandas_reads():
+def test_history_converts_to_pandas_and_plots():
     history = make().fit(batches(), batches(), epochs=2)
     frame = history.to_pandas()
     assert list(frame["epoch"]) == [1, 2]
@@ -272,7 +272,7 @@ def test_a_history_is_rows_that_pandas_reads():
     assert [axis.get_title() for axis in figure.axes] == ["training loss", "validation"]
 
 
-def test_any_iterable_of_batches_will_do():
+def test_fit_accepts_any_iterable_of_batches():
     a, b = net_without_dropout(), net_without_dropout()
     make(a).fit(batches(), epochs=2)
     make(b).fit([(X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16)], epochs=2)
@@ -283,24 +283,24 @@ def test_any_iterable_of_batches_will_do():
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_a_frozen_model_is_an_error():
+def test_trainer_refuses_a_frozen_model():
     net = smooth_conv_net().requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen.*requires_grad_"):
         make(net, regularized=False)
 
 
-def test_a_foreign_optimizer_is_an_error():
+def test_trainer_refuses_an_optimizer_of_another_model():
     with pytest.raises(ValueError, match=r"owns none.*model.parameters"):
         ExplanationRegularizedTrainer(smooth_conv_net(), torch.optim.SGD(smooth_conv_net().parameters(), lr=0.1))
 
 
-def test_an_optimizer_that_wants_a_closure_is_an_error():
+def test_trainer_refuses_an_optimizer_that_needs_a_closure():
     net = smooth_conv_net()
     with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
         ExplanationRegularizedTrainer(net, torch.optim.LBFGS(net.parameters()))
 
 
-def test_other_loaders_are_an_error():
+def test_fit_and_evaluate_refuse_invalid_loaders_and_arguments():
     with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
         make().fit(DataLoader(X, batch_size=8))
     with pytest.raises(TypeError, match=r"must yield \(inputs, target\)"):
@@ -331,7 +331,7 @@ def finite(net):
     return all(tensor.isfinite().all() for tensor in net.state_dict().values())
 
 
-def test_a_term_that_turns_nan_stops_training_by_name_and_keeps_the_weights():
+def test_nan_term_stops_training_by_name_and_keeps_the_weights():
     net, twin = net_without_dropout(), net_without_dropout()
     with pytest.raises(NonFiniteError, match=r"'odd' turned nan in epoch 1, step 3"):
         make(net, regularizers=[TurnsNaN()]).fit(batches(), epochs=2)
@@ -342,7 +342,7 @@ def test_a_term_that_turns_nan_stops_training_by_name_and_keeps_the_weights():
 
 @pytest.mark.parametrize("regularized", [False, True])
 @pytest.mark.parametrize("freeze_batch_norm", [False, True])
-def test_a_batch_of_nan_stops_training_and_spoils_nothing(regularized, freeze_batch_norm):
+def test_nan_batch_stops_training_and_changes_no_state(regularized, freeze_batch_norm):
     net, twin = net_without_dropout(), net_without_dropout()
     broken = X[8:16].clone()
     broken[0, 0, 0, 0] = math.nan
@@ -354,7 +354,7 @@ def test_a_batch_of_nan_stops_training_and_spoils_nothing(regularized, freeze_ba
         torch.testing.assert_close(ours, theirs)  # the update of the batch before is kept, nothing of this one
 
 
-def test_infinities_that_a_model_means_are_no_failure():
+def test_infinity_in_buffers_and_outputs_is_no_failure():
     class Masked(nn.Module):
         """A causal-mask buffer of -inf, and a class that is never predicted."""
 
@@ -370,7 +370,7 @@ def test_infinities_that_a_model_means_are_no_failure():
     assert len(history) == 2
 
 
-def test_sparse_gradients_are_checked_too():
+def test_sparse_gradients_are_checked():
     net = nn.Sequential(nn.EmbeddingBag(5, 3, sparse=True))
     tokens = torch.randint(5, (8, 4), generator=torch.Generator().manual_seed(0))
     trainer = ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=0.1), show_progress=False)
@@ -378,7 +378,7 @@ def test_sparse_gradients_are_checked_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bool])
-def test_a_binary_loss_has_labels_of_its_own_kind(dtype):
+def test_binary_labels_may_be_floats_or_booleans_in_a_column(dtype):
     """BCE wants floats of shape (B, 1); explanations and accuracy read them as labels."""
     net = smooth_conv_net(n_classes=1)
     y = (Y > 0).to(dtype)[:, None]
@@ -392,7 +392,7 @@ def test_a_binary_loss_has_labels_of_its_own_kind(dtype):
 
 
 @pytest.mark.parametrize(("size", "where"), [(8, "step 2"), (22, "last step of epoch 1")])
-def test_a_run_that_diverges_keeps_good_weights(size, where):
+def test_diverging_training_keeps_the_last_good_weights(size, where):
     """Weights of 1e300 are finite, but what they give is not: those from before the step are kept."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 3)).double()
     with pytest.raises(NonFiniteError, match=where):
@@ -401,14 +401,14 @@ def test_a_run_that_diverges_keeps_good_weights(size, where):
     assert max(float(parameter.detach().abs().max()) for parameter in net.parameters()) < 10
 
 
-def test_the_epochs_before_a_failure_are_kept():
+def test_history_keeps_the_epochs_before_a_failure():
     trainer = make(regularizers=[TurnsNaN()])
     with pytest.raises(NonFiniteError, match="epoch 2, step 1"):
         trainer.fit([(X[:8], Y[:8]), (X[8:16], Y[8:16])], epochs=3)
     assert [row["epoch"] for row in trainer.history] == [1]
 
 
-def test_a_validation_score_that_turns_nan_is_an_error():
+def test_nan_validation_score_is_refused_by_name():
     trainer = make(
         regularized=False, loss_fn=lambda output, y: (output.sum() - 1e9).sqrt() if len(y) == 22 else output.sum()
     )
@@ -416,7 +416,7 @@ def test_a_validation_score_that_turns_nan_is_an_error():
         trainer.fit(batches(), batches(22))
 
 
-def test_a_gradient_of_nan_stops_training_before_the_step():
+def test_nan_gradient_stops_training_before_the_step():
     net = smooth_conv_net()
     weights = copy.deepcopy(net.state_dict())
     with pytest.raises(NonFiniteError, match=r"gradient of the loss in '0.weight' .* epoch 1, step 1"):
@@ -425,7 +425,7 @@ def test_a_gradient_of_nan_stops_training_before_the_step():
         assert torch.equal(value, weights[name])
 
 
-def test_modes_return_after_an_exception():
+def test_train_mode_is_restored_after_an_exception():
     net = smooth_conv_net().train()
     with pytest.raises(NonFiniteError):
         make(net, regularizers=[TurnsNaN()]).fit(batches())
@@ -446,7 +446,7 @@ def test_gradient_accumulation_equals_the_whole_batch():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_model_that_says_nothing_new_is_still_an_ordinary_module():
+def test_trainer_without_regularizers_reports_task_and_validation_scores():
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
     history = make(net, regularized=False).fit(batches(), batches(), epochs=2)
     names = {name for name in history[0] if not name.startswith("seconds")}
