@@ -1,4 +1,4 @@
-"""Tells what a bug report needs: versions, platform and devices.
+"""Print what a bug report needs: versions, platform and devices.
 
 Example:
     $ python -m captum_idexpo
@@ -28,7 +28,7 @@ OPTIONAL = (
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Names and what is known of them, in the order of a report."""
+    """Yield pairs (name, fact) in the order of the report."""
     yield "captum-idexpo", __version__
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "torch", torch.__version__
@@ -48,7 +48,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Prints the facts, a line each."""
+    """Print the facts, one per line."""
     for name, fact in facts():
         print(f"{name + ':':<15}{fact}")
 

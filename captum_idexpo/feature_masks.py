@@ -1,7 +1,7 @@
-"""Feature masks for a batch of images: grids and superpixels, as Captum's attributions take them.
+"""Feature masks for a batch of images: grids and superpixels, in the form that Captum's attributions take.
 
-A mask numbers the superpixels of each image from 0; all channels of a pixel belong to the same one. Each function can
-be passed, with its options bound, as ``feature_mask`` of a regularizer:
+A mask numbers the superpixels of each image from 0. All channels of a pixel belong to the same superpixel. Each
+function, with its options bound, can be the ``feature_mask`` of a regularizer:
 ``feature_mask=functools.partial(slic, n_segments=50)``.
 """
 
@@ -17,7 +17,7 @@ from captum_idexpo._core.errors import NonFiniteError, all_finite
 
 
 def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
-    """Rectangular cells, the same for every image.
+    """Return a feature mask of rectangular cells, the same for every image.
 
     Args:
         inputs: images ``(B, C, H, W)``; only their size and device matter.
@@ -27,7 +27,7 @@ def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
         ``(1, 1, H, W)``, int64.
 
     Raises:
-        ValueError: inputs that are no images, or a cell size below 1.
+        ValueError: the inputs are not images, or a cell size is below 1.
 
     Example:
         >>> import torch
@@ -49,19 +49,19 @@ def grid(inputs: Tensor, cell_size: int | tuple[int, int]) -> Tensor:
 
 
 def slic(inputs: Tensor, n_segments: int = 50, **options: Any) -> Tensor:
-    """Superpixels by SLIC (Achanta et al. 2012), of about equal size, from `skimage.segmentation.slic`.
+    """Compute SLIC superpixels (Achanta et al. 2012) of about equal size, with `skimage.segmentation.slic`.
 
     Args:
         inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first.
-        n_segments: about how many superpixels an image has.
-        options: further options of scikit-image's function, such as ``compactness`` or ``sigma``.
+        n_segments: approximate number of superpixels per image.
+        options: further keyword arguments of scikit-image's function, such as ``compactness`` or ``sigma``.
 
     Returns:
         ``(B, 1, H, W)``, int64, on the inputs' device.
 
     Raises:
         ImportError: scikit-image is not installed (extra ``image``).
-        ValueError: inputs that are no images.
+        ValueError: the inputs are not images, or hold NaN or infinity.
 
     Example:
         >>> import torch
@@ -73,19 +73,19 @@ def slic(inputs: Tensor, n_segments: int = 50, **options: Any) -> Tensor:
 
 
 def felzenszwalb(inputs: Tensor, scale: float = 100, **options: Any) -> Tensor:
-    """Superpixels by Felzenszwalb and Huttenlocher 2004, from `skimage.segmentation.felzenszwalb`.
+    """Compute the superpixels of Felzenszwalb and Huttenlocher 2004, with `skimage.segmentation.felzenszwalb`.
 
     Args:
         inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first.
-        scale: higher gives larger superpixels.
-        options: further options of scikit-image's function, such as ``sigma`` or ``min_size``.
+        scale: a higher scale gives larger superpixels.
+        options: further keyword arguments of scikit-image's function, such as ``sigma`` or ``min_size``.
 
     Returns:
         ``(B, 1, H, W)``, int64, on the inputs' device.
 
     Raises:
         ImportError: scikit-image is not installed (extra ``image``).
-        ValueError: inputs that are no images.
+        ValueError: the inputs are not images, or hold NaN or infinity.
 
     Example:
         >>> import torch
@@ -97,19 +97,21 @@ def felzenszwalb(inputs: Tensor, scale: float = 100, **options: Any) -> Tensor:
 
 
 def quickshift(inputs: Tensor, **options: Any) -> Tensor:
-    """Superpixels by quick shift (Vedaldi, Soatto 2008), LIME's for images, from `skimage.segmentation.quickshift`.
+    """Compute quick shift superpixels (Vedaldi, Soatto 2008), with `skimage.segmentation.quickshift`.
+
+    LIME uses these superpixels for images.
 
     Args:
         inputs: images ``(B, C, H, W)`` in any units; each is rescaled to [0, 1] first. Colour images are compared in
             Lab space.
-        options: options of scikit-image's function, such as ``kernel_size``, ``max_dist`` or ``ratio``.
+        options: keyword arguments of scikit-image's function, such as ``kernel_size``, ``max_dist`` or ``ratio``.
 
     Returns:
         ``(B, 1, H, W)``, int64, on the inputs' device.
 
     Raises:
         ImportError: scikit-image is not installed (extra ``image``).
-        ValueError: inputs that are no images.
+        ValueError: the inputs are not images, or hold NaN or infinity.
 
     Example:
         >>> import torch

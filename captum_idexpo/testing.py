@@ -1,8 +1,8 @@
 """Checks for tests of your own attributions, regularizers and models.
 
-`assert_trainable` compares the gradient of an attribution with finite differences. ``requires_grad=True`` and a
-backward pass that runs prove nothing: part of what moves the attribution may have been taken for a constant.
-`assert_complete` and `assert_rows_independent` check values, of which a gradient says nothing.
+`assert_trainable` compares the gradient of an attribution with finite differences. An attribution that requires grad
+can still have the wrong gradient: autograd may treat part of its computation as constant. `assert_complete` and
+`assert_rows_independent` check values, not gradients.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from captum_idexpo._core.modes import Snapshot
 from captum_idexpo._core.rng import seeded
 
 _STEPS = (1e-5, 1e-6, 1e-7)
-"""Of central differences, as a share of a parameter's size; a kink in reach of the larger may spare the smaller."""
+"""Steps of the central differences, relative to a parameter's size. A smaller step may avoid a kink nearby."""
 _EPS = 2 * torch.finfo(torch.float64).eps
 _NEGLIGIBLE = 1e-3
-"""Derivatives below this share of the largest are compared on the scale of that share."""
+"""The error of a derivative below this share of the largest one is relative to that share."""
 
 
 class _Derivative(NamedTuple):
-    """Of the loss along one direction in one parameter: what autograd says, and what differences say."""
+    """Derivative of the loss along a direction in one parameter, by autograd and by finite differences."""
 
     parameter: str
     claimed: float | None
     measured: tuple[float, ...]
 
     def error(self, scale: float, loss: float) -> float:
-        """Relative, against the difference that is nearest, beyond what rounding makes of a loss of this size."""
+        """Return the relative error against the nearest finite difference, less the rounding error of the loss."""
         claimed = self.claimed or 0.0
         noises = (_EPS * loss / step for step in _STEPS)
         return min(
@@ -51,31 +51,31 @@ def assert_trainable(
     n_directions: int = 2,
     seed: int = 0,
 ) -> None:
-    """Checks that a loss on an attribution has its true gradient in the model's weights.
+    """Check that a loss on an attribution has the correct gradient with respect to the model's weights.
 
     The loss is a random projection of the attribution plus its squares. Its gradient by autograd is compared with
-    central differences along random directions in each parameter that requires gradient. The parameters, their
-    ``grad``, the model's buffers and the global random generators are left as they were.
+    central differences along random directions in each parameter that requires gradient. Afterwards the parameters,
+    their ``grad``, the model's buffers and the global random state are unchanged.
 
     Args:
-        attribute: takes nothing and returns an attribution, a tensor or tuples and lists of them, in double precision:
-            ``lambda: Saliency(model).attribute(x, target=0, create_graph=True)``. Called many times, always with the
-            same seeds; a generator of its own it has to seed itself. A regularizer's terms do as well, unless a factor
-            in them is meant to be constant, as the temperature and thresholds of soft insertion and deletion are:
-            then check the explainer.
-        model: owns the parameters, in double precision. ReLU has kinks, near which a difference means nothing: prefer
-            smooth activations, or inputs away from the kinks. LIME's default surrogate stops where its tolerance lets
-            it, short of the minimum whose gradient it has: pass ``Lasso(tol=1e-12)``, or another surrogate.
-        rtol: tolerated relative error of a directional derivative; those below a thousandth of the largest are
-            compared on the scale of that thousandth.
-        n_directions: random directions tried in each parameter.
-        seed: of the directions, the projection, and of torch's and NumPy's global generators at each call.
+        attribute: takes no arguments and returns an attribution in double precision, a tensor or tuples and lists of
+            them: ``lambda: Saliency(model).attribute(x, target=0, create_graph=True)``. It is called many times, always
+            with the same global seeds; it has to seed its own generators. It may also return a regularizer's terms.
+            Those of soft insertion and deletion fail, since no gradient flows through their temperature and
+            thresholds: check the explainer instead.
+        model: owns the parameters, in double precision. Finite differences are meaningless near the kinks of ReLU:
+            prefer smooth activations, or inputs away from the kinks. LIME's default surrogate stops at its tolerance,
+            short of the minimum that its gradient belongs to: pass ``Lasso(tol=1e-12)``, or another surrogate.
+        rtol: tolerated relative error of a directional derivative. For derivatives below a thousandth of the largest
+            one, the error is relative to that thousandth.
+        n_directions: random directions per parameter.
+        seed: seed of the directions, of the projection, and of torch's and NumPy's global generators at each call.
 
     Raises:
-        AssertionError: there is no graph, or the gradient is wrong; says by how much and in which parameter. Also
-            where no parameter moves the attribution, so that nothing could be checked.
+        AssertionError: there is no graph, or the gradient is wrong (the message says by how much and in which
+            parameter), or no parameter changes the attribution, so that nothing can be checked.
         TypeError: something is not in double precision.
-        ValueError: n_directions below 1.
+        ValueError: n_directions is below 1.
 
     Example:
         >>> import torch, captum.attr
@@ -85,7 +85,7 @@ def assert_trainable(
         >>> model, x = torch.nn.Sequential(*layers).double(), torch.randn(5, 3, dtype=torch.float64)
         >>> assert_trainable(lambda: InputXGradient(model).attribute(x, target=1, create_graph=True), model)
 
-        Captum's own attribution requires gradient, too, and is found out:
+        Captum's own attribution also requires gradient, but the check fails:
 
         >>> assert_trainable(lambda: captum.attr.InputXGradient(model).attribute(x.requires_grad_(), target=1), model)
         Traceback (most recent call last):
@@ -126,14 +126,14 @@ def assert_complete(
     *,
     rtol: float = 1e-5,
 ) -> None:
-    """Check that attributions add up to the output's difference from that on the baselines.
+    """Check that attributions add up to the output on the inputs minus the output on the baselines.
 
     Completeness (Sundararajan et al. 2017, arXiv 1703.01365) holds for integrated gradients, DeepLIFT without softmax,
     Shapley values, KernelSHAP, and the layer forms of the first two.
 
     Args:
-        attribute: takes nothing and returns an attribution: a tensor ``(B, ...)``, or tuples and lists of them, of
-            inputs or of a layer.
+        attribute: takes no arguments and returns an attribution of the inputs or of a layer: a tensor ``(B, ...)``, or
+            tuples and lists of them.
         forward_func: takes the inputs and returns the explained output, one number per example, ``(B,)``.
         inputs: a tensor ``(B, ...)`` or a tuple of them.
         baselines: None (zero), numbers, or tensors that broadcast to the inputs.
@@ -141,8 +141,8 @@ def assert_complete(
             ``n_steps`` to match.
 
     Raises:
-        AssertionError: the attributions do not add up; says by how much and for which examples.
-        ValueError: an output that is not one number per example; baselines that do not fit.
+        AssertionError: the attributions do not add up. The message says for how many examples, and names the worst one.
+        ValueError: the output is not one number per example, or the baselines do not fit.
 
     Example:
         >>> import torch
@@ -196,8 +196,8 @@ def assert_rows_independent(
 ) -> None:
     """Check that a row's output is the same alone and in any batch.
 
-    LIME, KernelSHAP, the metrics and the regularizers mask each row of a forward pass differently, which presupposes
-    it of the model. The same holds for an explainer: ``lambda x: explainer.attribute(x, target=1)``.
+    LIME, KernelSHAP, the metrics and the regularizers mask each row of a forward pass differently. They need a model
+    whose rows are independent. To check an explainer, pass ``lambda x: explainer.attribute(x, target=1)``.
 
     Args:
         forward_func: takes the inputs and returns one row per example: a tensor, or tuples and lists of them.
@@ -205,8 +205,8 @@ def assert_rows_independent(
         rtol: tolerated error, relative to the largest output.
 
     Raises:
-        AssertionError: a row's output depends on the other rows; says which and by how much.
-        ValueError: fewer than two examples, or an output without a row per example.
+        AssertionError: a row's output depends on the other rows. The message says which row, and by how much.
+        ValueError: there are fewer than two examples, or the output does not have one row per example.
 
     Example:
         >>> import torch
@@ -260,7 +260,7 @@ def _check_parameters(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def _loss(attribution: Any, seed: int) -> Tensor:
-    """A random projection plus the squares, of all tensors."""
+    """Return a random projection of all tensors plus the sum of their squares."""
     generator = Generator().manual_seed(seed)
     total: Tensor | None = None
     for tensor in _tensors(attribution):
@@ -306,7 +306,7 @@ def _gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, 
 
 
 def _direction(parameter: nn.Parameter, generator: Generator) -> Tensor:
-    """Random, of the parameter's own size."""
+    """Return a random direction, scaled by the parameter's root mean square."""
     direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(
         parameter.device
     )

@@ -1,10 +1,10 @@
-"""Every private name of Captum's that the package stands on.
+"""All of Captum's private names that this package uses.
 
-Captum may change them in any release, so its version has an upper bound, and nothing else imports them. What is public
-(`captum.attr`, `captum.metrics`) is imported where it is needed.
+Captum may change them in any release. So the required version of Captum has an upper bound, and no other module imports
+private names. Public names (`captum.attr`, `captum.metrics`) are imported where they are needed.
 """
 
-# How arguments are read, outputs chosen and results formed, so that these are Captum's to the letter.
+# With these functions arguments are read, outputs are chosen and results are formed exactly as in Captum.
 from captum._utils.common import _expand_additional_forward_args as expand_additional_forward_args
 from captum._utils.common import _expand_target as expand_target
 from captum._utils.common import _format_additional_forward_args as format_additional_forward_args
@@ -19,11 +19,11 @@ from captum._utils.common import _verify_select_neuron as verify_select_neuron
 from captum._utils.gradient import _forward_layer_eval as forward_layer_eval
 from captum._utils.gradient import construct_neuron_grad_fn
 
-# The surrogates that users of Captum's LIME pass, which map to those of `attr.surrogates`.
+# The surrogates that users pass to Captum's LIME. They are replaced by those of `attr.surrogates`.
 from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from captum._utils.models.model import Model
 
-# The bar that Captum's show_progress draws.
+# The progress bar of Captum's show_progress.
 from captum._utils.progress import NullProgress, progress
 
 # The types of Captum's signatures.
@@ -34,14 +34,14 @@ from captum.attr._core.feature_ablation import _parse_forward_out as parse_forwa
 from captum.attr._core.gradient_shap import InputBaselineXGradient
 from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradient
 
-# LIME's defaults, to know whether a user has changed them.
+# LIME's defaults, to detect whether a user has changed them.
 from captum.attr._core.lime import default_perturb_func, get_exp_kernel_similarity_function
 
-# Which rule a layer has, and by which a user chooses another.
+# The default rules of layers. The rules that a user can choose are imported below.
 from captum.attr._core.lrp import SUPPORTED_LAYERS_WITH_RULES, SUPPORTED_NON_LINEAR_LAYERS
 from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
 
-# The steps of a path integral, a few at a time.
+# The steps and step sizes of a path integral.
 from captum.attr._utils.approximation_methods import approximation_parameters
 from captum.attr._utils.common import (
     _format_and_verify_sliding_window_shapes as format_and_verify_sliding_window_shapes,

@@ -1,4 +1,4 @@
-"""How many rows a forward pass has, and whether the rows of a pass influence each other."""
+"""Choice of the chunk size (rows per forward pass), and the check that the rows of a pass are independent."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from torch.utils._pytree import tree_leaves
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.modes import depends_on_batch, is_compiled, module_of, no_graph, precision
 
-# On a CPU a layer's output of about two megabytes stays in the caches and is large enough to occupy the cores: mostly
-# within a few percent of the best size, for networks from 64 to 65,000 values, where 400 rows of a ResNet-20 take half
-# as long again. A GPU wants more; its numbers are not measured.
+# On a CPU a layer output of about 2 MB stays in the caches and is large enough to occupy the cores. This size is mostly
+# within a few percent of the fastest one, measured on networks from 64 to 65,000 values. Larger passes are slower: 400
+# rows of a ResNet-20 take half as long again. A GPU needs larger passes; its numbers are not measured.
 _VALUES_ON_CPU, _MAX_ROWS_ON_CPU = 2**19, 2**12
 _VALUES_ON_ACCELERATORS, _MAX_ROWS_ON_ACCELERATORS = 2**26, 2**13
-# Fetching a network's weights takes as long for a few rows as for one: 32 rows of wide layers, 8 of large images.
+# Reading a network's weights takes as long for a few rows as for one row. So even a pass through wide layers gets 32
+# rows, and a pass of large images 8 rows, as long as these have at most _VALUES_OF_FEW_ROWS values.
 _ROWS_OF_WIDE_LAYERS = 32
 _ROWS_OF_LARGE_INPUTS = 8
 _VALUES_OF_FEW_ROWS = 2**21
-_LARGEST_OVER_INPUTS = 4  # assumed of a forward function that is no module
+_LARGEST_OVER_INPUTS = 4  # assumed for a forward function that is not a module
 ROWS_TO_LOOK_AT = 8
-"""Rows that show the shape of a forward function's output, or the size of its graph."""
-# Rounding of outputs in passes of different sizes, as a share of the largest output.
+"""Rows that are evaluated first, to find the shape of the output or the size of the graph."""
+# Rounding differences between forward passes of different sizes, as a share of the largest output.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 _ROUNDING_OF_HALVES = 0.03
-# Differences below this share of the outputs' spread count as rounding: convolutions may change their algorithm.
+# Differences below this share of the outputs' spread count as rounding, since convolutions may change their algorithm.
 _NEGLIGIBLE = 3e-3
 
 Evaluate = Callable[[tuple[Tensor, ...], slice, int], Any]
-"""(rows, examples, number of copies) -> the output on so many copies of these examples."""
+"""(rows, examples, number of copies) -> the output on these rows, which are copies of the examples."""
 
 
 def default_rows_per_forward(inputs: tuple[Tensor, ...], largest_output: int | None = None) -> int:
-    """Return the rows of one forward pass if the user names none, the same number in every run.
+    """Return the default chunk size (rows per forward pass). It depends only on sizes, so it is the same in every run.
 
-    As many as give the largest of a network's tensors 2^19 values on a CPU (up to 4096 rows), 2^26 (8192) on an
-    accelerator. Where that is less, 32 rows of it or eight of the inputs, if they have 2^21 values at most; one row at
-    least.
+    The largest layer output gets at most 2^19 values on a CPU (and 4096 rows), 2^26 values on an accelerator (and 8192
+    rows). A smaller result is raised to up to 32 rows while their largest output has at most 2^21 values, and to up to
+    8 rows while their inputs have at most 2^21 values. The result is at least 1.
 
     Args:
         inputs: tensors ``(B, ...)``.
-        largest_output: values per row of the largest output of a module; None: unknown, four times the inputs' values.
+        largest_output: values per row of the largest layer output; None: unknown, four times the inputs' values.
     """
     on_cpu = inputs[0].device.type == "cpu"
     budget = _VALUES_ON_CPU if on_cpu else _VALUES_ON_ACCELERATORS
@@ -60,13 +61,13 @@ def default_rows_per_forward(inputs: tuple[Tensor, ...], largest_output: int | N
 
 
 class Look(NamedTuple):
-    """What a few rows show of a forward function."""
+    """The output of a forward function on a few rows, and the chunk size."""
 
     output: Any
-    """On `n_rows` rows."""
+    """Output on `n_rows` rows."""
     n_rows: int
     max_rows: int
-    """Rows of a forward pass, named by the user or chosen from the largest layer output."""
+    """Chunk size, given by the user or chosen from the largest layer output."""
 
 
 @no_graph()
@@ -78,18 +79,18 @@ def look(
     *,
     together: bool = False,
 ) -> Look:
-    """Evaluate a few rows, check that rows do not influence each other, and choose the rows of a forward pass.
+    """Evaluate a few rows, check that rows do not influence each other, and choose the chunk size.
 
-    A module's layers tell how many rows suit it. A forward function that is no module is not looked into, nor a
-    compiled one, which under hooks may be compiled anew.
+    The chunk size of a module is chosen from its largest layer output. Otherwise it is chosen from the inputs' size:
+    for a forward function that is not a module, and for a compiled module, which hooks might compile again.
 
     Args:
-        forward_func: what `evaluate` calls.
+        forward_func: the function that `evaluate` calls.
         evaluate: evaluates rows.
         inputs: tensors ``(B, ...)``.
-        max_rows: the rows of a forward pass that the user names; None: chosen here. A single example whose copies
-            influence each other gets one row per pass.
-        together: every forward pass will have each row of the batch once, so rows may influence each other.
+        max_rows: the user's chunk size; None: chosen here. It is 1 for a single example whose copies influence each
+            other.
+        together: True if every forward pass has each row of the batch once, so rows may influence each other.
 
     Raises:
         InputError: the rows of a forward pass influence each other.
@@ -99,7 +100,8 @@ def look(
         return Look(evaluate(repeated_rows(inputs), slice(0, n_examples), 1), n_examples, n_examples)
     limit = min(max_rows or default_rows_per_forward(inputs), ROWS_TO_LOOK_AT)
     n_seen = min(n_examples, limit)
-    n_copies = 2 if n_examples == 1 and max_rows != 1 else 1  # only two rows tell one value per row from one per batch
+    # Two rows are needed to distinguish one value per row from one value per batch.
+    n_copies = 2 if n_examples == 1 and max_rows != 1 else 1
     failure = None
     try:
         output, chosen = _measured(forward_func, evaluate, inputs, n_seen, n_copies)
@@ -107,7 +109,7 @@ def look(
             return Look(output, n_seen * n_copies, max_rows or chosen)
     except Exception as error:
         failure = error
-    output = evaluate(repeated_rows(inputs), slice(0, n_examples), 1)  # a call that is wrong raises again
+    output = evaluate(repeated_rows(inputs), slice(0, n_examples), 1)  # an error of the call itself is raised again
     if n_examples == 1 and max_rows is None:
         return Look(output, 1, 1)
     raise InputError(
@@ -121,14 +123,14 @@ def look(
 
 
 def repeated_rows(inputs: tuple[Tensor, ...], n_examples: int | None = None, n_copies: int = 1) -> tuple[Tensor, ...]:
-    """Return new rows, copies of the first examples (None: of all): a forward function may write into them."""
+    """Return copies of the first examples (None: of all) in new tensors: a forward function may write into them."""
     return tuple(torch.cat([tensor[:n_examples]] * n_copies) for tensor in inputs)
 
 
 def _measured(
     forward_func: Callable[..., Any], evaluate: Evaluate, inputs: tuple[Tensor, ...], n_examples: int, n_copies: int
 ) -> tuple[Any, int]:
-    """Return the output on copies of the first examples, and how many rows suit the largest layer output."""
+    """Return the output on copies of the first examples, and the chunk size for the largest layer output."""
     layers = _layers(module_of(forward_func))
     sizes: list[int] = []
 
@@ -144,9 +146,10 @@ def _measured(
 
 
 def _layers(module: nn.Module | None) -> set[nn.Module]:
-    """The modules whose outputs are rows: not those that make a weight; none of a compiled model.
+    """Return the modules whose outputs are measured; none for a compiled model.
 
-    Of a model's own output only PyTorch's say how large it gets inside; others may call functions.
+    Parametrizations are left out, since they return weights. The model itself is left out unless its class is
+    PyTorch's own: it may call functions, so the size of its output does not tell how large its layer outputs are.
     """
     parts = [] if module is None else list(module.modules())
     if module is None or any(map(is_compiled, parts)):
@@ -166,17 +169,17 @@ def _independent(
     n_seen: int,
     n_copies: int,
 ) -> bool:
-    """Return True unless the rows of a pass are seen to influence each other.
+    """Return False if the rows of a forward pass are found to influence each other.
 
-    The first half of the rows that were seen is evaluated twice in one pass, without the second half. Two copies of a
-    single example are compared with each other.
+    The first half of the rows is evaluated again, as two copies in one pass without the second half, and compared with
+    the first output. The two copies of a single example are compared with each other.
     """
     n_rows = n_seen * n_copies
     if n_rows == 1 or not isinstance(output, Tensor) or output.shape[:1] != (n_rows,):
         return True  # there is nothing to compare
     module = module_of(forward_func)
     if module is not None and any(map(depends_on_batch, module.modules())):
-        return True  # in training mode
+        return True  # outputs in training mode are random or depend on other rows, so they cannot be compared
     n_half = n_rows // 2
     both = output
     if n_copies == 1:
@@ -184,7 +187,7 @@ def _independent(
     known = output[:n_half].repeat(2, *[1] * (output.dim() - 1))
     if _agree(both, known, output):
         return True
-    # A forward function that draws random numbers, or calls a module in training mode, tells nothing.
+    # The comparison proves nothing if the forward function draws random numbers or calls a module in training mode.
     in_training: list[nn.Module] = []
     tensors = [*inputs, output]
 
@@ -202,9 +205,9 @@ def _independent(
 
 
 def _agree(some: Tensor, known: Tensor, output: Tensor, rounding: float = 1e-5) -> bool:
-    """Return True if outputs are the same but for rounding, on the scale of all outputs seen. NaN is like anything.
+    """Return True if two outputs are equal up to rounding, relative to the largest of all outputs. NaN counts as equal.
 
-    A float64 output, too, may come from a float32 model.
+    The tolerance for float64 is that of float32, since a float64 output may come from a float32 model.
     """
     if some.shape != known.shape:
         return False
@@ -222,22 +225,25 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """``range(total)`` in slices of the given size; the last one may be shorter."""
+    """Return slices of the given size that cover ``range(total)``; the last one may be shorter."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def even_slices(total: int, at_most: int) -> Iterator[slice]:
-    """As few slices as can be, of nearly one size: a short last one would cost most of a long one's time."""
+    """Return the smallest number of slices, of nearly equal size.
+
+    A short last slice would take almost as long as a full one.
+    """
     n_slices = -(-total // max(1, at_most))
     return slices(total, -(-total // max(1, n_slices)))
 
 
 def copies_per_forward(plain: Tensor, together: Callable[[list[int]], Any], tensors: tuple[Tensor, ...]) -> int:
-    """Return how many copies of a batch one forward pass is given: as many as suit the device, or 1 if they mix.
+    """Return the number of copies of a batch per forward pass; 1 if the copies influence each other.
 
     Args:
         plain: the outputs of the batch alone, ``(B, ...)``.
-        together: evaluates plain (1) and perturbed (0) copies in one pass, in the order given.
+        together: evaluates plain (1) and perturbed (0) copies in one pass, in the given order.
         tensors: the batch.
     """
     n_examples = len(tensors[0])
@@ -248,20 +254,20 @@ def copies_per_forward(plain: Tensor, together: Callable[[list[int]], Any], tens
     at_most = default_rows_per_forward(tensors) // n_examples
     if at_most < 2:
         return 1
-    # A copy may be moved by those before it or behind it, by the first one's rows or the last one's.
+    # The plain copies stand between perturbed ones, since a copy may be influenced by the copies before or after it.
     order = [0, 1, 1, 0][:at_most]
     try:
         with no_graph():
             mixed = together(order)
     except Exception:
-        return 1  # it may know batches of one size only
+        return 1  # the forward function may accept batches of one size only
     if not isinstance(mixed, Tensor) or mixed.shape != (len(order) * n_examples, *plain.shape[1:]):
         return 1
     copies = mixed.detach().double().unflatten(0, (len(order), n_examples))
     alone = plain.detach().double()
-    # What counts is the size of what is measured, beyond rounding: outputs may have a large offset.
+    # The tolerance is relative to the effect of the perturbation, plus rounding: outputs may have a large offset.
     rounding = _ROUNDING.get(mixed.dtype, _ROUNDING_OF_HALVES) * torch.maximum(copies[0].abs(), alone.abs()).amax()
     off = (copies[1:3] - alone).abs()
     if not bool((off <= _NEGLIGIBLE * (copies[0] - alone).abs().amax() + rounding).all()):
-        return 1  # copies move each other, or an argument was taken for one of each example
+        return 1  # copies influence each other, or an argument of the whole batch was expanded per example
     return at_most

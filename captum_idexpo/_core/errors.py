@@ -14,11 +14,11 @@ _NOT_THE_USERS = ("captum_idexpo", "captum", "torch", "accelerate", "contextlib"
 
 
 class NonFiniteError(FloatingPointError, ValueError):
-    """NaN or infinity where a number is needed: in inputs, in attributions, in a model's outputs or in a loss."""
+    """Error for NaN or infinity in inputs, in attributions, in a model's outputs or in a loss."""
 
 
 class InputError(ValueError, AssertionError, IndexError, RuntimeError):
-    """Arguments that do not fit each other: a `ValueError`.
+    """Error for arguments that do not fit each other: a `ValueError`.
 
     Captum raises one of the other three types for the same mistake, depending on the class. Code written for Captum
     that catches one of them also catches this error.
@@ -26,23 +26,23 @@ class InputError(ValueError, AssertionError, IndexError, RuntimeError):
 
 
 class InputTypeError(InputError, TypeError):
-    """An argument of a type that is not accepted: a `TypeError`, and what Captum raises for the same mistake."""
+    """Error for an argument of a type that is not accepted: a `TypeError`, and the types of `InputError`."""
 
 
 for _error in (NonFiniteError, InputError, InputTypeError):
-    _error.__module__ = "captum_idexpo"  # where users import it from, and what a traceback shows
+    _error.__module__ = "captum_idexpo"  # users import it from there, and tracebacks show it
 
 
 def all_finite(value: Tensor | float) -> bool:
     """Return True if a number, or a tensor, holds neither NaN nor infinity."""
     if not isinstance(value, Tensor):
         return math.isfinite(value)
-    # A finite sum proves it, many times faster than a look at each value. The sum may overflow.
+    # A finite sum proves it, many times faster than a check of each value. Finite values may have an infinite sum.
     return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def calling_modules() -> list[str]:
-    """Return the names of the modules whose code is running, the nearest first, without the function that asks."""
+    """Return the names of the modules on the call stack, the nearest first, without this function's caller."""
     frame: FrameType | None = sys._getframe(2)
     names = []
     while frame is not None:

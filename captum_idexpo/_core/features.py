@@ -1,7 +1,7 @@
-"""Interpretable features: how D values lie over the tensors of an input.
+"""Interpretable features: the conversion between D feature values and the tensors of an input.
 
-Perturbation methods and metrics speak of D features (pixels, superpixels, columns), the model of tensors.
-`FeatureLayout` is the one place that goes from one to the other.
+Perturbation methods and metrics use D features (pixels, superpixels, columns). A model takes tensors. `FeatureLayout`
+converts between the two.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from captum_idexpo._core.inputs import Baseline, broadcasts, with_batch_axis
 
 
 def as_numbers(masks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Masks in another dtype; booleans by way of their bytes, zeros and ones, which is several times faster."""
+    """Return masks in another dtype. Booleans are viewed as bytes first, which is several times faster."""
     return (masks.view(torch.uint8) if masks.dtype == torch.bool else masks).to(dtype)
 
 
 class FeatureLayout:
-    """Where each of `n_features` features lies in the tensors of an input.
+    """The positions of `n_features` features in the tensors of an input.
 
     Args:
-        shapes: for each input tensor, the shape over which its features are laid out, without the batch axis; it
-            broadcasts against the tensor, so that ``(1, H, W)`` moves all channels of a pixel together.
+        shapes: for each input tensor, the shape of the positions, without the batch axis. It broadcasts against the
+            tensor: ``(1, H, W)`` masks all channels of a pixel together.
         indices: for each input tensor, the feature of every position, an int64 tensor ``(1, P)`` or ``(B, P)`` with
-            ``P = prod(shape)``, or None where the positions are features of their own, numbered in order.
+            ``P = prod(shape)``. None: every position is one feature, numbered in order.
         n_features: D.
     """
 
@@ -39,14 +39,14 @@ class FeatureLayout:
 
     @classmethod
     def of_positions(cls, shapes: Sequence[torch.Size]) -> FeatureLayout:
-        """Every position of every shape is one feature (Captum's default feature mask)."""
+        """Return the layout in which every position of every shape is one feature (Captum's default feature mask)."""
         return cls(shapes, [None] * len(shapes), sum(math.prod(shape) for shape in shapes))
 
     @classmethod
     def of(cls, feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout:
-        """Return the layout of a feature mask; without one every position is a feature.
+        """Return the layout of a feature mask; without a mask every position is one feature.
 
-        Errors: see `of_mask`.
+        It raises the errors of `of_mask`.
         """
         if feature_mask is None:
             return cls.of_positions([tensor.shape[1:] for tensor in inputs])
@@ -56,7 +56,7 @@ class FeatureLayout:
     def of_mask(cls, feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout:
         """Return the layout of a Captum feature mask, in which equal numbers mark one feature.
 
-        Numbers are names: only those that occur are features, in ascending order.
+        Only the numbers that occur are features, in ascending order.
 
         Args:
             feature_mask: whole numbers, a tensor or one tensor per input, each of its input's shape or broadcasting to
@@ -64,7 +64,7 @@ class FeatureLayout:
             inputs: tensors ``(B, ...)``.
 
         Raises:
-            TypeError: a mask is no tensor, or does not hold whole numbers.
+            TypeError: a mask is not a tensor, or does not hold whole numbers.
             InputError: the number of masks, or the shape of one, does not fit the inputs.
         """
         given = feature_mask if isinstance(feature_mask, tuple) else (feature_mask,)
@@ -79,14 +79,14 @@ class FeatureLayout:
         return cls([mask.shape[1:] for mask in masks], flat, len(names))
 
     def spread(self, values: Tensor, examples: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Each feature's value at each of its positions.
+        """Return each feature's value at each of its positions.
 
         Args:
             values: ``(k, b, D)``, k sets of values for each of b examples.
-            examples: which b examples of the batch these are.
+            examples: the slice of the batch that holds these b examples.
 
         Returns:
-            For each input tensor ``(k, b, *shape)``.
+            One tensor ``(k, b, *shape)`` per input tensor.
         """
         spread, start = [], 0
         for shape, index in zip(self.shapes, self.indices, strict=True):
@@ -95,7 +95,7 @@ class FeatureLayout:
                 whole = stop - start == self.n_features
                 positions, start = values if whole else values[..., start:stop], stop
             else:
-                # gather, since index_select is up to 17 times slower here.
+                # index_select would be up to 17 times slower than gather here.
                 index = index if len(index) == 1 else index[examples]
                 rows = (len(values), max(values.shape[1], len(index)))
                 positions = values.expand(*rows, -1).gather(-1, index.expand(*rows, -1))
@@ -103,7 +103,7 @@ class FeatureLayout:
         return tuple(spread)
 
     def sums(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Each feature's sum over its positions, ``(B, D)``, of one ``(B, ...)`` tensor for each input tensor."""
+        """Return each feature's sum over its positions, ``(B, D)``, of one tensor ``(B, ...)`` per input tensor."""
         flat = [
             tensor.sum_to_size(len(tensor), *shape).reshape(len(tensor), -1)
             for tensor, shape in zip(tensors, self.shapes, strict=True)
@@ -121,13 +121,13 @@ class FeatureLayout:
         masks, start = [], 0
         for shape, index in zip(self.shapes, self.indices, strict=True):
             if index is None:
-                index = torch.arange(start, start + math.prod(shape))[None]  # on the CPU; it indexes
+                index = torch.arange(start, start + math.prod(shape))[None]  # on the default device
                 start += math.prod(shape)
             masks.append(index.view(len(index), *shape))
         return tuple(masks)
 
     def present(self) -> Tensor | None:
-        """Return which features occur, ``(1, D)`` or ``(B, D)``; None if every example has all of them."""
+        """Return booleans ``(1, D)`` or ``(B, D)``, True where a feature occurs; None if every example has all."""
         if all(index is None or len(index) == 1 for index in self.indices):
             return None
         per_example = max(len(index) for index in self.indices if index is not None)
@@ -139,30 +139,30 @@ class FeatureLayout:
         return None if present is None or bool(present.all()) else present.bool()
 
     def of_rows(self, rows: Tensor, present: Tensor) -> FeatureLayout:
-        """Return the layout of some examples in terms of the features that each of them has, numbered in order.
+        """Return the layout of some examples. Each example's own features are numbered again, in order.
 
         Args:
-            rows: numbers of examples with equally many features.
-            present: which features they have, ``(len(rows), D)``.
+            rows: indices of examples that have equally many features.
+            present: booleans ``(len(rows), D)``, True where the example has the feature.
         """
         own_numbers = present.cumsum(dim=1) - 1
         indices = []
         for index in self.indices:
-            assert index is not None  # only a mask makes examples with different features
+            assert index is not None  # only a feature mask gives examples different features
             index = index.expand(len(rows), -1) if len(index) == 1 else index[rows]
             indices.append(own_numbers.gather(1, index))
         return FeatureLayout(self.shapes, indices, int(present[0].sum()))
 
 
 class MaskedInputs:
-    """A batch in whose copies baselines replace features.
+    """A batch with baselines, from which masked copies are made.
 
     Args:
         inputs: tensors ``(B, ...)``.
         baselines: for each tensor a number or a tensor that broadcasts against it, see `as_baselines`.
-        layout: where the features lie.
-        finite: True if inputs and baselines are known to hold neither NaN nor infinity. None: a look decides. On an
-            accelerator a look costs a synchronisation, so None counts as False there.
+        layout: positions of the features.
+        finite: True if inputs and baselines are known to hold neither NaN nor infinity. None: the values are checked.
+            On an accelerator that would cost a synchronisation, so None counts as False there.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class MaskedInputs:
         self.layout = layout
         if finite is None:
             finite = inputs[0].device.type == "cpu" and all(map(all_finite, (*inputs, *baselines)))
-        # A product with a mask is 5 to 20 times faster on a CPU than a choice, but NaN and infinity times 0 are NaN.
+        # On a CPU a product with a mask is 5 to 20 times faster than torch.where, but NaN and infinity times 0 are NaN.
         self._combine = _mix if finite else _choose
 
     def copies(
@@ -188,16 +188,16 @@ class MaskedInputs:
         Args:
             keep: ``(k, b, D)``, or ``(k, 1, D)`` for all examples alike. 1 or True keeps a feature, 0 or False replaces
                 it by the baseline. Numbers between 0 and 1 mix both.
-            examples: which b examples of the batch.
-            inputs: the same values on another graph; None: the batch's own tensors.
+            examples: the slice of the batch that holds these b examples.
+            inputs: tensors of the same values on another autograd graph; None: the batch's tensors.
         """
         tensors = self.inputs if inputs is None else inputs
         chosen = [
             _of_examples(baseline, tensor, examples) for baseline, tensor in zip(self.baselines, tensors, strict=True)
         ]
         dtypes = [_copies_dtype(tensor, baseline, keep) for tensor, baseline in zip(tensors, chosen, strict=True)]
-        # A mask of the inputs' type multiplies several times faster than a boolean one chooses. It is smallest before
-        # it is laid out over the inputs.
+        # Multiplying by a mask of the inputs' dtype is several times faster than choosing by a boolean mask. The dtype
+        # is changed before the mask is spread over the inputs, where it is smallest.
         if len(set(dtypes)) == 1:
             masks = self.layout.spread(as_numbers(keep, dtypes[0]), examples)
         else:
@@ -208,18 +208,18 @@ class MaskedInputs:
         )
 
     def emptied(self) -> tuple[Tensor, ...]:
-        """Return the batch with every feature replaced, tensors of the inputs' shapes."""
+        """Return the batch with every feature replaced by its baseline, tensors of the inputs' shapes."""
         return tuple(
             torch.as_tensor(baseline, device=tensor.device).to(torch.result_type(tensor, baseline)).expand_as(tensor)
             for tensor, baseline in zip(self.inputs, self.baselines, strict=True)
         )
 
     def without(self, regions: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """Return copies ``(k, B, ...)`` in which baselines replace regions that are no features, such as windows.
+        """Return copies ``(k, B, ...)`` in which baselines replace regions, such as windows, instead of features.
 
         Args:
-            regions: for each tensor booleans ``(k, 1, ...)`` that broadcast against it, True where the baseline goes;
-                None: nowhere.
+            regions: for each tensor booleans ``(k, 1, ...)`` that broadcast against it, True where the baseline
+                replaces the input; None: nowhere.
         """
         n_copies = max(len(region) for region in regions if region is not None)
         copies = []
@@ -246,7 +246,7 @@ def _copies_dtype(tensor: Tensor, baseline: Baseline, keep: Tensor) -> torch.dty
 
 
 def _mix(tensor: Tensor, baseline: Baseline, mask: Tensor) -> Tensor:
-    """Return the tensor where the mask is 1, the baseline where it is 0, both to the last digit; else a mixture."""
+    """Return exactly the tensor where the mask is 1, exactly the baseline where it is 0, a mixture in between."""
     copies: Tensor = mask * tensor
     if not isinstance(baseline, Tensor) and baseline == 0:
         return copies
@@ -258,10 +258,10 @@ def _mix(tensor: Tensor, baseline: Baseline, mask: Tensor) -> Tensor:
 
 
 def _choose(tensor: Tensor, baseline: Baseline, mask: Tensor) -> Tensor:
-    """Return the same where NaN or infinity may occur: there a mask above 1/2 keeps the tensor."""
+    """Return what `_mix` returns, except at NaN and infinity: there a mask above 1/2 keeps the tensor."""
     baseline = torch.as_tensor(baseline, device=tensor.device).to(mask.dtype)
     finite = tensor.isfinite() & baseline.isfinite()
-    # Replaced before the product, too, since a gradient of 0 times infinity is NaN.
+    # NaN and infinity are replaced before the product, since its gradient would hold 0 times infinity, which is NaN.
     nothing = torch.zeros_like(baseline)
     mixed = _mix(torch.where(finite, tensor, nothing), torch.where(finite, baseline, nothing), mask)
     return torch.where(finite, mixed, torch.where(mask > 0.5, tensor, baseline))
@@ -285,5 +285,5 @@ def _aligned_mask(mask: object, tensor: Tensor) -> Tensor:
             f"feature_mask of shape {tuple(mask.shape)} does not fit the input of shape {tuple(tensor.shape)}: "
             "give a mask of the input's shape, or one that broadcasts to it."
         )
-    # The same mask for every example is one mask for all.
+    # If every example has the same mask, one row is enough.
     return aligned[:1] if len(aligned) > 1 and bool((aligned == aligned[:1]).all()) else aligned

@@ -1,7 +1,7 @@
-"""A forward function over many perturbed copies of a batch, in chunks; without a graph, in bounded memory.
+"""Evaluation of a forward function on many perturbed copies of a batch, in chunks.
 
-Whatever evaluates masked copies (LIME, KernelSHAP, insertion, deletion, sensitivity-n) does it here.
-Rows are ordered copy by copy: all examples of the first copy, then all of the second, as Captum expands its arguments.
+LIME, KernelSHAP, insertion, deletion and sensitivity-n evaluate their masked copies here. Rows are ordered copy by
+copy, as Captum expands its arguments: all examples of the first copy, then all examples of the second.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ class BatchForward:
 
     Args:
         forward_func: takes the input tensors, then the additional arguments.
-        additional_forward_args: tensors whose first size is the batch's go with the examples; anything else is passed
-            as it is.
+        additional_forward_args: tensors of B rows are split by example; anything else is passed unchanged.
         n_examples: B.
         target: Captum's target; None returns the forward function's whole output.
 
     Raises:
-        InputError: there is not one target for each example or one for all.
-        InputTypeError: the target does not hold integers; the output is no tensor.
+        InputError: the target has neither one entry per example nor one for all.
+        InputTypeError: the target does not hold integers; the output is not a tensor.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class BatchForward:
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
         if isinstance(target, Tensor) and target.numel() == 1:
-            target = target.reshape(())  # which Captum reads as a number
+            target = target.reshape(())  # Captum treats it as a number
         self._target = repeated_for_chunks(target, n_examples)
         self._classes: KeptForChunk | None = None
         if isinstance(target, Tensor) and target.shape == (n_examples,) and target.dtype == torch.int64:
@@ -63,7 +62,7 @@ class BatchForward:
             self._classes = KeptForChunk(lambda examples, n_copies: classes[examples].expand(n_copies, -1, -1))
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
-        """Return the output for ``n_copies`` copies of the given examples, one row each, copy by copy."""
+        """Return the output on ``n_copies`` copies of the given examples, ordered copy by copy."""
         additional = [
             _repeated(argument, self.n_examples, examples, n_copies) if isinstance(argument, Tensor) else argument
             for argument in self.additional_forward_args
@@ -71,7 +70,7 @@ class BatchForward:
         return self._select(self.forward_func(*rows, *additional), examples, n_copies)
 
     def of_rows(self, rows: Tensor) -> BatchForward:
-        """Return the same forward function bound to the arguments of some examples, whose numbers are given."""
+        """Return the same forward function bound to the arguments of the examples with the given indices."""
         additional = tuple(
             _of_rows(argument, self.n_examples, rows) if isinstance(argument, Tensor) else argument
             for argument in self.additional_forward_args
@@ -81,19 +80,19 @@ class BatchForward:
     def _select(self, output: object, examples: slice, n_copies: int) -> Any:
         require_tensor(output, numbers=True)
         if self._classes is not None and isinstance(output, Tensor) and output.dim() == 2:
-            # Captum's choice, but without a target for each copy.
+            # The same selection as Captum's, but without repeating the target for each copy.
             classes = self._classes(examples, n_copies)
             if len(output) == len(classes) * classes.shape[1]:
-                with suppress(RuntimeError):  # a class out of range: below, by Captum, in terms of the user's tensors
+                with suppress(RuntimeError):  # a class out of range: select_targets raises a clearer error below
                     return output.reshape(*classes.shape[:2], -1).gather(2, classes).flatten()
         return select_targets(output, self._target(examples, n_copies))
 
 
 class KeptForChunk:
-    """Makes what a chunk needs, and keeps that of the last chunk, since most chunks have the same shape.
+    """A function of a chunk that keeps its last result, since most chunks have the same shape.
 
     Args:
-        make: (examples, number of copies) -> what is needed for them.
+        make: (examples, number of copies) -> the result.
     """
 
     def __init__(self, make: Callable[[slice, int], Any]) -> None:
@@ -101,7 +100,7 @@ class KeptForChunk:
         self._chunk: tuple[Any, ...] | None = None
 
     def __call__(self, examples: slice, n_copies: int) -> Any:
-        """Return what these copies need."""
+        """Return the result for these copies."""
         chunk = (examples.start, examples.stop, n_copies)
         if chunk != self._chunk:
             self._made, self._chunk = self._make(examples, n_copies), chunk
@@ -109,9 +108,9 @@ class KeptForChunk:
 
 
 def repeated_for_chunks(target: object, n_examples: int) -> KeptForChunk:
-    """Return a batch's target for copies of its examples, copy by copy.
+    """Return a function (examples, number of copies) -> the target of these copies, ordered copy by copy.
 
-    A tensor or list as long as the batch goes with the examples; anything else is for all of them.
+    A tensor or list as long as the batch is split by example; anything else holds for all examples.
     """
     return KeptForChunk(functools.partial(_repeated, target, n_examples))
 
@@ -120,7 +119,7 @@ def _repeated(argument: object, n_examples: int, examples: slice, n_copies: int)
     if isinstance(argument, Tensor) and argument.dim() and len(argument) == n_examples:
         some = argument[examples]
         if argument.dim() > 3:
-            return torch.cat([some] * n_copies)  # which keeps channels-last
+            return torch.cat([some] * n_copies)  # cat keeps the channels-last format
         return some.repeat(n_copies, *[1] * (argument.dim() - 1))
     if isinstance(argument, list) and len(argument) == n_examples:
         return argument[examples] * n_copies
@@ -151,16 +150,17 @@ def evaluate_copies(
     Args:
         evaluate: (rows, examples, number of copies) -> values ``(n_rows, ...)`` of the ``n_copies * n_examples`` rows
             of a chunk.
-        perturb: makes the copies asked for.
+        perturb: makes perturbed copies, see `Perturbation`.
         n_examples: B.
-        n_copies: copies of each example.
-        max_rows: rows of a forward pass.
-        through: what the copies are made of and gradients flow to; `perturb` is given them.
-        memory: bounds what the graph keeps, for one value per row; None: it keeps everything.
+        n_copies: copies per example.
+        max_rows: chunk size.
+        through: tensors that the copies are made of and that gradients flow to. They are passed to `perturb`.
+        memory: bounds the activations that the graph keeps; `evaluate` must then return one value per row. None: no
+            bound.
         on_forward: called after each forward pass (progress bars).
 
     Returns:
-        ``(n_examples, n_copies, ...)``. Follows the ambient gradient mode.
+        ``(n_examples, n_copies, ...)``, with a graph if gradients are enabled.
     """
 
     def evaluate_chunk(chunk: Chunk, through: Sequence[Tensor]) -> Tensor:
@@ -189,7 +189,7 @@ def evaluate_copies(
         values = memory.evaluate(evaluate_chunk, chunks, through, on_forward)
     in_order = iter(values)
     columns = [
-        torch.cat([next(in_order) for _ in block]).unflatten(0, (n_copies, -1))  # a block has the same examples
+        torch.cat([next(in_order) for _ in block]).unflatten(0, (n_copies, -1))  # a block's chunks share their examples
         for block in blocks
     ]
     return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).transpose(0, 1)
@@ -198,7 +198,7 @@ def evaluate_copies(
 def evaluate_given(
     evaluate: Callable[[tuple[Tensor, ...], slice, int], Tensor], copies: tuple[Tensor, ...], max_rows: int
 ) -> Tensor:
-    """Return the values ``(B, n, ...)`` of copies that are at hand, tensors ``(n, B, ...)``; see `evaluate_copies`."""
+    """Return the values ``(B, n, ...)`` of given copies, tensors ``(n, B, ...)``; see `evaluate_copies`."""
 
     def chosen(examples: slice, some: slice) -> tuple[Tensor, ...]:
         return tuple(tensor[some, examples] for tensor in copies)
@@ -215,18 +215,18 @@ def evaluate_batches(
     plain: Tensor,
     on_forward: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Evaluate perturbed copies of a whole batch, so many copies at a time, for methods that perturb all rows alike.
+    """Evaluate perturbed copies of a whole batch, for methods that perturb all rows alike.
 
     Args:
-        evaluate: (rows, number of copies) -> their outputs, copy by copy.
-        perturb: makes the copies asked for, tensors ``(k, B, ...)``.
-        n_copies: copies to evaluate.
-        at_a_time: copies in one forward pass.
+        evaluate: (rows, number of copies) -> their outputs, ordered copy by copy.
+        perturb: makes a slice of the copies, tensors ``(k, B, ...)``.
+        n_copies: number of copies to evaluate.
+        at_a_time: copies per forward pass.
         plain: the output on the batch itself, of any shape.
         on_forward: called after each forward pass.
 
     Returns:
-        ``(n_copies, *plain.shape)``. Follows the ambient gradient mode.
+        ``(n_copies, *plain.shape)``, with a graph if gradients are enabled.
 
     Raises:
         InputError: the output does not grow with the number of copies.

@@ -1,7 +1,8 @@
-"""Graphs in bounded memory: first outputs without a graph, then, in the backward pass, chunk by chunk with one.
+"""Gradients in bounded memory: outputs are computed without a graph, and in the backward pass again with one.
 
-The second pass takes the loss's gradient with respect to the outputs back through each chunk and throws the chunk's
-activations away. Both passes run under the same conditions, so that the gradient is that of a graph kept whole.
+The backward pass evaluates one chunk at a time. It takes the loss's gradient with respect to the outputs back through
+the chunk and then frees the chunk's activations. Both evaluations run under the same conditions, so the gradient equals
+that of a graph kept as a whole.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from captum_idexpo._core.rng import accelerators, kept_streams, set_streams, str
 Chunk = tuple[slice, slice]
 """(examples, copies)"""
 Evaluate = Callable[[Chunk, Sequence[Tensor]], Tensor]
-"""(chunk, the tensors its copies are made of) -> one value a row."""
+"""(chunk, the tensors that its copies are made of) -> one value per row."""
 
 
 class MemoryBudget:
     """Bytes of activations that the graphs of one training step may hold until its backward pass.
 
-    Several evaluations (an explainer's, insertion's, deletion's) share one. An evaluation whose graph fits what is left
-    keeps it; a larger one keeps nothing, in chunks small enough for the second pass.
+    Several evaluations (explainer, insertion, deletion) share one budget. An evaluation keeps its graph if this takes
+    at most half of what is left. A larger evaluation keeps no graph; its chunks are small enough for the second pass.
 
     Args:
-        n_bytes: the budget; the activations of one row are needed at least.
-        models: modules that the forward function may look at; those that it calls are found without.
+        n_bytes: the budget. A chunk has at least one row, even if that row's activations exceed the budget.
+        models: modules that the forward function may use without calling them. Modules that it calls are found
+            automatically.
 
     Raises:
         ValueError: the budget is not positive.
@@ -48,14 +50,14 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, budget: float | MemoryBudget | None, graph: bool, *models: nn.Module | None) -> MemoryBudget | None:
-        """The budget that an argument asks for; None: no bound, or no graph to be bounded."""
+        """Return the budget of a ``memory_budget`` argument; None if there is no bound or no graph."""
         if budget is None:
             return None
         formed = budget if isinstance(budget, MemoryBudget) else cls(budget, *models)
         return formed if graph else None
 
     def look(self, evaluate: Evaluate, chunk: Chunk, through: Sequence[Tensor]) -> None:
-        """Evaluates a small chunk to see how many bytes a row its graph keeps, and to which leaves it leads."""
+        """Evaluate a small chunk, measure the bytes per row that its graph keeps, and find the graph's leaves."""
         storages: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -71,17 +73,17 @@ class MemoryBudget:
         before.restore()
         leaves = [leaf for leaf in leaves_of(values) if all(leaf is not tensor for tensor in stand_ins)]
         self._leaves.update({id(leaf): leaf for leaf in leaves})
-        for leaf in self._leaves.values():  # of which graphs keep views
+        for leaf in self._leaves.values():  # graphs keep views of leaves, which take no additional memory
             storages.pop(leaf.untyped_storage().data_ptr(), None)
         self._bytes_per_row = sum(storages.values()) / max(1, values.numel())
 
     def admit(self, n_rows: int) -> int | None:
-        """None where a graph over so many rows fits, which is then counted as kept; else how many fit at a time."""
+        """Return None if a graph over `n_rows` rows fits, and count it as kept; otherwise the rows per chunk."""
         needed = n_rows * self._bytes_per_row
-        if needed <= self._left / 2:  # the other half is for what does not fit
+        if needed <= self._left / 2:  # the other half is for graphs that do not fit
             self._left -= needed
             return None
-        # Beside a chunk's activations the backward pass holds gradients of their size, and allocators waste some.
+        # The factor 3: the backward pass also holds gradients of the activations' size, and allocators waste memory.
         return max(1, int(self._left / (3 * self._bytes_per_row)))
 
     def evaluate(
@@ -91,12 +93,12 @@ class MemoryBudget:
         through: Sequence[Tensor],
         on_forward: Callable[[], object],
     ) -> list[Tensor]:
-        """Every chunk's values ``(n_rows,)``, on a graph that keeps no activations.
+        """Return the values ``(n_rows,)`` of each chunk, on a graph that keeps no activations.
 
         Args:
             evaluate: evaluates one chunk.
-            chunks: what is evaluated.
-            through: tensors on a graph of their own, to which `evaluate` leads.
+            chunks: the chunks to evaluate.
+            through: tensors that the copies are made of and that gradients flow to.
             on_forward: called after each chunk of the first pass.
         """
         conditions = [_Conditions(self._modules, through[0].device) for _ in chunks]
@@ -105,7 +107,7 @@ class MemoryBudget:
 
 
 class _TwoPasses(torch.autograd.Function):
-    """Values of chunks without a graph; their gradient by evaluating each chunk again with one."""
+    """Autograd function: chunks are evaluated without a graph, and in the backward pass again with one."""
 
     @staticmethod
     def forward(
@@ -130,7 +132,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # autograd's own refusal is met only where all of the gradient comes from here
+        if torch.is_grad_enabled():  # autograd raises an error itself only if the whole gradient comes from here
             raise RuntimeError(
                 "With a memory_budget there is no second derivative of the loss (create_graph=True in its backward "
                 "pass): leave memory_budget out."
@@ -144,11 +146,11 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def _second_pass(ctx: Any, index: int, gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """One chunk's share of the gradient; its graph ends with this call."""
+        """Return one chunk's share of the gradient. The chunk's graph is freed afterwards."""
         through = _cut_off(tensors[: ctx.n_through])
         condition = ctx.conditions[index]
         parts: list[Tensor | None] = [None] * len(tensors)
-        with condition:  # also while a checkpointed part of the model is computed a third time
+        with condition:  # the gradient is taken inside, too: checkpointing then computes parts a third time
             with torch.enable_grad():
                 values = ctx.evaluate(ctx.chunks[index], through).flatten()
             _check_repeated(values.detach(), ctx.values[index], condition.is_rough(through))
@@ -156,7 +158,7 @@ class _TwoPasses(torch.autograd.Function):
                 return parts
             wanted = {i: t for i, t in enumerate([*through, *tensors[ctx.n_through :]]) if t.requires_grad}
             _check_leaves(values, list(wanted.values()))
-            # Retained, for what the forward function closes over may stand in the next chunk's graph, too.
+            # Retained, since tensors that the forward function closes over may be in the next chunk's graph, too.
             found = torch.autograd.grad(values, list(wanted.values()), gradient, retain_graph=True, allow_unused=True)
         for index, part in zip(wanted, found, strict=True):
             parts[index] = part
@@ -164,7 +166,7 @@ class _TwoPasses(torch.autograd.Function):
 
 
 def _cut_off(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as leaves: a chunk's gradient ends there, and only the sum over all chunks goes back beyond."""
+    """Return the tensors as leaves, where a chunk's gradient ends. Only the sum over all chunks flows further back."""
     return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
@@ -173,9 +175,9 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 class _Conditions:
-    """What an evaluation depends on beside its arguments: modes, statistics, random numbers, autocast, cuDNN.
+    """Conditions of an evaluation besides its arguments: modes, buffers, random state, autocast, cuDNN.
 
-    Noted while the forward pass runs; entered again, any number of times, by the backward pass.
+    They are recorded during the forward pass. The backward pass enters them again, any number of times.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
@@ -185,7 +187,7 @@ class _Conditions:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes all that there is, and every module that is called inside, as it is before its first call."""
+        """Record the conditions at the start, and the mode and buffers of each module before its first call."""
         self._modes: dict[nn.Module, bool] = {}
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._streams = streams(self._devices)
@@ -193,7 +195,7 @@ class _Conditions:
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
             self._note(module)
-        if any(map(is_compiled, self._known)):  # a hook would be compiled with the model, anew each time
+        if any(map(is_compiled, self._known)):  # a hook would make the model compile again each time
             yield
             return
         handle = register_module_forward_pre_hook(lambda module, _: self._note(module))
@@ -203,15 +205,15 @@ class _Conditions:
             handle.remove()
 
     def is_rough(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the forward function may have computed in half precision."""
+        """Return True if the forward function may have computed in half precision."""
         half = any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors)
         return half or self._precision != torch.float32
 
     def restore(self) -> None:
-        """Undoes what an evaluation did to random numbers and statistics."""
+        """Put back the random state and the buffers that an evaluation changed."""
         set_streams(self._streams, self._devices)
         for module, copies in self._buffers.items():
-            if self._modes[module]:  # only in training mode does a module move its buffers
+            if self._modes[module]:  # a module updates its buffers only in training mode
                 put_back(module, copies)
 
     def _note(self, module: nn.Module) -> None:
@@ -234,7 +236,7 @@ class _Conditions:
                 module.training = mode
             for module, buffers in self._buffers.items():
                 stack.callback(setattr, module, "_buffers", module._buffers)
-                # In training copies of the copies, since BatchNorm moves these statistics once more.
+                # In training mode the copies are copied again, since BatchNorm updates these statistics once more.
                 module._buffers = buffers
                 if self._modes[module]:
                     module._buffers = copied_buffers(module)
@@ -245,7 +247,7 @@ class _Conditions:
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor's graph leads to."""
+    """Return the leaves of a tensor's graph."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
     seen, stack, leaves = {tensor.grad_fn}, [tensor.grad_fn], []
@@ -261,7 +263,7 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
 
 
 def _check_repeated(values: Tensor, first: Tensor, rough: bool) -> None:
-    """Refuses a second pass that is not the first one again, whatever the reason: its gradient would be another's."""
+    """Raise RuntimeError if the second pass does not repeat the first one: its gradient would be wrong."""
     tolerance = 0.1 if rough else 1e-3 if first.dtype == torch.float32 else 1e-6
     if bool(((values - first).abs() > tolerance * first.abs().amax()).any()):
         raise RuntimeError(
@@ -273,7 +275,7 @@ def _check_repeated(values: Tensor, first: Tensor, rough: bool) -> None:
 
 
 def _check_leaves(values: Tensor, known: list[Tensor]) -> None:
-    """Refuses a graph that leads elsewhere: its gradient would silently be left out."""
+    """Raise RuntimeError if the graph has unknown leaves: their gradient would be missing without notice."""
     if any(all(leaf is not other for other in known) for leaf in leaves_of(values)):
         raise RuntimeError(
             "With a memory_budget, the forward function used a parameter or tensor on masked copies that it does not "

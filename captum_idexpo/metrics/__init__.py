@@ -1,4 +1,4 @@
-"""Metrics of attributions, beside `captum.metrics`: how faithful is an explanation to the model?"""
+"""Metrics of attributions, in addition to `captum.metrics`: how faithful is an explanation to the model?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The torchmetrics, imported when they are asked for, since torchmetrics is an extra."""
+    """Import the torchmetrics classes on first access, since torchmetrics is an optional dependency."""
     if name in ("Deletion", "Insertion"):
         from captum_idexpo.metrics import torchmetrics
 

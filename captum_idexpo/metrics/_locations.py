@@ -1,4 +1,4 @@
-"""Locations: what an attribution ranks, be they pixels, elements, or the groups of a feature mask."""
+"""Locations: the pixels, elements or feature-mask groups that an attribution ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from captum_idexpo._core.inputs import as_tuple
 
 @dataclass(frozen=True)
 class Locations:
-    """The D locations of a batch and each one's attribution.
+    """The D locations of a batch and their attributions.
 
     Attributes:
-        layout: where they lie in the inputs.
+        layout: positions of the locations in the inputs.
         values: attributions ``(B, D)``.
-        present: ``(B, D)``, False where an example has no such location (groups of a feature mask that occur in other
-            examples only); None: all are there.
+        present: ``(B, D)``, False where an example does not have the location (a group of the feature mask that occurs
+            in other examples only). None: every example has all locations.
     """
 
     layout: FeatureLayout
@@ -28,11 +28,11 @@ class Locations:
 
     @classmethod
     def of(cls, attributions: object, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
-        """Return the locations of attributions of the inputs' shape or of one channel, or the groups of a feature mask.
+        """Return the groups of a feature mask as locations; without a mask, the positions of the attributions.
 
         Raises:
-            ValueError: a shape that fits neither the inputs nor their locations.
-            TypeError: something else than floating-point tensors.
+            ValueError: an attribution's shape fits neither the inputs nor their locations.
+            TypeError: the attributions are not floating-point tensors.
         """
         maps = as_tuple(attributions, "attributions")
         if len(maps) != len(inputs):
@@ -41,8 +41,8 @@ class Locations:
         if groups is None:
             layout = FeatureLayout.of_positions([map.shape[1:] for map in maps])
             return cls(layout, layout.sums(maps), None)
-        # Mask and map may each be laid out over one channel or all: bring them to a common shape, then average. Summed
-        # in double precision, so that the order of the sum, which a GPU does not fix, hardly ever changes a rank.
+        # Mask and map may each have one channel or all channels: expand both to a common shape, then average. The sum
+        # is in double precision, since a GPU adds in no fixed order and rounding must not change ranks.
         wide = maps if inputs[0].device.type == "mps" else [map.double() for map in maps]
         spread = [
             map.expand(torch.broadcast_shapes(map.shape, (1, *shape)))
@@ -55,7 +55,7 @@ class Locations:
 
     @property
     def counts(self) -> Tensor:
-        """How many locations there are: ``(B,)``, or ``(1,)`` where all examples have as many; on the CPU."""
+        """Number of locations per example, on the CPU: ``(B,)``, or ``(1,)`` if all examples have equally many."""
         if self.present is None:
             return torch.tensor([self.values.shape[1]], device="cpu")
         counts = self.present.sum(dim=1).cpu()
@@ -63,12 +63,12 @@ class Locations:
 
 
 def groups_of(feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
-    """Return the groups of a feature mask, None without one; errors: see `FeatureLayout.of_mask`."""
+    """Return the groups of a feature mask; None without a mask. It raises the errors of `FeatureLayout.of_mask`."""
     return None if feature_mask is None else FeatureLayout.of_mask(feature_mask, inputs)
 
 
 def _aligned(map: Tensor, tensor: Tensor) -> Tensor:
-    """An attribution in the inputs' number of axes: of the input's shape, or with one channel."""
+    """Return an attribution with as many axes as its input: of the input's shape, or with one channel."""
     if not map.is_floating_point():
         raise TypeError(f"attributions must be floating point, given: {map.dtype}.")
     if map.device != tensor.device:

@@ -1,6 +1,6 @@
-"""One batch whose locations are masked in the order of an attribution, step by step, and scored.
+"""Masked copies of a batch and their scores. Locations are masked step by step, in the order of an attribution.
 
-The metrics take all steps and the probability of the target. The regularizer takes some steps and logarithms.
+The metrics use all steps and the target's probability. The regularizer uses some steps and log probabilities.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Direction = Literal["insertion", "deletion"]
 
 
 class InsertionDeletionScores(NamedTuple):
-    """Both scores of each example and the curves they are means of.
+    """Insertion and deletion scores per example, with their curves. A score is the mean of its curve.
 
     Attributes:
-        insertion: ``(B,)``, high where the attribution is faithful.
-        deletion: ``(B,)``, low where the attribution is faithful.
-        fractions: share of the locations inserted or deleted at each step, ``(n_steps,)``; ``(B, n_steps)`` where a
-            feature mask gives the examples different numbers of locations (a curve then holds its last value once its
-            own steps are used up).
+        insertion: ``(B,)``, high if the attribution is faithful.
+        deletion: ``(B,)``, low if the attribution is faithful.
+        fractions: share of the locations inserted or deleted at each step, ``(n_steps,)``. ``(B, n_steps)`` if a
+            feature mask gives the examples different numbers of locations. A curve then repeats its last value after
+            the example's own steps.
         insertion_curve: ``(B, n_steps)``.
         deletion_curve: ``(B, n_steps)``.
     """
@@ -50,11 +50,11 @@ class InsertionDeletionScores(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """After how many locations a score is taken.
+    """Numbers of inserted or deleted locations at which a score is computed.
 
     Attributes:
         steps: numbers of locations ``(B or 1, n_steps)``, ascending; an example with fewer steps repeats its last.
-        n_steps: how many of them are the example's own, ``(B or 1, 1)``.
+        n_steps: the example's own number of steps, ``(B or 1, 1)``.
         n_locations: D, ``(B or 1, 1)``.
     """
 
@@ -66,15 +66,16 @@ class StepSchedule:
     def of(
         cls, n_locations: Tensor, fraction: float, step_size: int | None, device: torch.device | None = None
     ) -> StepSchedule:
-        """The steps s = step_size, 2 step_size, ... up to S = floor(fraction x D).
+        """Return the steps s = step_size, 2 step_size, ... up to S = floor(fraction x D).
 
         Args:
-            n_locations: D for each example, or one for all; on the CPU.
+            n_locations: D per example, or one D for all; on the CPU.
             fraction, step_size: as for `insertion_deletion`.
-            device: of the schedule's tensors; None: the CPU.
+            device: device of the schedule's tensors; None: the CPU.
 
         Raises:
-            ValueError: fraction not in (0, 1], step_size not in 1..S, or no location in S, for every example.
+            ValueError: fraction is not in (0, 1], step_size is not positive, or S is less than one step in every
+                example.
         """
         cls.check_fraction(fraction, step_size)
         counts = n_locations[:, None]
@@ -86,7 +87,8 @@ class StepSchedule:
                 f"{step_size or 1}: raise fraction" + (" or lower step_size." if step_size else ".")
             )
         size = total // (MAX_DEFAULT_STEPS + 1) + 1 if step_size is None else torch.full_like(total, step_size)
-        # An image of few superpixels among others takes one step: all it has, if that is less than the step size.
+        # An example with less than one step in S (an image of few superpixels) takes one step of up to step_size
+        # locations, since every example needs a score.
         n_steps = (total // size).clamp_min(1)
         numbers = torch.arange(1, int(n_steps.max()) + 1, device=counts.device)
         steps = torch.minimum(torch.minimum(numbers, n_steps) * size, counts)
@@ -94,28 +96,31 @@ class StepSchedule:
 
     @staticmethod
     def check_fraction(fraction: float, step_size: int | None) -> None:
-        """Raises ValueError for a fraction not in (0, 1] or a step size that is no positive integer."""
+        """Raise ValueError if fraction is not in (0, 1], or step_size is neither None nor a positive integer."""
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], given: {fraction}.")
         if step_size is not None:
             check_count("step_size", step_size)
 
     def mean(self, curve: Tensor) -> Tensor:
-        """The mean over each example's own steps, ``(B,)``, of a curve ``(B, n_steps)``."""
+        """Return the mean ``(B,)`` of a curve ``(B, n_steps)`` over each example's own steps."""
         return (curve * self.weights(curve.dtype)).sum(dim=1) if len(self.steps) > 1 else curve.mean(dim=1)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """The share of each step in an example's mean, ``(B or 1, n_steps)``."""
+        """Return the weight of each step in an example's mean, ``(B or 1, n_steps)``."""
         own = torch.arange(self.steps.shape[1], device=self.steps.device) < self.n_steps
         return own.to(dtype) / self.n_steps
 
     def draw(
         self, k: int, n_examples: int, dtype: torch.dtype, generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One step of each of k equal strata, anew for each example: steps and weights ``(n_examples, k)``.
+        """Draw one step from each of k strata of nearly equal size, separately for each example.
 
-        The weighted sum over the drawn steps is an unbiased estimate of the mean over all: where k does not divide
-        the number of steps, a stratum weighs as much as it has steps.
+        The weighted sum over the drawn steps is an unbiased estimate of the mean over all steps. The weight of a
+        stratum is its share of the steps.
+
+        Returns:
+            The steps and their weights, both ``(n_examples, k)``.
 
         Raises:
             ValueError: k is more than the number of steps.
@@ -135,17 +140,14 @@ class StepSchedule:
         return self.steps.expand(n_examples, -1).gather(1, drawn), weights.expand(n_examples, -1)
 
     def fractions(self, dtype: torch.dtype) -> Tensor:
-        """Share of the locations at each step, ``(n_steps,)`` or, where it differs by example, ``(B, n_steps)``."""
+        """Return the share of locations at each step: ``(n_steps,)``, or ``(B, n_steps)`` if the examples differ."""
         fractions = self.steps.to(dtype) / self.n_locations
         return fractions[0] if len(fractions) == 1 else fractions
 
 
 @dataclass(frozen=True)
 class Masking:
-    """One batch, its attributions' order and a scorer: all that it takes to score masked copies.
-
-    The metrics take all steps and the target's probability, a regularizer some steps and logarithms.
-    """
+    """A batch, the order of its locations and a scorer: everything that is needed to score masked copies."""
 
     masked: MaskedInputs
     locations: Locations
@@ -157,7 +159,7 @@ class Masking:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The batch."""
+        """The batch's input tensors."""
         return self.masked.inputs
 
     @classmethod
@@ -178,7 +180,7 @@ class Masking:
         max_examples_per_batch: int | None,
         check_finite: bool,
     ) -> Masking:
-        """Checks a metric's arguments and prepares them."""
+        """Check a metric's arguments and prepare the masking."""
         tensors, aligned = check_inputs(inputs, baselines, check_finite)
         locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
         if check_finite:
@@ -192,7 +194,13 @@ class Masking:
         return cls(masked, locations, scorer, schedule, masks, check_finite)
 
     def scores(self, direction: Direction, score: Score, steps: Tensor | None = None) -> Tensor:
-        """A score of each masked copy ``(B, n)``, after the given numbers of locations ``(B or 1, n)`` or all steps."""
+        """Return the score of each masked copy, ``(B, n)``.
+
+        Args:
+            direction: insertion or deletion.
+            score: the score to compute.
+            steps: numbers of locations ``(B or 1, n)``; None: all steps of the schedule.
+        """
         steps = self.schedule.steps if steps is None else steps
         n_examples = len(self.inputs[0])
         thresholds = self.masks.thresholds(steps.expand(n_examples, -1).T)
@@ -213,7 +221,7 @@ class Masking:
         return scores
 
     def result(self) -> InsertionDeletionScores:
-        """Both metrics with their curves."""
+        """Return both scores with their curves."""
         insertion_curve = self.scores("insertion", "probability")
         deletion_curve = self.scores("deletion", "probability")
         return InsertionDeletionScores(
@@ -226,7 +234,7 @@ class Masking:
 
 
 def check_temperature(temperature: float | str | None) -> None:
-    """Raises ValueError for anything but None, "auto" and positive numbers."""
+    """Raise ValueError unless temperature is None, "auto" or a positive finite number."""
     if temperature is None or temperature == "auto":
         return
     if isinstance(temperature, str) or not 0 < temperature < math.inf:
@@ -236,9 +244,9 @@ def check_temperature(temperature: float | str | None) -> None:
 def make_masks(
     locations: Locations, sign: Tensor | None, temperature: float | str | None, inputs: tuple[Tensor, ...]
 ) -> HardMasks | SoftMasks:
-    """The locations' masks, in the order of their attributions or, where the sign is -1, against it."""
+    """Return the masks of the locations, in the order of their attributions times the sign."""
     values = locations.values if sign is None else locations.values * sign
     if temperature is None:
-        dtypes = {tensor.dtype for tensor in inputs}  # hard masks are of the inputs' own, which they multiply
+        dtypes = {tensor.dtype for tensor in inputs}  # hard masks multiply the inputs, so they get their dtype
         return HardMasks(values, locations.present, *(dtypes if len(dtypes) == 1 else ()))
     return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

@@ -1,4 +1,4 @@
-"""What a forward function's output says of the target: its probability, the log of it, or a raw value."""
+"""Scores of the target from a forward function's output: its probability, its log probability, or a raw value."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from captum_idexpo._core.targets import target_indices
 
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
 Score = Literal["probability", "log_probability", "log_complement"]
-"""p_y, log p_y or log(1 - p_y); for raw outputs each of them is the output itself."""
+"""p_y, log p_y or log(1 - p_y). For raw outputs each of them is the output itself."""
 
 
 def check_outputs(outputs: str) -> None:
-    """Raise ValueError for an unknown kind of outputs."""
+    """Raise ValueError if `outputs` is not one of `OUTPUTS`."""
     if outputs not in OUTPUTS:
         raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
 
 
 class TargetScorer:
-    """Scores of the target on rows of copies of one batch.
+    """Scorer of the target on the rows of copies of one batch.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns ``outputs``.
         inputs: the batch, tensors ``(B, ...)``.
-        target: a number, a tensor of one or ``(B,)``, a list of B numbers or tuples, a tuple (earlier axes first,
-            the class last), or None where the output has a single column.
+        target: an integer, a tensor of one or ``(B,)``, a list of B integers or tuples, a tuple (earlier axes first,
+            the class last), or None if the output has a single column.
         additional_forward_args: passed to the forward function after the inputs.
         outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
-        check_values: look at the values, which costs a synchronisation on an accelerator.
-        max_rows: of a forward pass; None: as many as suit the forward function and the device.
+        check_values: check the output's values, which costs a synchronisation on an accelerator.
+        max_rows: chunk size; None: chosen automatically.
 
     Attributes:
-        max_rows: of a forward pass.
+        max_rows: chunk size.
 
     Raises:
-        ValueError: unknown outputs; a missing target; a target or output of the wrong shape; outputs that cannot be
-            what is announced.
-        TypeError: a target of the wrong type.
-        IndexError: a target out of range.
+        ValueError: ``outputs`` is unknown; the target is missing; the target or the output has the wrong shape; the
+            output's values contradict ``outputs``.
+        TypeError: the target has the wrong type.
+        IndexError: the target is out of range.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TargetScorer:
         self._target = target_indices(target, n_examples, inputs[0].device)
         self._repeated_target = repeated_for_chunks(self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
-        # A look at a few plain inputs tells how many columns there are, and whether target and values make sense.
+        # The output on a few unmasked inputs gives the number of columns, and lets target and values be checked early.
         together = max_rows is not None and n_examples <= max_rows < 2 * n_examples
         seen = look(forward_func, self._output, inputs, max_rows, together=together)
         output: Tensor = seen.output
@@ -79,7 +79,7 @@ class TargetScorer:
             _check_values(output, outputs)
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice, n_copies: int, score: Score) -> Tensor:
-        """One score a row of ``n_copies`` copies of the given examples."""
+        """Return one score per row of ``n_copies`` copies of the given examples."""
         output = self._output(rows, examples, n_copies)
         target = self._repeated_target(examples, n_copies)
         if target is None:
@@ -94,7 +94,7 @@ class TargetScorer:
         return _MULTICLASS[self.outputs](output, label, score)
 
     def unmasked(self, inputs: tuple[Tensor, ...], score: Score, memory: MemoryBudget | None = None) -> Tensor:
-        """The score of the inputs themselves, ``(B, 1)``."""
+        """Return the score of the unmasked inputs, ``(B, 1)``."""
 
         def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
             return self(rows, examples, n_copies, score)
@@ -105,11 +105,17 @@ class TargetScorer:
         return evaluate_copies(evaluate, plain, len(inputs[0]), 1, self.max_rows, through=inputs, memory=memory)
 
     def sign(self) -> Tensor | None:
-        """+1 or -1 an example ``(B, 1)``: an attribution explains the single column, class 0 is its complement."""
+        """Return the sign of the attribution per example, ``(B, 1)``; None if no sign has to change.
+
+        An attribution explains the single column, which is class 1. Class 0 is the complement, so its sign is -1.
+        """
         return self.sign_of_one_column() if self.one_column else None
 
     def sign_of_one_column(self) -> Tensor | None:
-        """The same of an attribution of another function's single column, where these outputs have two classes."""
+        """Return the sign of an attribution that explains another function's single column, ``(B, 1)``.
+
+        It is None for raw outputs, without a target, and for more than two columns.
+        """
         if self.outputs == "raw" or self.n_columns > 2 or self._target is None:
             return None
         return 2 * self._target[:, -1:] - 1
@@ -147,7 +153,7 @@ class TargetScorer:
 
 
 def predicted_class(output: Tensor, outputs: str) -> Tensor:
-    """The class of highest probability, ``(B,)``, from outputs ``(B, C)``, ``(B, 1)`` or ``(B,)``."""
+    """Return the class of highest probability, ``(B,)``, from outputs ``(B, C)``, ``(B, 1)`` or ``(B,)``."""
     if outputs not in _LOWEST_OF_CLASS_1:
         raise ValueError(f"outputs={outputs!r} have no predicted class: pass a target.")
     output = output if output.dim() > 1 else output[:, None]
@@ -159,7 +165,7 @@ def predicted_class(output: Tensor, outputs: str) -> Tensor:
 
 
 def log_probabilities(output: Tensor, outputs: str) -> Tensor:
-    """The log probability of each class ``(B, C)``, from outputs ``(B, C)``; of two from ``(B, 1)`` or ``(B,)``."""
+    """Return the log probability of each class, ``(B, C)``. Outputs ``(B, 1)`` or ``(B,)`` have two classes."""
     output = (output if output.dim() > 1 else output[:, None]).to(torch.promote_types(output.dtype, torch.float32))
     if outputs == "raw":
         raise ValueError("Raw outputs have no probabilities: pass outputs='logits', or whatever the model returns.")
@@ -233,7 +239,7 @@ def _log(p: Tensor) -> Tensor:
 
 
 def _check_values(output: Tensor, outputs: str) -> None:
-    """Catches outputs that cannot be what is announced, or look like something else."""
+    """Raise an error for values that contradict `outputs`; warn about logits that look like probabilities."""
     if not all_finite(output) and not (outputs == "log_probabilities" and bool((output <= 0).all())):
         raise NonFiniteError("The forward function returned NaN or infinity on the inputs themselves.")
     rows_sum_to_one = output.shape[-1] > 1 and bool(

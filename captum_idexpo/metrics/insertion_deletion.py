@@ -8,8 +8,8 @@ eq. (1)-(4); Petsiuk et al. 2018, arXiv 1806.07421):
     \text{insertion} = \operatorname{mean}_s p_y(\alpha_s x + (1 - \alpha_s) b), \qquad
     \text{deletion} = \operatorname{mean}_s p_y((1 - \alpha_s) x + \alpha_s b).
 
-The soft metric (eq. 7-8) puts the masks of `SoftMasks` in place of :math:`\alpha_s` and is differentiable in the
-attribution.
+The soft metric (eq. 7-8) replaces :math:`\alpha_s` by the masks of `SoftMasks`. It is differentiable with respect to
+the attribution.
 """
 
 from __future__ import annotations
@@ -40,39 +40,42 @@ def insertion_deletion(
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> InsertionDeletionScores:
-    """Insertion and deletion of attributions, with their curves.
+    """Compute insertion and deletion scores of attributions, with their curves.
 
     The scores are means over s = step_size, 2 step_size, ... up to S = floor(fraction x D) of the D locations.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, C)`` (or ``(B,)``).
         inputs: a tensor ``(B, ...)`` or a tuple of them, whose locations are ranked together.
-        attributions: of the inputs' shape (a location is an element), or, for ``(B, C, H, W)``, of shape
-            ``(B, H, W)`` or ``(B, 1, H, W)`` (a location is a pixel, all channels move together).
-        baselines: what is inserted into and what deletion leaves: None (zero), numbers, or tensors that broadcast.
-        feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it; a
-            group's attribution is its mean.
+        attributions: of the inputs' shape (a location is an element). For ``(B, C, H, W)`` also of shape ``(B, H, W)``
+            or ``(B, 1, H, W)`` (a location is a pixel; all its channels are masked together).
+        baselines: values of deleted locations, and of locations that are not inserted yet: None (zero), numbers, or
+            tensors that broadcast.
+        feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it. A
+            group's attribution is the mean over its positions.
         additional_forward_args: passed to the forward function after the inputs.
-        target: the class: a number, ``(B,)`` numbers, or tuples for outputs of more axes.
-        fraction: share of the locations that is inserted or deleted, in (0, 1].
-        step_size: locations a step. None: the smallest that gives at most 32 steps.
-        temperature: None for the hard metric (ties by position); "auto" for the soft one at the paper's temperature,
-            a positive number for that multiple of it.
+        target: the class: an integer, ``(B,)`` integers, or tuples for outputs with more axes. None if there is one
+            output per row.
+        fraction: share of the locations that is inserted or deleted, in (0, 1]. The default is 1.0 (all locations)
+            here. In `captum_idexpo.regularizers.InsertionDeletion` it is 0.5, as in ID-ExpO's training.
+        step_size: locations per step. None: the smallest number that gives at most 32 steps.
+        temperature: None: the hard metric (ties are ordered by position). "auto": the soft metric at the paper's
+            temperature. A positive number: the soft metric at that multiple of the paper's temperature.
         outputs: what the forward function returns: "logits", "log_probabilities", "probabilities" (classes along the
-            last axis; one column is class 1, its complement class 0, and the attribution is the column's, its sign
-            flipped for class 0), or "raw" (regression: the scores are means of outputs).
-        max_examples_per_batch: rows in one forward pass; changes the result by rounding only. None: as many as suit
-            the model's largest layer and the device.
-        check_finite: look for NaN and infinity, which costs a synchronisation on an accelerator.
+            last axis), or "raw" (regression: the scores are means of outputs). A single column is class 1, and its
+            complement is class 0. The attribution explains the column; for class 0 its sign is flipped.
+        max_examples_per_batch: rows per forward pass; it changes the result by rounding only. None: chosen from the
+            model's largest layer output and the device.
+        check_finite: check for NaN and infinity, which costs a synchronisation on an accelerator.
 
     Returns:
-        Scores and curves; the scores lie in [0, 1] except for "raw". Under enabled gradients they carry a graph.
+        Scores and curves. The scores lie in [0, 1] except for "raw". They have a graph if gradients are enabled.
 
     Raises:
-        ValueError: values that are not finite, shapes that do not fit, a missing target, a fraction, step size or
-            temperature out of range, an empty batch.
-        TypeError: tensors of the wrong type.
-        IndexError: a target out of range.
+        ValueError: values are not finite, shapes do not fit, the target is missing, the batch is empty, or a fraction,
+            step size or temperature is out of range.
+        TypeError: a tensor has the wrong type.
+        IndexError: a target is out of range.
 
     Example:
         >>> import torch
@@ -122,9 +125,11 @@ def insertion(
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
-    """Mean probability of the target while the highest-ranked locations are put onto the baseline, ``(B,)``.
+    """Compute the mean probability of the target while the highest-ranked locations are inserted into the baseline.
 
-    ID-ExpO (arXiv 2310.12553), eq. (1)-(2). Arguments, errors and conventions: `insertion_deletion`.
+    The result has shape ``(B,)``. See ID-ExpO (arXiv 2310.12553), eq. (1)-(2). Arguments, errors and conventions are
+    those of `insertion_deletion`: ``fraction`` defaults to 1.0 (all locations), not to 0.5 as in
+    `captum_idexpo.regularizers.InsertionDeletion`.
 
     Example:
         >>> import torch
@@ -167,9 +172,11 @@ def deletion(
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
-    """Mean probability of the target while the highest-ranked locations are replaced by the baseline, ``(B,)``.
+    """Compute the mean probability of the target while the highest-ranked locations are replaced by the baseline.
 
-    ID-ExpO (arXiv 2310.12553), eq. (3)-(4). Arguments, errors and conventions: `insertion_deletion`.
+    The result has shape ``(B,)``. See ID-ExpO (arXiv 2310.12553), eq. (3)-(4). Arguments, errors and conventions are
+    those of `insertion_deletion`: ``fraction`` defaults to 1.0 (all locations), not to 0.5 as in
+    `captum_idexpo.regularizers.InsertionDeletion`.
 
     Example:
         >>> import torch

@@ -1,6 +1,7 @@
-"""How well a linear explanation agrees with the model, at the input and around it, and how much it changes there.
+"""Fidelity of linear explanations to the model, at the input and around it, and stability of explanations.
 
-The metrics of ExpO (Plumb et al. 2020, arXiv 1902.06787, sec. 2), for any explainer that yields a linear model.
+These are the metrics of ExpO (Plumb et al. 2020, arXiv 1902.06787, sec. 2). Fidelity needs an explainer that returns a
+linear model. Stability takes any attribution.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def point_fidelity(explainer: Explainer, forward_func: Callable[..., Any], input
         inputs: ``(B, D)``.
 
     Returns:
-        ``(B,)``, means over the outputs.
+        ``(B,)``, the mean over the outputs.
 
     Raises:
-        ValueError: inputs that are no rows.
+        ValueError: the inputs are not rows ``(B, D)`` of real numbers.
 
     Example:
         >>> import torch
@@ -67,14 +68,14 @@ def neighborhood_fidelity(
         forward_func: rows ``(n, D)`` -> outputs ``(n, K)`` or ``(n,)``.
         inputs: ``(B, D)``.
         sigma: standard deviation of the neighbours ``x + sigma N(0, I)``, in the inputs' units.
-        n_neighbors: of each example.
+        n_neighbors: neighbours per example.
         generator: source of the neighbours; None: torch's global generator.
 
     Returns:
-        ``(B,)``, means over neighbours and outputs.
+        ``(B,)``, the mean over neighbours and outputs.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import torch
@@ -102,20 +103,21 @@ def stability(
 ) -> Tensor:
     r"""Return how much an explanation changes around the inputs (Plumb et al. 2020, eq. 3).
 
-    The mean of :math:`\|\phi(x') - \phi(x)\|_2^2`, each neighbour explained anew.
+    It is the mean of :math:`\|\phi(x') - \phi(x)\|_2^2`. Each neighbour x' is explained separately.
 
     Args:
-        explainer: inputs ``(B, ...)`` -> an attribution ``(B, ...)``, or a `LinearExplanation` (its coefficients).
+        explainer: inputs ``(B, ...)`` -> an attribution ``(B, ...)``, or a `LinearExplanation` (its
+            coefficients are compared).
         inputs: ``(B, ...)``.
         sigma: standard deviation of the neighbours ``x + sigma N(0, I)``, in the inputs' units.
-        n_neighbors: of each example.
+        n_neighbors: neighbours per example.
         generator: source of the neighbours; None: torch's global generator.
 
     Returns:
-        ``(B,)``, sums over the attribution's elements, means over neighbours. 0 is most stable.
+        ``(B,)``, the sum over the attribution's elements, averaged over neighbours. 0 is the most stable.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-r"""Which locations the s-th step of insertion or deletion selects: hard masks and their differentiable form.
+r"""Masks of the locations that step s of insertion or deletion selects: hard masks and differentiable soft masks.
 
 Paper: ID-ExpO (arXiv 2310.12553), eq. (1)-(4) for the hard masks, eq. (7)-(8) for the soft ones.
 """
@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 _EXACT = (torch.float32, torch.float64)
-"""Types that hold the rank of any location: float32 of 2^24, an image of 4096 x 4096."""
+"""Dtypes that represent every rank exactly: float32 up to 2^24 locations, an image of 4096 x 4096."""
 
 
 _ROUNDING = 16
-"""Differences of so many units in the last place count as rounding."""
+"""Differences up to this many machine epsilons (relative) count as rounding."""
 
 
 class HardMasks:
-    """The s locations of highest attribution; ties go to the earlier position: ``masks(masks.thresholds(steps))``.
+    """Masks of the s locations with the highest attributions: ``masks(masks.thresholds(steps))``.
+
+    Of equal attributions the earlier position comes first.
 
     Args:
         values: attributions ``(B, D)``.
-        present: ``(B, D)``, False where an example has no such location; None: all are there.
-        dtype: of the masks, where it is float32 or float64; else they are int32.
+        present: ``(B, D)``, False where an example does not have the location; None: it has all.
+        dtype: dtype of the masks if it is float32 or float64; otherwise the masks are int32.
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None, dtype: torch.dtype = torch.int32) -> None:
@@ -31,7 +33,7 @@ class HardMasks:
         self._rank = ranks.to(dtype) if dtype in _EXACT else ranks
 
     def thresholds(self, steps: Tensor) -> Tensor:
-        """The rank of the first location left out ``(k, B, 1)``, after numbers of locations ``(k, B)``."""
+        """Return the rank of the first location left out, ``(k, B, 1)``, for numbers of locations ``(k, B)``."""
         return steps[..., None].to(self._rank.dtype)
 
     def __call__(
@@ -42,12 +44,12 @@ class HardMasks:
         *,
         complement: bool = False,
     ) -> Tensor:
-        """Masks ``(k, b, D)`` of zeros and ones for thresholds ``(k, b, 1)`` of the given examples.
+        """Return masks ``(k, b, D)`` of zeros and ones for thresholds ``(k, b, 1)`` of the given examples.
 
-        ``complement`` selects all other locations.
+        ``complement`` selects all other locations. ``values`` is not used.
         """
         _check_thresholds(thresholds)
-        # Compared in the masks' own type, which is several times faster than into booleans.
+        # The comparison writes masks of the ranks' dtype, which is several times faster than booleans.
         ranks = self._rank[examples]
         masks = ranks.new_empty(*thresholds.shape[:2], ranks.shape[1])
         compare = torch.ge if complement else torch.lt
@@ -55,17 +57,17 @@ class HardMasks:
 
 
 class SoftMasks:
-    r"""The masks :math:`r_s = \sigma(T (\phi - t_s))`, differentiable in the attributions :math:`\phi`.
+    r"""Soft masks :math:`r_s = \sigma(T (\phi - t_s))`, differentiable with respect to the attributions :math:`\phi`.
 
-    The threshold :math:`t_s` lies midway between the s-th and the (s+1)-th largest attribution, T is the inverse of
-    the mean gap between distinct ones; both only locate the step and carry no gradient. Where s = D the threshold
-    lies half a mean gap below the smallest attribution. A constant attribution has no order: its masks are 1/2, their
-    gradient 0. To be called as `HardMasks`, with ``thresholds(steps)``.
+    The threshold :math:`t_s` lies midway between the s-th and the (s+1)-th largest attribution. For s = D it lies half
+    a mean gap below the smallest attribution. T is the inverse of the mean gap between distinct attributions. No
+    gradient flows through :math:`t_s` and T. A constant attribution has no order: its masks are 1/2 with gradient 0.
+    The masks are called like `HardMasks`: ``masks(masks.thresholds(steps))``.
 
     Args:
         values: attributions ``(B, D)``.
-        present: ``(B, D)``, False where an example has no such location; None: all are there.
-        temperature: multiple of T.
+        present: ``(B, D)``, False where an example does not have the location; None: it has all.
+        temperature: factor of T.
     """
 
     def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
@@ -75,7 +77,8 @@ class SoftMasks:
         self._n_locations = _count(present, ordered)
         self._smallest = ordered.gather(1, self._n_locations - 1)
         self._spread = ordered[:, :1] - self._smallest
-        # Values that differ by rounding are one: else the count, and T with it, would depend on the chunk size.
+        # Values that differ by rounding count as one. Otherwise the number of gaps, and T, would depend on the chunk
+        # size.
         largest = torch.maximum(ordered[:, :1].abs(), self._smallest.abs())
         distinct = ordered[:, :-1] - ordered[:, 1:] > _ROUNDING * torch.finfo(ordered.dtype).eps * largest
         self._n_gaps = distinct.logical_and_(ordered[:, 1:].isfinite()).sum(1, keepdim=True)
@@ -84,7 +87,7 @@ class SoftMasks:
         self._slope = torch.where(slope.isfinite(), slope, 0.0)
 
     def thresholds(self, steps: Tensor) -> Tensor:
-        """The thresholds :math:`t_s`, ``(k, B, 1)``, after numbers of locations ``(k, B)``."""
+        """Return the thresholds :math:`t_s`, ``(k, B, 1)``, for numbers of locations ``(k, B)``."""
         rows = self._ordered.expand(len(steps), *self._ordered.shape)
         last = rows.gather(2, steps[..., None] - 1)
         first_left_out = rows.gather(2, steps.clamp(max=rows.shape[2] - 1)[..., None])
@@ -99,15 +102,15 @@ class SoftMasks:
         *,
         complement: bool = False,
     ) -> Tensor:
-        """Masks ``(k, b, D)`` in (0, 1) for thresholds ``(k, b, 1)`` of the given examples.
+        """Return masks ``(k, b, D)`` in (0, 1) for thresholds ``(k, b, 1)`` of the given examples.
 
-        Their graph leads to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given first.
-        ``complement`` gives 1 minus the masks.
+        Gradients flow to ``values``, the same attributions ``(B, D)`` on another graph; None: to those given to the
+        class. ``complement`` returns 1 minus the masks.
         """
         _check_thresholds(thresholds)
         values = self.values if values is None else values
         slope = -self._slope[examples] if complement else self._slope[examples]
-        # In place, which spares the memory of two masks and nothing of the graph.
+        # In place, which saves the memory of two masks. Autograd does not need the overwritten values.
         return (values[examples] - thresholds).mul_(slope).sigmoid_()
 
 
@@ -124,7 +127,7 @@ def _in_single_or_double(values: Tensor) -> Tensor:
 
 
 def _without_absent(values: Tensor, present: Tensor | None) -> Tensor:
-    """The values, those of absent locations below all others."""
+    """Return the values, with -inf at absent locations, so that these come last."""
     return values if present is None else values.masked_fill(~present, -torch.inf)
 
 
@@ -135,7 +138,7 @@ def _count(present: Tensor | None, ordered: Tensor) -> Tensor:
 
 
 def _descending_ranks(values: Tensor) -> Tensor:
-    """Return how many values come before each ``(B, D)`` when the largest comes first; ties in order of positions."""
+    """Return the rank of each value, ``(B, D)``: 0 for the largest. Ties are ordered by position."""
     order = values.sort(dim=-1, descending=True, stable=True).indices
     positions = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
     return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, positions.expand(order.shape))

@@ -1,4 +1,4 @@
-"""Sensitivity-n: do attributions of n locations together tell how much masking them changes the prediction?"""
+"""Sensitivity-n: does the sum of n locations' attributions predict how much masking them changes the output?"""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def sensitivity_n(
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
-    r"""Pearson's correlation, over random subsets of n locations, of their attributions' sum and the prediction's drop.
+    r"""Compute Pearson's correlation between the attribution sum of n locations and the prediction's drop.
 
-    Ancona et al. 2018 (arXiv 1711.06104); for an example x with attributions :math:`\phi`, over subsets A of size n,
-    the correlation of :math:`\sum_{d \in A} \phi_d` and :math:`p_y(x) - p_y(x_{A \to b})`.
+    The correlation is over random subsets A of n locations (Ancona et al. 2018, arXiv 1711.06104). For an example x
+    with attributions :math:`\phi` it is that of :math:`\sum_{d \in A} \phi_d` and :math:`p_y(x) - p_y(x_{A \to b})`.
 
     Arguments not listed here are those of `insertion_deletion`.
 
     Args:
         n: size of the subsets, 1 to D.
-        n_samples: random subsets an example, at least 2.
+        n_samples: random subsets per example, at least 2.
         generator: source of the subsets; None: torch's global generator of the inputs' device.
 
     Returns:
-        ``(B,)`` in [-1, 1]; 0 where either side is the same for all subsets.
+        ``(B,)`` in [-1, 1]; 0 if the sum or the drop is the same for all subsets.
 
     Raises:
-        ValueError: n or n_samples out of range, and what `insertion_deletion` raises.
+        ValueError: n or n_samples is out of range, or an error of `insertion_deletion`.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ def sensitivity_n(
 
 
 def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Generator | None) -> Tensor:
-    """Subsets of n of each example's locations, all equally likely, as indices ``(n_samples, B, n)``."""
+    """Draw subsets of n of each example's locations, all equally likely, as indices ``(n_samples, B, n)``."""
     values = locations.values
     at = source(values.device, generator)
     noise = torch.rand(n_samples, *values.shape, device=at, generator=generator).to(values.device)
@@ -104,7 +104,7 @@ def _random_subsets(locations: Locations, n: int, n_samples: int, generator: Gen
 
 
 def _correlation(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    """Pearson's correlation along the last axis; 0 where a side varies by no more than the rounding of its scale."""
+    """Return Pearson's correlation along the last axis; 0 if a side varies by no more than its scale's rounding."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
@@ -115,7 +115,7 @@ def _correlation(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tens
 
 
 def _unit(vectors: Tensor, varies: Tensor) -> Tensor:
-    """Vectors ``(B, n)`` of length 1, scaled first so that no square under- or overflows; unchanged where constant."""
+    """Return vectors ``(B, n)`` of length 1; unchanged if constant. No square under- or overflows on the way."""
     largest = vectors.detach().abs().amax(dim=1, keepdim=True)
     scaled = vectors / torch.where(varies[:, None], largest, 1.0)
     return scaled / torch.where(varies, scaled.square().sum(dim=1), 1.0).sqrt()[:, None]

@@ -1,4 +1,4 @@
-"""Insertion and deletion as torchmetrics: accumulated over batches and processes (extra ``train``)."""
+"""Insertion and deletion as torchmetrics classes, accumulated over batches and processes (extra ``train``)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Accumulated(Metric):
         metric_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(**(metric_kwargs or {}))
-        self.__dict__["forward_func"] = forward_func  # the user's; no submodule of a metric
+        self.__dict__["forward_func"] = forward_func  # so that a module does not become the metric's submodule
         self.baselines = baselines
         self.options: dict[str, Any] = {
             "fraction": fraction,
@@ -62,7 +62,7 @@ class _Accumulated(Metric):
         }
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        # A MetricCollection merges metrics whose states have once been equal, whatever they score.
+        # A MetricCollection merges metrics whose states were equal once, even if they score different models.
         self.add_state("number", torch.tensor(next(_NUMBERS)), dist_reduce_fx="max")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Accumulated:
@@ -83,7 +83,7 @@ class _Accumulated(Metric):
         feature_mask: Tensors | None = None,
         additional_forward_args: object = None,
     ) -> None:
-        """Add a batch; arguments as for `captum_idexpo.metrics.insertion_deletion`."""
+        """Add a batch. The arguments are those of `captum_idexpo.metrics.insertion_deletion`."""
         scores = self._metric(
             self.forward_func,
             inputs,
@@ -106,10 +106,11 @@ class Insertion(_Accumulated):
     """Mean insertion over batches and processes; `captum_idexpo.metrics.insertion` as a `torchmetrics.Metric`.
 
     Args:
-        forward_func: what is scored; put it in eval mode.
+        forward_func: the model to score; switch it to eval mode first.
         baselines, fraction, step_size, temperature, outputs, max_examples_per_batch, check_finite: as for
-            `captum_idexpo.metrics.insertion_deletion`.
-        metric_kwargs: arguments of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
+            `captum_idexpo.metrics.insertion_deletion`. ``fraction`` defaults to 1.0 (all locations), not to 0.5 as in
+            `captum_idexpo.regularizers.InsertionDeletion`.
+        metric_kwargs: keyword arguments of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
 
     Example:
         >>> import torch
@@ -130,7 +131,7 @@ class Insertion(_Accumulated):
 class Deletion(_Accumulated):
     """Mean deletion over batches and processes; `captum_idexpo.metrics.deletion` as a `torchmetrics.Metric`.
 
-    Arguments as for `Insertion`.
+    The arguments are those of `Insertion`: ``fraction`` defaults to 1.0 (all locations).
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Pictures beside `captum.attr.visualization`: curves and quadrants of scores, explanations, histories, fronts.
+"""Plots in addition to `captum.attr.visualization`: score curves and quadrants, explanations, histories, fronts.
 
-Matplotlib figures, returned and never shown; pyplot's state stays as it is. Colours are Okabe and Ito's, which the
-colour-blind tell apart, and markers, lines and hatches differ with them, so that a print in grey can be read as well.
+The functions return Matplotlib figures, never show them, and leave pyplot's state unchanged. The colours are Okabe and
+Ito's, which colour-blind readers can distinguish. Markers, lines and hatches differ, too, for prints in grey.
 """
 
 from captum_idexpo.visualization._figures import COLORS

@@ -1,4 +1,4 @@
-"""What all pictures share: a figure without pyplot, looks that differ in colour and in grey, arrays that are finite."""
+"""Helpers of all plots: figures without pyplot, looks that differ in colour and in grey, finite arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "----")
 
 
 def line_look(index: int) -> dict[str, Any]:
-    """Colour, marker and line of the series with this number; the 29th looks like the first again."""
+    """Return colour, marker and line style of a series by its number; the looks repeat from the 29th series on."""
     return {
         "color": COLORS[index % len(COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -33,13 +33,13 @@ def line_look(index: int) -> dict[str, Any]:
 
 
 def bar_look(index: int) -> dict[str, Any]:
-    """Colour and hatch of the bars with this number; the 50th looks like the first again."""
+    """Return colour and hatch of a series of bars by its number; the looks repeat from the 50th series on."""
     hatch = _HATCHES[(index + index // len(COLORS)) % len(_HATCHES)]
     return {"facecolor": COLORS[index % len(COLORS)], "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
 
 
 def new_figure(n_rows: int, n_columns: int, size: tuple[float, float]) -> Figure:
-    """A figure in inches with its axes, unknown to pyplot."""
+    """Return a figure of a size in inches with its axes, without pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -50,22 +50,22 @@ def new_figure(n_rows: int, n_columns: int, size: tuple[float, float]) -> Figure
 
 
 def figure_of(axis: Axes) -> Figure:
-    """The figure that an axis lies in."""
+    """Return the figure of an axis."""
     return cast("Figure", axis.get_figure())
 
 
 def one_axis(axis: Axes | None, size: tuple[float, float]) -> Axes:
-    """The given axis, or that of a new figure."""
+    """Return the given axis, or that of a new figure."""
     return new_figure(1, 1, size).axes[0] if axis is None else axis
 
 
 def wrapped(name: str) -> str:
-    """A long name in several lines."""
+    """Return a name with line breaks, at most 24 characters per line where words allow it."""
     return textwrap.fill(name, 24, break_on_hyphens=False)
 
 
 def finite_array(values: Tensor, name: str) -> NDArray[np.float64]:
-    """A tensor as an array without a graph; NonFiniteError where it holds NaN or infinity."""
+    """Return a tensor as a NumPy array; raise NonFiniteError if it holds NaN or infinity."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: a tensor is needed, given: {type(values).__name__}.")
     require_finite((values,), name)
@@ -74,6 +74,6 @@ def finite_array(values: Tensor, name: str) -> NDArray[np.float64]:
 
 
 def require_some(given: Sized, name: str, example: str) -> None:
-    """ValueError where there is nothing to draw."""
+    """Raise ValueError if there is nothing to draw."""
     if not len(given):
         raise ValueError(f"{name} is empty, nothing can be drawn: give at least one, such as {example}.")

@@ -1,4 +1,4 @@
-"""Attributions of tables: a bar a feature, several models side by side."""
+"""Bar plots of attributions of tables: one bar per feature and model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-_LINE_LENGTH = 60  # letters of a legend's line, 7 of them before each name
+_LINE_LENGTH = 60  # characters per legend line; each name takes 7 more for its patch
 
 
 def plot_attribution_bars(
@@ -28,23 +28,24 @@ def plot_attribution_bars(
     top: int | None = None,
     axis: Axes | None = None,
 ) -> Figure:
-    """Attributions of a table's features as bars, several models side by side, the largest feature first.
+    """Plot attributions of a table's features as bars, several models side by side.
 
-    A feature is as large as the largest absolute bar that any of the models gives it.
+    Features are ordered by their longest bar in any of the models, the longest first.
 
     Args:
-        attributions: by name, those of one example ``(D,)``, or of several ``(B, D)``: then bars are means over the
-            examples, and whiskers their standard errors (for B > 1). Signs cancel in a mean: give ``abs()`` of the
-            attributions for how much a feature matters either way.
-        feature_names: one for each of the D features; None: their numbers.
-        top: how many features are drawn at most; None: all.
-        axis: where it is drawn; None: a new figure.
+        attributions: attributions by model name, of one example ``(D,)`` or of several ``(B, D)``. Several examples
+            are drawn as means, with whiskers for the standard errors (if B > 1). Signs cancel in a mean: pass
+            ``abs()`` of the attributions to show how much a feature matters in either direction.
+        feature_names: one name per feature; None: the features' numbers.
+        top: largest number of features to draw; None: all.
+        axis: axis to draw on; None: a new figure.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no attributions, different numbers of features or names, NaN or infinity, top below 1.
+        ValueError: there are no attributions, the numbers of features or names differ, values are NaN or infinite, or
+            top is below 1.
 
     Example:
         >>> import torch
@@ -85,7 +86,7 @@ def plot_attribution_bars(
 
 
 def _bar_lengths(attributions: Tensor, name: str) -> tuple[Array, Array | None]:
-    """Means over the examples and their standard errors; None where one example has none."""
+    """Return means over the examples and their standard errors; None instead of errors for a single example."""
     values = finite_array(attributions, f"attributions of {name!r}")
     if values.ndim not in (1, 2) or not values.size:
         raise ValueError(f"Attributions of {name!r} of shape {values.shape}: give (D,) or (B, D).")

@@ -10,11 +10,13 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
-    """Return the rows that no other row beats in both scores, by descending x; none whose score is NaN.
+    """Return the rows on the Pareto front, by descending x. Rows with a NaN score are left out.
+
+    No other row is at least as good in both scores and better in one. Of equal rows the first is returned.
 
     Args:
         rows: the scores of each setting, by name.
-        x, y: names of the scores, higher being better.
+        x, y: names of the scores; higher is better.
 
     Example:
         >>> from captum_idexpo.visualization.fronts import pareto_front

@@ -1,4 +1,4 @@
-"""Attributions of images: as Captum's visualization takes them, and as heat maps beside their images."""
+"""Attributions of images: conversion for Captum's visualization, and heat maps beside their images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _MAX_ROUNDING = 1e-3
 
 
 def to_captum(attributions: Tensor) -> NDArray[np.float32]:
-    """Attributions, or inputs, as `captum.attr.visualization` takes them: NumPy on the CPU, an image's channels last.
+    """Convert attributions or inputs to what `captum.attr.visualization` takes: NumPy arrays with channels last.
 
     Args:
-        attributions: with a graph or without, on any device. Images ``(C, H, W)`` or a batch ``(B, C, H, W)``; what has
-            no channels to move stays as it is: tokens ``(T,)``, maps ``(H, W)``, series ``(C, T)`` (for
-            `visualize_timeseries_attr(..., channels_last=False)`). Maps ``(B, H, W)`` have to become ``(B, 1, H, W)``
-            first: three axes are one image.
+        attributions: with or without a graph, on any device. An image ``(C, H, W)`` or a batch ``(B, C, H, W)``. Tokens
+            ``(T,)``, maps ``(H, W)`` and series ``(C, T)`` keep their axes (series are for
+            `visualize_timeseries_attr(..., channels_last=False)`). Three axes are always one image: reshape maps
+            ``(B, H, W)`` to ``(B, 1, H, W)`` first.
 
     Returns:
-        float32, ``(H, W, C)`` for images, ``(B, H, W, C)`` for batches of them.
+        float32, ``(H, W, C)`` for an image, ``(B, H, W, C)`` for a batch.
 
     Raises:
-        ValueError: NaN or infinity, no axis or more than four.
-        TypeError: not a tensor, a tuple of them for example: take one after the other.
+        ValueError: values are NaN or infinite, or there is no axis or more than four.
+        TypeError: not a tensor. Convert the tensors of a tuple one by one.
 
     Example:
         >>> import torch
@@ -61,20 +61,22 @@ def to_captum(attributions: Tensor) -> NDArray[np.float32]:
 def plot_explanations(
     images: Tensor, attributions: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
-    """Images and, in a column a model, their heat maps, drawn by `draw_heat_map` in the same colours.
+    """Plot images and their heat maps: one row per image, one column per model.
 
-    Each map is scaled by itself: colours compare locations within a map, not maps with each other.
+    `draw_heat_map` draws the maps in the same colours. Each map has its own scale: colours compare locations within a
+    map, not maps with each other.
 
     Args:
         images: ``(B, C, H, W)`` with C = 1 or 3, in [0, 1].
-        attributions: maps ``(B, 1, H, W)`` by name; of several channels ``(B, C, H, W)`` the sum is drawn.
-        titles: for each name one line for each image.
+        attributions: maps ``(B, 1, H, W)`` by model name. For ``(B, C, H, W)`` the sum over the channels is drawn.
+        titles: for each name, one line per image.
 
     Returns:
-        The figure, a row an image.
+        The figure.
 
     Raises:
-        ValueError: no images or no maps, shapes or titles that do not fit, images outside [0, 1], NaN or infinity.
+        ValueError: there are no images or no maps, shapes or titles do not fit, images are outside [0, 1], or values
+            are NaN or infinite.
 
     Example:
         >>> import torch
@@ -103,28 +105,28 @@ def plot_explanations(
 
 
 def draw_image(axis: Axes, image: Tensor, title: str = "") -> None:
-    """An image ``(C, H, W)`` in [0, 1] without its axes."""
+    """Draw an image ``(C, H, W)`` in [0, 1] without axes."""
     axis.imshow(_image(image), cmap="gray", vmin=0, vmax=1)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 
 
 def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "", signed: bool | None = None) -> None:
-    """A map ``(1, H, W)`` over its image ``(C, H, W)``, by Captum's `visualize_image_attr`.
+    """Draw a map ``(1, H, W)`` over its image ``(C, H, W)``, with Captum's `visualize_image_attr`.
 
-    A map without negative values runs from black (0) to yellow, one with both signs from dark blue (against the class)
-    over grey (0) to yellow (for it). Both get brighter with the value, so that the colour-blind and a print in grey
-    keep the order, as far as the image does not shine through.
+    The colours of a map without negative values run from black (0) to yellow. Those of a map with negative values run
+    from dark blue (against the class) over grey (0) to yellow (for it). Higher values are brighter, so the order is
+    visible in grey and to colour-blind readers, except where the image shines through.
 
     Args:
-        axis: where it is drawn.
+        axis: axis to draw on.
         image: in [0, 1].
-        attribution: of the image's height and width; ``(H, W)`` will do, and of several channels the sum is drawn.
-        title: a small line above.
-        signed: the colours of maps with both signs; None: as this map asks for.
+        attribution: ``(1, H, W)`` or ``(H, W)``. For ``(C, H, W)`` the sum over the channels is drawn.
+        title: a small line above the map.
+        signed: True for the colours of maps with negative values; None: True if this map has negative values.
 
     Raises:
-        ValueError: a map of another size, an image outside [0, 1], NaN or infinity.
+        ValueError: the map has another size, the image is outside [0, 1], or values are NaN or infinite.
     """
     from captum.attr import visualization
 
@@ -137,7 +139,7 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
     signed = bool(values.min() < 0) if signed is None else signed
     values = values if signed else values.clip(0)
     largest = abs(values).max()
-    if not largest:  # which Captum cannot scale
+    if not largest:  # Captum cannot scale a map of zeros
         draw_image(axis, image, title)
         axis.imshow(values, cmap=_colormap(signed), vmin=-1 if signed else 0, vmax=1, alpha=_OVERLAY)
         return
@@ -170,7 +172,7 @@ def _add_colorbar(figure: Figure, signed: bool) -> None:
 
 
 def _image(image: Tensor) -> NDArray[np.float32]:
-    """An image ``(H, W, C)`` in [0, 1]."""
+    """Return an image as an array ``(H, W, C)`` in [0, 1]."""
     pixels = to_captum(image)
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise ValueError(f"An image is (C, H, W) with 1 or 3 channels; given: {tuple(image.shape)}.")
@@ -183,7 +185,7 @@ def _image(image: Tensor) -> NDArray[np.float32]:
 
 
 def _one_channel(attribution: Tensor) -> NDArray[np.float32]:
-    """A map ``(H, W)``, the sum over the channels, as Captum draws it."""
+    """Return a map ``(H, W)``, the sum over the channels, as Captum draws it."""
     values = to_captum(attribution)
     if values.ndim not in (2, 3):
         raise ValueError(f"A map is (H, W) or (C, H, W); given: {tuple(attribution.shape)}.")

@@ -1,4 +1,4 @@
-"""Training runs: the history of one, the fronts of many."""
+"""Plots of training runs: the history of one run, the fronts of several."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _NO_LOSSES = ("epoch", "deletion_floor_share")
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
-    """The loss and its parts (left) and the validation scores (right) of each epoch.
+    """Plot the loss and its parts (left) and the validation scores (right) of each epoch.
 
     Args:
-        history: rows as `captum_idexpo.ExplanationRegularizedTrainer.fit` returns them; what a row lacks, or NaN, is a
-            gap in its line.
+        history: rows as `captum_idexpo.ExplanationRegularizedTrainer.fit` returns them. A missing value or NaN is a gap
+            in the line.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no row, or one without its epoch.
+        ValueError: there is no row, or a row has no epoch.
 
     Example:
         >>> from captum_idexpo.visualization import plot_history
@@ -61,18 +61,18 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
 def plot_front(
     rows: Sequence[Mapping[str, float]], front: Sequence[Mapping[str, float]], x: str = "accuracy", y: str = "insertion"
 ) -> Figure:
-    """Settings of a sweep by two scores, those that no other beats in both joined by a line.
+    """Plot the settings of a sweep by two scores, and join the settings on the front by a line.
 
     Args:
         rows: the scores of each setting.
-        front: those on the front.
-        x, y: names of the scores, higher being better.
+        front: the rows on the front.
+        x, y: names of the scores; higher is better.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no rows, scores that are missing, NaN or infinite.
+        ValueError: there are no rows, or scores are missing, NaN or infinite.
 
     Example:
         >>> from captum_idexpo.visualization import plot_front
@@ -98,20 +98,20 @@ def plot_fronts(
     y_error: str | None = None,
     axis: Axes | None = None,
 ) -> Figure:
-    """Fronts of several methods on one axis: the settings of each by two scores, its best ones joined by a line.
+    """Plot the settings of several methods by two scores on one axis, and join each method's front by a line.
 
     Args:
-        methods: for each name the scores of its settings, a `captum_idexpo.training.Sweep` for example. Full markers
-            are settings that no other of the same method beats in both scores, hollow ones the rest.
-        x, y: names of the scores, higher being better.
-        x_error, y_error: names of their standard errors, drawn as bars; None: no bars.
-        axis: where it is drawn; None: a new figure.
+        methods: the scores of each method's settings, by method name, for example a `captum_idexpo.training.Sweep`.
+            Full markers are the settings on the method's Pareto front. Hollow markers are the other settings.
+        x, y: names of the scores; higher is better.
+        x_error, y_error: names of the scores' standard errors, drawn as bars; None: no bars.
+        axis: axis to draw on; None: a new figure.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no methods or a method without rows, scores that are missing, NaN or infinite.
+        ValueError: there are no methods, a method has no rows, or scores are missing, NaN or infinite.
 
     Example:
         >>> from captum_idexpo.visualization import plot_fronts
@@ -145,7 +145,7 @@ def plot_fronts(
 def _draw_points(
     axis: Axes, rows: Sequence[Mapping[str, float]], x: str, y: str, errors: Mapping[str, str | None], **look: Any
 ) -> Any:
-    """Draw points and return what a legend shows of them."""
+    """Draw points and return their legend handle."""
     whiskers: dict[str, Any] = {side: [row[name] for row in rows] for side, name in errors.items() if name is not None}
     return axis.errorbar(
         [row[x] for row in rows], [row[y] for row in rows], **whiskers, capsize=2, elinewidth=1, **look
@@ -157,7 +157,7 @@ def _name_axes(axis: Axes, x: str, y: str) -> None:
 
 
 def _column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
-    """A score of each row."""
+    """Return a score of each row; raise ValueError if one is missing or not finite."""
     for row in rows:
         if name not in row:
             raise ValueError(f"A row has no {name!r}; it has: {', '.join(map(repr, row))}.")

@@ -1,4 +1,4 @@
-"""Insertion and deletion: the curves of several models, and which examples one of them explains better."""
+"""Plots of insertion and deletion: the curves of several models, and the changes of the scores per example."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def plot_curves(
     example: int | None = None,
     ylabel: str = "probability of the class",
 ) -> Figure:
-    """Insertion and deletion curves of several models or explanations, with their scores.
+    """Plot insertion and deletion curves of several models or explanations, with their scores.
 
     Args:
         scores: results of `captum_idexpo.metrics.insertion_deletion` by name.
-        axes: where insertion and deletion are drawn; None: a new figure.
-        example: None for means over the examples; the number of one example for its own curves, drawn in steps: the
-            area under them, over the share of locations they cover, is its score.
-        ylabel: what the forward function returns, where that is no probability.
+        axes: two axes, for insertion and for deletion; None: a new figure.
+        example: None: the means over the examples. A number: the curves of this example, drawn as steps. The area under
+            a curve, divided by the share of locations that it covers, is the example's score.
+        ylabel: label of the y axis, for outputs that are not probabilities.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no scores, NaN or infinity, not two axes.
-        IndexError: an example that the scores do not hold.
+        ValueError: there are no scores, values are NaN or infinite, or there are not two axes.
+        IndexError: the example's number is out of range.
 
     Example:
         >>> import torch
@@ -82,21 +82,21 @@ def plot_curves(
 
 
 def plot_quadrants(before: InsertionDeletionScores, after: InsertionDeletionScores, axis: Axes | None = None) -> Figure:
-    """For each example how its insertion changed (x) and how its 1 - deletion changed (y), a point an example.
+    """Plot the change of insertion (x) and of 1 - deletion (y), one point per example.
 
-    The corners say which share of the examples lies strictly inside each quadrant: both scores rise, only one, both
-    fall; the title the mean changes, and the share that lies on an axis, if any. Means over all examples, as in a
-    table, cannot tell a few large gains from many small ones.
+    Each corner gives the share of examples strictly inside its quadrant: both scores rise, only one rises, or both
+    fall. The title gives the mean changes and, if it is not zero, the share of examples on an axis. Means alone, as in
+    a table, do not distinguish a few large gains from many small ones.
 
     Args:
         before, after: results of `captum_idexpo.metrics.insertion_deletion` for the same examples in the same order.
-        axis: where it is drawn; None: a new figure.
+        axis: axis to draw on; None: a new figure.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: different numbers of examples, none, NaN or infinity.
+        ValueError: there are no examples, their numbers differ, or values are NaN or infinite.
 
     Example:
         >>> import torch
@@ -133,20 +133,20 @@ def plot_quadrants(before: InsertionDeletionScores, after: InsertionDeletionScor
 
 
 def _curves(score: InsertionDeletionScores, kind: str, name: str) -> tuple[Array, Array, Array]:
-    """Fractions and curves, both ``(B, n_steps)``, and scores ``(B,)``."""
+    """Return fractions and curves, both ``(B, n_steps)``, and scores ``(B,)``."""
     curves = finite_array(getattr(score, f"{kind}_curve"), f"{kind} curves of {name!r}")
     fractions = np.broadcast_to(finite_array(score.fractions, f"fractions of {name!r}"), curves.shape)
     return fractions, curves, _scores(score, kind, name)
 
 
 def _mean_curve(fractions: Array, curves: Array) -> tuple[Array, Array]:
-    """The mean over the examples at every fraction that occurs; between its own steps a curve is a straight line."""
+    """Return the mean of linearly interpolated curves at every fraction that occurs in an example."""
     x = np.unique(fractions)
     return x, np.mean([np.interp(x, *row) for row in zip(fractions, curves, strict=True)], axis=0)
 
 
 def _steps(fractions: Array, curves: Array, example: int) -> tuple[Array, Array]:
-    """One curve from 0 on, each value standing for the step that ends at its fraction."""
+    """Return one example's curve, starting at 0. Each value belongs to the step that ends at its fraction."""
     x, y = fractions[example], curves[example]
     return np.append(0.0, x), np.append(y[0], y)
 
