@@ -1,4 +1,4 @@
-"""Captum's attributions, trainable: the same classes, arguments and numbers, with a graph into the model's weights."""
+"""Captum's attribution classes with the same arguments and values, and with a graph to the model's weights."""
 
 from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation, Occlusion
 from captum_idexpo.attr.dataloader import DataLoaderAttribution

@@ -1,12 +1,12 @@
-"""The one answer to "keep the graph": how an attribution of Captum is computed with a graph, or detached.
+"""Compute an attribution of Captum with a graph, or detached.
 
-Captum's classes lose the graph in few ways, each of which is met once:
+Captum's classes lose the graph in these ways. Each has one remedy:
 
-* gradients are taken inside without ``create_graph``: `InnerGradients` adds it to every inner `torch.autograd.grad`;
-* bodies run under `torch.no_grad`: the classes here have bodies of their own that ask `keeps_graph`;
-* layers are evaluated without gradients: `_trainable.ForwardFunction` enables them all the same;
-* chunks of a path integral are detached (`gradients.InSteps`);
-* hooks fire again in the backward pass: `_hooks.change_gradient` sets hooks that leave nothing behind.
+* They take gradients without ``create_graph``. `InnerGradients` adds it to every inner `torch.autograd.grad`.
+* Their methods run under `torch.no_grad`. The classes of this package have their own methods, which call `keeps_graph`.
+* They evaluate layers without gradients. `_trainable.ForwardFunction` enables gradients.
+* They detach the chunks of a path integral. `gradients.InSteps` keeps the graph of each chunk.
+* Their hooks fire again in the backward pass of a loss. `_hooks.change_gradient` sets hooks that can be removed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from captum_idexpo._core.memory import leaves_of
 from captum_idexpo._core.modes import module_of, no_graph, no_weights_left
 
 Computation = Callable[[Any], Any]
-"""inputs -> attribution: a tensor, or tuples and lists of them."""
+"""inputs -> attribution: a tensor, or tuples and lists of tensors."""
 
 _outer: ContextVar[InnerGradients | None] = ContextVar("_outer", default=None)
 
 
 class InnerGradients(TorchFunctionMode):
-    """While active, gradients that attributions take keep their graph; those a forward function takes are its own."""
+    """A mode in which gradients that Captum takes keep their graph.
+
+    Gradients that the model or the forward function takes are not changed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class InnerGradients(TorchFunctionMode):
         self.made_leaves: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Passes everything on, gradients with ``create_graph=True``."""
+        """Call the function; add ``create_graph=True`` if Captum calls `torch.autograd.grad`."""
         kwargs = kwargs or {}
         if func is torch.autograd.grad and _called_by_captum():
             self.outputs.extend(_tensors(args[0]))
@@ -52,14 +55,17 @@ class InnerGradients(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def anchor(self, attribution: Any) -> Tensor | None:
-        """An output, or a part of the attribution, that something trainable reaches; None if there is none."""
+        """Return an output, or a tensor of the attribution, that depends on a trainable leaf; None if there is none."""
         candidates = [*self.outputs, *_tensors(attribution)]
         return next((tensor for tensor in candidates if depends_on_leaf(tensor, except_for=self.made_leaves)), None)
 
 
 @contextmanager
 def on_its_own() -> Iterator[None]:
-    """Inside, attributions are nobody's part: those that a model's forward function asks for, for example."""
+    """Treat attributions inside as independent calls, not as parts of another attribution.
+
+    Example: a model's forward function that computes an attribution itself.
+    """
     token = _outer.set(None)
     try:
         yield
@@ -68,12 +74,15 @@ def on_its_own() -> Iterator[None]:
 
 
 def keeps_graph() -> bool:
-    """Whether the attribution that is being computed, or the one that it is a part of, is to have a graph."""
+    """Return True if the attribution being computed, or the one that it is a part of, must have a graph."""
     return _outer.get() is not None
 
 
 def note_output(output: Tensor) -> None:
-    """Tells what is being computed of an output, which may turn out to have no part in the attribution."""
+    """Record an output as a candidate for the anchor of the graph.
+
+    The attribution may not depend on this output.
+    """
     outer = _outer.get()
     if outer is not None:
         outer.outputs.append(output)
@@ -88,15 +97,15 @@ def by_gradients(
     of_inputs: bool = False,
     with_delta: bool = False,
 ) -> Any:
-    """An attribution that takes gradients inside, attached to the graph of the model's parameters or detached.
+    """Return an attribution that takes gradients, attached to the graph of the model's parameters or detached.
 
     Args:
-        explainer: the attribution, for its name and its forward function.
-        compute: what computes it.
-        inputs: the user's; neither their ``requires_grad`` nor their ``grad`` is touched.
-        create_graph: attach or detach.
-        of_inputs: gradients are taken with respect to these very inputs.
-        with_delta: the attribution is followed by its convergence delta, a figure to look at, always detached.
+        explainer: the attribution. Its name and its forward function are used.
+        compute: computes the attribution of inputs.
+        inputs: the user's inputs. Their ``requires_grad`` and ``grad`` are not changed.
+        create_graph: attach the attribution to the graph; else detach it.
+        of_inputs: gradients are taken with respect to the inputs themselves.
+        with_delta: `compute` returns a pair of the attribution and the convergence delta. The delta is detached.
 
     Raises:
         RuntimeError: create_graph where no graph can exist; under `torch.inference_mode`.
@@ -106,10 +115,10 @@ def by_gradients(
             f"{type(explainer).__name__} takes gradients inside, which torch.inference_mode() forbids: use "
             "torch.no_grad() instead."
         )
-    if keeps_graph():  # a part of another attribution, which sees to the graph of all
+    if keeps_graph():  # this is a part of another attribution, which attaches the result to the graph
         return compute(_copies(inputs, of_inputs))
     if not create_graph:
-        with no_weights_left():  # parts of it may be computed under torch.no_grad
+        with no_weights_left():  # parts of the attribution may be computed under torch.no_grad
             return _map(compute(_copies(inputs, of_inputs, detached=True)), Tensor.detach)
     computed = _with_graph(explainer, lambda given: compute(_copies(given, of_inputs)), inputs)
     if with_delta:
@@ -119,9 +128,12 @@ def by_gradients(
 
 
 def by_outputs(explainer: Attribution, compute: Computation, inputs: Tensors, create_graph: bool) -> Any:
-    """An attribution made of outputs alone, attached to the graph of the model's parameters or detached.
+    """Return an attribution made of outputs alone, attached to the graph of the model's parameters or detached.
 
-    `compute` runs with gradients enabled or disabled accordingly. Arguments and errors as for `by_gradients`.
+    `compute` runs with gradients enabled if a graph is needed, else disabled. For the arguments see `by_gradients`.
+
+    Raises:
+        RuntimeError: create_graph where no graph can exist.
     """
 
     def of_copies(inputs: Tensors) -> Any:
@@ -137,7 +149,7 @@ def by_outputs(explainer: Attribution, compute: Computation, inputs: Tensors, cr
 
 
 def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors) -> Any:
-    """What `compute` gives with everything it takes on the way keeping its graph; RuntimeError where there is none."""
+    """Return the result of `compute` with its graph; raise RuntimeError if there is no graph."""
     name = type(explainer).__name__
     require_gradients_enabled(name)
     with _keeping() as inner, twice_differentiable(explainer):
@@ -150,7 +162,7 @@ def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors) -
 
 @contextmanager
 def twice_differentiable(explainer: Attribution) -> Iterator[None]:
-    """Chooses kernels with a double backward: the mathematical one of attention; not cuDNN's of recurrent layers."""
+    """Choose kernels that have a double backward: math attention, and recurrent layers without cuDNN."""
     modules = (module_of(explainer.forward_func), getattr(explainer, "layer", None))
     recurrent = any(
         isinstance(part, nn.RNNBase) for module in modules if isinstance(module, nn.Module) for part in module.modules()
@@ -161,12 +173,12 @@ def twice_differentiable(explainer: Attribution) -> Iterator[None]:
 
 
 def asks_for_graph(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> bool:
-    """Whether a graph is asked for in our spelling or in Captum's, ``grad_kwargs={"create_graph": True}``."""
+    """Return True if ``create_graph`` or Captum's ``grad_kwargs={"create_graph": True}`` asks for a graph."""
     return create_graph or bool((grad_kwargs or {}).get("create_graph"))
 
 
 def require_gradients_enabled(name: str) -> None:
-    """Raises where the ambient mode would cut the graph of everything computed."""
+    """Raise RuntimeError under `torch.inference_mode` or `torch.no_grad`, where no graph is kept."""
     mode = None
     if torch.is_inference_mode_enabled():
         mode = "torch.inference_mode()"
@@ -180,7 +192,7 @@ def require_gradients_enabled(name: str) -> None:
 
 
 def no_graph_error(name: str) -> RuntimeError:
-    """The error for an output that depends on nothing which requires gradient."""
+    """Return the error for an output that depends on nothing that requires gradient."""
     return RuntimeError(
         f"{name}.attribute(create_graph=True): the forward function's output depends on nothing that requires "
         "gradient, so the attribution can have no graph. Unfreeze a parameter (`model.requires_grad_(True)`), pass "
@@ -189,7 +201,7 @@ def no_graph_error(name: str) -> RuntimeError:
 
 
 def depends_on_leaf(tensor: Tensor, *, except_for: list[Tensor]) -> bool:
-    """Whether a tensor's graph reaches a leaf other than those given."""
+    """Return True if a tensor's graph reaches a leaf that is not in ``except_for``."""
     return any(all(leaf is not other for other in except_for) for leaf in leaves_of(tensor))
 
 
@@ -205,11 +217,12 @@ def _keeping() -> Iterator[InnerGradients]:
 
 
 def _copies(inputs: Tensors, require_gradient: bool, detached: bool = False) -> Any:
-    """Return the same values as new tensors.
+    """Return the inputs' values as new tensors.
 
-    Captum switches ``requires_grad`` of the tensors that it is given, and a forward function may write into them.
+    Captum changes ``requires_grad`` of its inputs, and a forward function may write into them.
     """
-    copies: dict[int, Tensor] = {}  # a tensor given twice is one tensor, whose gradient is the sum
+    # A tensor that is passed twice gets one copy, so that its gradient is the sum over both uses.
+    copies: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
         if id(tensor) in copies:
@@ -217,7 +230,7 @@ def _copies(inputs: Tensors, require_gradient: bool, detached: bool = False) -> 
         if tensor.requires_grad and not detached:
             new = tensor.clone()
         else:
-            new = tensor.detach().clone()  # no inference tensor any more, in which there are no gradients
+            new = tensor.detach().clone()  # a copy of an inference tensor is a normal tensor, which can have gradients
             can_require = new.is_floating_point() or new.is_complex()
             new = new.requires_grad_() if require_gradient and can_require else new
         copies[id(tensor)] = new
@@ -227,7 +240,10 @@ def _copies(inputs: Tensors, require_gradient: bool, detached: bool = False) -> 
 
 
 def _attached(attribution: Any, anchor: Tensor) -> Any:
-    """The same values, attached with a zero gradient where nothing trainable moves them (a linear model's slope)."""
+    """Return the same values; attach tensors without a graph to the anchor, with gradient zero.
+
+    Example: the slope of a linear model does not depend on the inputs.
+    """
 
     def attach(tensor: Tensor) -> Tensor:
         if tensor.requires_grad or not tensor.is_floating_point():
@@ -241,14 +257,14 @@ def _attached(attribution: Any, anchor: Tensor) -> Any:
 def _map(values: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(values, Tensor):
         return function(values)
-    if isinstance(values, tuple):  # named or not, as in Captum
+    if isinstance(values, tuple):  # a named tuple becomes a plain one, as in Captum
         return tuple(_map(value, function) for value in values)
     return [_map(value, function) for value in values] if isinstance(values, list) else values
 
 
 def _called_by_captum() -> bool:
-    """Return True if torch was called by Captum itself, not by a model in between."""
-    packages = (name.partition(".")[0] for name in calling_modules()[1:])  # behind the mode's own function
+    """Return True if Captum called torch directly, not through a model."""
+    packages = (name.partition(".")[0] for name in calling_modules()[1:])  # the first is this mode's own function
     return next((package for package in packages if package != "torch"), None) == "captum"
 
 

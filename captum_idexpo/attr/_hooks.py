@@ -1,4 +1,4 @@
-"""Rules that change the gradients of modules during one call."""
+"""Hooks that change the gradients of modules during one call."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from torch import Tensor, nn
 
 Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(module, gradient with respect to its input, that with respect to its output) -> the input's changed gradient."""
+"""(module, gradient with respect to its input, gradient with respect to its output) -> new gradient of its input."""
 
 
 def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
-    """Let a rule change the gradient of a module, until the handles are removed.
+    """Apply a rule to the gradient of a module, until the handles are removed.
 
-    The module's input and output are copied, so that rules of modules that follow each other do not meet in one tensor.
-    A module that works in place writes into its caller's tensor all the same. Removed handles leave nothing in the
-    graph: the backward pass of a loss is not changed.
+    The module's input and output are copied, so that two consecutive modules do not hook the same tensor. A module
+    that works in place still writes into its caller's tensor. After the handles are removed, the backward pass of a
+    loss is not changed.
 
     Args:
-        module: takes one tensor and returns one.
-        rule: changes its gradient.
-        handles: gets the hooks' handles, those of tensors among them, when the module is called.
+        module: a module that takes one tensor and returns one.
+        rule: computes the new gradient.
+        handles: the hooks' handles are appended here. Each call of the module appends the handles of tensor hooks.
     """
-    calls: list[_Call] = []  # of the module that have begun
+    calls: list[_Call] = []  # calls that have begun and not ended
 
     def enter(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         call = _Call(arguments[0] if arguments else None)
@@ -51,7 +51,7 @@ def change_gradient(module: nn.Module, rule: Rule, handles: list[Any]) -> None:
 
 
 class _Call:
-    """A call of a module: what it was given, the copy of that, and the gradient of its output."""
+    """A call of a module: its input, the copy of its input, and the gradient with respect to its output."""
 
     def __init__(self, given: object) -> None:
         self.given = given

@@ -1,4 +1,4 @@
-"""What a perturbation method explains: a batch, masked in terms of its features, and the samples drawn of it."""
+"""The batch that LIME or KernelSHAP explains, with its features and baselines, and the masks drawn for it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo.attr._graph import no_graph_error
 from captum_idexpo.attr.surrogates import Lasso, Surrogate
 
-_VALUES_AT_ONCE = 2**22  # of masks as numbers, or of Gram matrices
+_VALUES_AT_ONCE = 2**22  # upper bound on the values of masks as numbers, or of Gram matrices, held at once
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What one call of LIME or KernelSHAP explains: a batch, in terms of the features that baselines mask.
+    """The batch that one call of LIME or KernelSHAP explains, with its features and baselines.
 
     Attributes:
         masked: inputs, baselines and the layout of the features.
-        is_tuple: the user passed a tuple of tensors.
-        ragged: which tensors have another leading size than the batch (the token ids of a single example, or an empty
-            tensor). They are kept as one example ``(1, n, ...)`` and reach the forward function as ``(n, ...)``.
-        joint: the forward function returns one value for the whole batch, which then counts as a single example.
+        is_tuple: True if the user passed a tuple of tensors.
+        ragged: per tensor, True if its leading size differs from the batch size (the token ids of a single example, or
+            an empty tensor). Such a tensor is stored as one example ``(1, n, ...)``; the forward function gets
+            ``(n, ...)``.
+        joint: True if the forward function returns one value for the whole batch. The batch then counts as one example.
     """
 
     masked: MaskedInputs
@@ -46,8 +47,8 @@ class Problem:
 
         Raises:
             InputError: inputs, baselines and masks do not fit each other.
-            TypeError: feature masks that do not hold whole numbers.
-            InputTypeError: inputs that are no tensors.
+            TypeError: a feature mask does not hold whole numbers.
+            InputTypeError: an input is not a tensor.
         """
         tensors = as_tuple(inputs, "inputs")
         batch_size = len(tensors[0])
@@ -58,7 +59,7 @@ class Problem:
         ragged = tuple(len(tensor) != batch_size for tensor in tensors)
         if batch_size > 1 and any(tensor.numel() for tensor, odd in zip(tensors, ragged, strict=True) if odd):
             raise InputError(f"The input tensors have different batch sizes: {[tuple(t.shape) for t in tensors]}.")
-        # A batch's rows have the same positions. So have those of a ragged tensor, which is a single example.
+        # All rows of a batch have the same features. The rows of a ragged tensor, a single example, share them too.
         shapes = [torch.Size((1, *t.shape[1:])) if odd else t.shape[1:] for t, odd in zip(tensors, ragged, strict=True)]
         tensors = tuple(t[None] if odd else t for t, odd in zip(tensors, ragged, strict=True))
         by_position = feature_mask is None
@@ -98,17 +99,17 @@ class Problem:
     def sized_for(
         self, forward: BatchForward, perturbations_per_eval: int | None, share_masks: bool
     ) -> tuple[Problem, int]:
-        """Return the problem, joint or not, and the rows of one forward pass.
+        """Return the problem, with `joint` set, and the number of rows of one forward pass.
 
         Raises:
-            InputError: the rows of a forward pass influence each other, and are masked differently.
-            AssertionError: as Captum, where the output has neither one value per example nor one for the batch, or has
-                one for the batch and several copies are asked for at a time.
+            InputError: the rows of a forward pass influence each other, and they have different masks.
+            AssertionError: the output has neither one value per example nor one value for the batch. Or it has one
+                value for the batch, and perturbations_per_eval is greater than 1. Captum raises the same error.
         """
         if self.batch_size == 1 and perturbations_per_eval is not None:
             return self, perturbations_per_eval
         if any(odd and tensor.numel() for odd, tensor in zip(self.ragged, self.inputs, strict=True)):
-            return self, 1  # copies of token ids, put one after the other, may need offsets that only the user knows
+            return self, 1  # concatenated copies of token ids may need offsets, which only the user can compute
         max_rows = None if perturbations_per_eval is None else perturbations_per_eval * self.batch_size
         seen = look(
             forward.forward_func,
@@ -131,9 +132,9 @@ class Problem:
         return self, seen.max_rows
 
     def parts(self) -> list[tuple[Tensor, Problem]]:
-        """Return the examples by the number of features that they have: their numbers in the batch, and a problem each.
+        """Group the examples by their number of features; return the row indices and the problem of each group.
 
-        Empty if all examples have the same features.
+        The list is empty if all examples have the same features.
         """
         present = None if self.joint else self.layout.present()
         if present is None:
@@ -145,7 +146,7 @@ class Problem:
         ]
 
     def joined(self, parts: list[tuple[Tensor, Problem]], coefficients: list[Tensor]) -> Tensor:
-        """Return the parts' coefficients as ``(B, D)``, 0 for features that an example does not have."""
+        """Return the coefficients of the groups as ``(B, D)``, with 0 for features that an example does not have."""
         present = self.layout.present()
         if not parts or present is None:
             return coefficients[0]
@@ -174,12 +175,12 @@ class Problem:
         on_forward: Callable[[], object],
         memory: MemoryBudget | None,
     ) -> Tensor:
-        """Return the outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``, in the ambient gradient mode."""
-        # Copy by copy, as the rows of a forward pass.
+        """Return the outputs ``(B, M)`` on copies masked by ``(B or 1, M, D)``, in the current gradient mode."""
+        # The copies become the first axis, because the rows of a forward pass are ordered copy by copy.
         keep = (masks if masks.dtype == torch.bool else masks != 0).transpose(0, 1)
         dtypes, few = {tensor.dtype for tensor in self.inputs}, keep.numel() <= _VALUES_AT_ONCE
         if keep.shape[1] == 1 and few and len(dtypes) == 1:
-            keep = as_numbers(keep, *dtypes)  # masks for all examples once, not once a chunk
+            keep = as_numbers(keep, *dtypes)  # convert shared masks once instead of once per chunk
         everyone = slice(None)
 
         def perturb(examples: slice, copies: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -214,15 +215,15 @@ class Problem:
         return outputs
 
     def plain_inputs(self) -> tuple[Tensor, ...]:
-        """Return the batch's tensors as copies, into which a forward function may write."""
+        """Return copies of the batch's tensors, because a forward function may write into its inputs."""
         return self._rows(repeated_rows(self.inputs))
 
     def for_user(self, values: tuple[Any, ...]) -> Any:
-        """Return values, one per tensor, in the form of the user's inputs: a tuple, or a single value."""
+        """Return the values, one per tensor, as a tuple if the user passed a tuple, else as a single value."""
         return values if self.is_tuple else values[0]
 
     def _rows(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return rows as the forward function knows them."""
+        """Return rows in the shapes that the forward function expects: ragged tensors without the batch axis."""
         return tuple(row.flatten(0, 1) if odd else row for row, odd in zip(rows, self.ragged, strict=True))
 
     def _number(self, output: object) -> Tensor:
@@ -230,7 +231,7 @@ class Problem:
         return torch.tensor([output], dtype=dtype, device=self.device)
 
     def attribution(self, coefficients: Tensor) -> Any:
-        """Return each feature's coefficient at each of its positions."""
+        """Return tensors of the inputs' shape that hold the coefficient of each location's feature."""
         first = slice(0, 1) if self.joint else slice(None)
         spread = self.layout.spread(coefficients[None], first)
         attributions = tuple(
@@ -240,7 +241,7 @@ class Problem:
         return self.for_user(self._rows(tuple(values.contiguous() for values in attributions)))
 
     def example(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """Return one example's inputs and keyword arguments, as Captum hands them to a user's function."""
+        """Return one example's inputs and keyword arguments, in the form that Captum passes to a user's function."""
 
         def select(values: tuple[Any, ...]) -> Any:
             chosen = tuple(
@@ -260,13 +261,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Samples:
-    """Masks and what is fitted to the outputs on them.
+    """Masks with their weights, to which a surrogate is fitted.
 
     Attributes:
         masks: ``(B or 1, M, D)``.
-        weights: ``(B or 1, M)``; None: all 1.
-        lengths: how many masks of each example count, the first ones; None: all.
-        surrogate: what is fitted in place of the surrogate that the user chose; None: that one.
+        weights: ``(B or 1, M)``; None: all weights are 1.
+        lengths: per example, only this many leading masks are used; None: all masks are used.
+        surrogate: replaces the surrogate that the user chose; None: the user's surrogate is fitted.
     """
 
     masks: Tensor
@@ -276,11 +277,11 @@ class Samples:
 
     @property
     def n(self) -> int:
-        """Samples of an example, at most."""
+        """The largest number of samples of an example."""
         return self.masks.shape[1]
 
     def weighted(self, weights: Tensor) -> Samples:
-        """The same masks with other weights."""
+        """Return the same masks with other weights."""
         return dataclasses.replace(self, weights=weights)
 
     def fit(self, surrogate: Surrogate, outputs: Tensor) -> Tensor:
@@ -292,10 +293,10 @@ class Samples:
         if self.lengths is not None and min(self.lengths) < max(self.lengths):
             parts = [(slice(index, index + 1), slice(length)) for index, length in enumerate(self.lengths)]
             return torch.cat([surrogate.solve(self.masks[at], outputs[at], weights[at]) for at in parts])
-        # Systems are copies of the masks in double precision, and their Gram matrices: of large ones a few at a time.
+        # A solve copies the masks to double precision and builds Gram matrices. Large systems are solved in blocks.
         n_features = self.masks.shape[2]
         at_once = max(1, _VALUES_AT_ONCE // max(1, max(self.n, n_features) * n_features))
-        # A Lasso's active set makes a system of each example's, whatever they share.
+        # A Lasso has an active set, and so a system, per example, even if the masks and weights are shared.
         one_system = len(self.masks) == len(weights) == 1 and not isinstance(surrogate, Lasso)
         if one_system or len(outputs) <= at_once:
             return surrogate.solve(self.masks, outputs, weights)
@@ -309,7 +310,7 @@ class Samples:
 
 def _check_weights(weights: Tensor) -> None:
     totals = weights.sum(dim=1).tolist()
-    if not (all(map(math.isfinite, totals)) or all_finite(weights)):  # a sum may overflow
+    if not (all(map(math.isfinite, totals)) or all_finite(weights)):  # a sum of finite weights may overflow
         raise NonFiniteError("The similarity function returned a value that is not finite.")
     if weights.amin().item() < 0:
         raise ValueError("The similarity function returned a negative value: weights must be zero or positive.")

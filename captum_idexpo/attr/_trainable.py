@@ -1,8 +1,8 @@
-"""Classes of Captum with a graph into the model's weights: what they share.
+"""The base class of Captum's classes with a graph to the model's weights, and its helpers.
 
-A class that is a `Trainable` and a class of Captum gets its ``attribute`` written: Captum's arguments and a
-keyword-only ``create_graph``. It runs Captum's computation on a copy of the explainer that lives for one call. That
-copy has a forward function of its own (`ForwardFunction`), and for a layer a `Tap`.
+A subclass of `Trainable` and of a class of Captum gets a generated ``attribute`` method. The method has Captum's
+arguments and the keyword-only ``create_graph``. It runs Captum's computation on a copy of the explainer that exists
+for one call. The copy wraps the forward function in a `ForwardFunction`, and each layer in a `Tap`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from captum_idexpo._core.targets import captum_target, require_tensor
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, on_its_own
 
 TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
-"""Tensor in, tensor out; tuple in, tuple out."""
+"""A tensor or a tuple of tensors; the result has the same form as the input."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Self = TypeVar("Self", bound="Trainable")
@@ -65,10 +65,10 @@ PARAMETERS = {
     "verbose": "print what rule each layer has.",
     "create_graph": "attach the attribution to the model's graph; else it is detached.",
 }
-"""What an argument of ``attribute`` means, in every class that does not say otherwise."""
+"""Descriptions of the arguments of ``attribute``, unless a class has its own in `_parameters`."""
 
 _ANNOTATIONS = {"create_graph": bool, "internal_batch_size": int | None}
-"""Of the arguments that Captum's methods lack."""
+"""Annotations of the arguments that Captum's methods lack."""
 
 _RAISES = """RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
 ValueError: an empty batch; inputs and baselines that do not fit each other.
@@ -77,20 +77,21 @@ AssertionError, IndexError: as Captum, on arguments that do not fit."""
 
 
 class Trainable:
-    """Adds ``create_graph`` to a class of Captum.
+    """Base class that adds ``create_graph`` to a class of Captum.
 
-    A subclass says in which way it differs from the others:
+    Subclasses set these attributes:
 
     Attributes:
-        _summary: what ``attribute`` returns, the first lines of its documentation.
-        _returns: the shape and type of it.
-        _parameters: what arguments mean, where it is not what `PARAMETERS` says.
-        _defaults: of arguments, where they are not Captum's.
+        _summary: the first lines of the docstring of ``attribute``: what it returns.
+        _returns: the shape and type of the result.
+        _parameters: descriptions of arguments that differ from `PARAMETERS`.
+        _defaults: defaults of arguments that differ from Captum's.
         _more: keyword-only arguments that Captum's method lacks, with their defaults.
-        _modules_only: it changes modules, so it explains no functions.
-        _by_gradients: it takes gradients; else it is made of outputs alone.
-        _of_inputs: gradients are taken with respect to the inputs themselves.
-        _between_inputs: they are taken at points between the inputs and others, which are no integers.
+        _modules_only: True if the class changes modules; it then accepts only a `torch.nn.Module`.
+        _by_gradients: True if the class takes gradients; False if it uses only outputs.
+        _of_inputs: True if gradients are taken with respect to the inputs themselves.
+        _between_inputs: True if gradients are taken at points between the inputs and other points, which needs inputs
+            that are not integers.
     """
 
     _summary: ClassVar[str] = ""
@@ -108,13 +109,13 @@ class Trainable:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_summary" not in vars(cls):
-            return  # what several classes share, and the classes of users
+            return  # a base class of several classes, or a user's class
         cls.__init__ = _checking(cls.__init__, cls._modules_only)  # type: ignore[method-assign]
         if "attribute" not in vars(cls):
             cls.attribute = _written(cls)  # type: ignore[attr-defined]
 
     def _explain(self, inputs: Tensors, create_graph: bool, arguments: dict[str, Any]) -> Any:
-        """Return the attribution for arguments that have been read: attached or detached."""
+        """Return the attribution, attached or detached, for arguments that `_read` has converted."""
         create_graph = asks_for_graph(create_graph, arguments.get("grad_kwargs"))
         self._refuse(create_graph)
 
@@ -133,7 +134,7 @@ class Trainable:
         return by_gradients(self, compute, inputs, create_graph, of_inputs=self._of_inputs, with_delta=delta)
 
     def _read(self, arguments: dict[str, Any]) -> None:
-        """Check arguments, and bring them into the forms that Captum knows."""
+        """Check the arguments and convert them in place to the forms that Captum accepts."""
         tensors = read_inputs(arguments["inputs"])
         if self._of_inputs and not _are_numbers(tensors):
             raise self._no_gradient(tensors)
@@ -149,34 +150,34 @@ class Trainable:
         )
 
     def _refuse(self, create_graph: bool) -> None:
-        """Raise an error where this explainer can have no graph."""
+        """Raise an error if a graph is asked for and this explainer cannot have one."""
 
     @contextmanager
     def _one_call(self: Self, arguments: dict[str, Any]) -> Iterator[Self]:
-        """Yield a copy of this explainer that lives for one call."""
+        """Yield a copy of this explainer that exists for one call."""
         explainer = copy.copy(self)
         taps = explainer._tapped(arguments)
         explainer.forward_func = ForwardFunction.of(self.forward_func, *taps, check=self._output_check(arguments))
         yield explainer
 
     def _output_check(self, arguments: dict[str, Any]) -> Callable[[Any], None]:
-        """Return what raises an error for an output from which these arguments choose nothing."""
+        """Return a function that raises an error for an output that does not fit these arguments."""
         if "target" not in arguments:
             return lambda _output: None
         chooses = arguments["target"] is not None or not self._by_gradients
         return require_tensor if chooses else require_number_per_row
 
     def _tapped(self, arguments: dict[str, Any]) -> tuple[Tap, ...]:
-        """Put taps in place of this explainer's layers, if it explains any, and return them."""
+        """Replace this explainer's layers, if it has any, by taps, and return the taps."""
         return ()
 
     def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
-        """Captum's computation."""
+        """Run Captum's computation."""
         return captums_method(type(self))(self, inputs, **arguments)
 
 
 def _checking(init: Callable[..., None], modules_only: bool) -> Callable[..., None]:
-    """Let a constructor check that a layer is one, and a model, too, if it has to be a module."""
+    """Wrap a constructor: check that the layer and, if ``modules_only``, the model are modules."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -198,12 +199,12 @@ def captums_method(cls: type) -> Callable[..., Any]:
 
 
 def _are_numbers(inputs: Tensors) -> bool:
-    """Return True if inputs can have gradients."""
+    """Return True if all inputs are floating point or complex, so that they can have gradients."""
     return all(tensor.is_floating_point() or tensor.is_complex() for tensor in as_tuple(inputs, "inputs"))
 
 
 def require_number_per_row(output: object) -> None:
-    """Raise an error unless each row of an output is a single number, for there is no target."""
+    """Raise an error unless each row of the output is a single number, which is necessary without a target."""
     require_tensor(output)
     if isinstance(output, Tensor) and output.dim() and len(output) and output[0].numel() != 1:
         raise InputError(
@@ -214,7 +215,7 @@ def require_number_per_row(output: object) -> None:
 
 
 def _written(cls: type[Trainable]) -> Callable[..., Any]:
-    """Write the ``attribute`` of a class: Captum's signature, the class's own arguments, ``create_graph``."""
+    """Return the ``attribute`` method of a class: Captum's arguments, the arguments in `_more`, ``create_graph``."""
     captums = inspect.signature(captums_method(cls))
     keyword_only = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_ANNOTATIONS[name])
@@ -248,7 +249,7 @@ def _written(cls: type[Trainable]) -> Callable[..., Any]:
 
 
 def documented(summary: str, signature: inspect.Signature, parameters: dict[str, str], returns: str) -> str:
-    """Return the documentation of a method with this signature."""
+    """Return the docstring of a method with this signature."""
     texts = {**PARAMETERS, **parameters}
     lines = [f"{name}: {texts[name]}" for name in signature.parameters if name != "self"]
 
@@ -266,9 +267,9 @@ def documented(summary: str, signature: inspect.Signature, parameters: dict[str,
 
 
 def logged(method: Method) -> Method:
-    """Make a public ``attribute``: it logs calls as Captum's own do, and is no part of another attribution.
+    """Return a public ``attribute`` method that logs its calls like Captum's and is an independent attribution.
 
-    What is part of another attribution is called through the ``__wrapped__`` that this leaves, as Captum does.
+    An attribution that is a part of another one is called through ``__wrapped__``, as in Captum; see `part`.
     """
     log: Any = log_usage(part_of_slo=True)(method)
 
@@ -281,13 +282,13 @@ def logged(method: Method) -> Method:
 
 
 def part(explainer: type) -> Callable[..., Any]:
-    """Return the ``attribute`` of a class as a part of another attribution: (explainer, inputs, ...) -> attribution."""
+    """Return the ``attribute`` of a class for use in another attribution: (explainer, inputs, ...) -> attribution."""
     attribute: Callable[..., Any] = explainer.attribute.__wrapped__  # type: ignore[attr-defined]
     return attribute
 
 
 def require_trainable(explainer: Attribution) -> set[str]:
-    """Return the names that ``explainer.attribute`` takes; TypeError if ``create_graph`` is not one of them."""
+    """Return the argument names of ``explainer.attribute``; raise TypeError if ``create_graph`` is not one of them."""
     names = set(inspect.signature(explainer.attribute).parameters)
     if "create_graph" not in names:
         name = type(explainer).__name__
@@ -299,11 +300,11 @@ def require_trainable(explainer: Attribution) -> set[str]:
 
 
 def read_inputs(inputs: Tensors) -> tuple[Tensor, ...]:
-    """Return the inputs' tensors.
+    """Return the inputs as a tuple of tensors.
 
     Raises:
-        InputTypeError: something else than tensors.
-        InputError: an empty batch.
+        InputTypeError: an input is not a tensor.
+        InputError: the batch is empty.
     """
     tensors = as_tuple(inputs, "inputs")
     if not tensors or not tensors[0].dim() or not len(tensors[0]):
@@ -312,15 +313,15 @@ def read_inputs(inputs: Tensors) -> tuple[Tensor, ...]:
 
 
 class ForwardFunction:
-    """A forward function during one call of an explainer.
+    """A wrapper of the user's forward function for one call of an explainer.
 
-    It hands out copies of the inputs, since the function may write into them. If a graph is to be kept, gradients are
-    enabled wherever Captum calls it.
+    It passes copies of the inputs, because the function may write into them. If a graph is needed, it enables
+    gradients, also where Captum disables them.
 
     Args:
-        forward_func: the user's.
-        taps: stand for layers; each layer has to be called once in a forward pass.
-        check: raises an error for an output that will not do.
+        forward_func: the user's forward function.
+        taps: replace layers. Each of these layers must be called exactly once in a forward pass.
+        check: raises an error for an invalid output.
     """
 
     def __init__(
@@ -332,18 +333,18 @@ class ForwardFunction:
         self._forward_func = forward_func
         self._taps = taps
         self._check = check
-        if hasattr(forward_func, "device_ids"):  # DataParallel, which Captum asks
+        if hasattr(forward_func, "device_ids"):  # Captum reads this attribute of a DataParallel
             self.device_ids = forward_func.device_ids
 
     @classmethod
     def of(cls, forward_func: Callable[..., Any], *taps: Tap, check: Callable[[Any], None]) -> Callable[..., Any]:
-        """Return such a function; one that is such a function already is returned as it is."""
+        """Wrap a forward function; return an instance of this class unchanged."""
         if isinstance(forward_func, cls):
             return forward_func
         return cls(forward_func, taps, check)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return the output."""
+        """Return the output of the forward function."""
         with ExitStack() as stack:
             if keeps_graph():
                 stack.enter_context(torch.enable_grad())
@@ -358,33 +359,33 @@ class ForwardFunction:
 
 
 class Tap(nn.Module):
-    """Stands for a layer during one call: the tensors of the layer's output, or input, go through this module.
+    """A module that replaces a layer during one call: the tensors of the layer's output or input pass through it.
 
-    Captum hooks it in place of the layer. The layer may have a tensor, or a flat tuple or list of tensors, numbers and
-    None; of these the tensors are explained.
+    Captum hooks this module instead of the layer. The layer's output or input may be a tensor, or a flat tuple or list
+    of tensors, numbers, strings and None. Only its tensors are explained.
 
     Args:
         layer: the user's module.
-        its_input: explain the layer's input.
-        hands_on_copies: what follows the layer gets copies, since it may work in place.
+        its_input: use the layer's input instead of its output.
+        hands_on_copies: pass copies on to the rest of the model, because the next operation may work in place.
     """
 
     def __init__(self, layer: nn.Module, its_input: bool, hands_on_copies: bool = False) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # no submodule
+        self.__dict__["layer"] = layer  # an assignment would register the layer as a submodule
         self._its_input = its_input
         self._hands_on_copies = hands_on_copies
         self._calls = Counter[torch.device]()
         self.replacement: tuple[Tensor, ...] | None = None
-        """Tensors that take the place of the layer's."""
+        """Tensors that replace the layer's tensors; None: the layer's tensors are kept."""
 
     def forward(self, *tensors: Tensor) -> Any:
-        """Return the tensors, a single one by itself."""
+        """Return the tensors as a tuple, or a single tensor."""
         return tensors if len(tensors) > 1 else tensors[0]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the layer's tensors go through this module."""
+        """Hook the layer, so that its tensors pass through this module inside the context."""
         layer: nn.Module = self.__dict__["layer"]
         if self._its_input:
             handle = layer.register_forward_pre_hook(lambda _module, arguments: self._through(arguments))
@@ -399,7 +400,7 @@ class Tap(nn.Module):
         entries = list(value) if isinstance(value, (tuple, list)) else [value]
         self._require_flat(entries)
         places = [place for place, entry in enumerate(entries) if isinstance(entry, Tensor)]
-        self._calls[entries[places[0]].device] += 1  # a DataParallel calls it on each device
+        self._calls[entries[places[0]].device] += 1  # a DataParallel calls the layer once on each device
         passed = self(*(entries[place] for place in places)) if self.replacement is None else self.replacement
         passed = passed if isinstance(passed, (tuple, list)) else (passed,)
         for place, tensor in zip(places, passed, strict=True):
@@ -424,7 +425,7 @@ class Tap(nn.Module):
 
     @contextmanager
     def called_once(self) -> Iterator[None]:
-        """Raise InputError unless the layer is called once inside, on each device."""
+        """Raise InputError unless the layer is called exactly once on each device inside the context."""
         self._calls.clear()
         yield
         layer = type(self.__dict__["layer"]).__name__
@@ -442,7 +443,7 @@ class Tap(nn.Module):
 
 
 def require_layer(layer: object) -> None:
-    """Raise InputTypeError if a layer, or one of a list, is no module."""
+    """Raise InputTypeError if the layer, or one layer of a list, is not a module."""
     for single in layer if isinstance(layer, list) else [layer]:
         if not isinstance(single, nn.Module):
             given = f"the name {single!r}" if isinstance(single, str) else type(single).__name__
@@ -452,7 +453,7 @@ def require_layer(layer: object) -> None:
 
 
 def require_module(model: object, name: str) -> None:
-    """Raise InputTypeError if an explainer that changes modules is given something else."""
+    """Raise InputTypeError if the model of an explainer that changes modules is not a module."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(
             f"{name} changes the gradients of a model's modules, so it needs a torch.nn.Module, given: "

@@ -1,4 +1,4 @@
-"""Attributions made of outputs on perturbed inputs, feature by feature, trainable."""
+"""Trainable attributions from outputs on perturbed inputs: ablation, permutation and occlusion."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _WINDOWS_AT_ONCE = 256
 
 
 class BatchOutputs:
-    """The outputs that an ablation compares: those on the batch, and those on perturbed copies of it.
+    """The outputs that an ablation compares: the output on the batch and the outputs on perturbed copies.
 
     Args:
-        explainer: the attribution, for its name and its forward function.
+        explainer: the attribution. Its name and its forward function are used.
         inputs: a tensor ``(B, ...)`` or a tuple of them.
-        target: which output is explained.
+        target: index of the output to explain.
         additional_forward_args: passed to the forward function after the inputs.
-        perturbations_per_eval: copies in one forward pass; None: chosen when they are evaluated.
+        perturbations_per_eval: copies in one forward pass; None: chosen in `on_copies`.
 
     Attributes:
         tensors: the inputs as a tuple.
-        plain: the output on them.
+        plain: the output on the inputs.
 
     Raises:
         AssertionError: as Captum, on arguments that do not fit.
@@ -69,7 +69,7 @@ class BatchOutputs:
         note_output(self.plain)
 
     def masked(self, baselines: object, feature_mask: object) -> MaskedInputs:
-        """Return the batch in terms of its features, with what replaces them; errors as for `FeatureAblation`."""
+        """Return the batch with its features and baselines; for the errors see `FeatureAblation`."""
         layout = FeatureLayout.of(feature_mask, self.tensors)
         return MaskedInputs(self.tensors, as_baselines(baselines, self.tensors), layout)
 
@@ -83,10 +83,10 @@ class BatchOutputs:
         """Return the outputs on perturbed copies, ``(n_copies, *plain.shape)``.
 
         Args:
-            perturb: makes the copies asked for, tensors ``(k, B, ...)``.
-            n_copies: copies to evaluate.
-            perturbed: the batch with every feature perturbed. Copies share forward passes if the outputs on the batch
-                are the same beside it as alone.
+            perturb: makes a slice of the copies, tensors ``(k, B, ...)``.
+            n_copies: number of copies to evaluate.
+            perturbed: the batch with every feature perturbed. Several copies share a forward pass if the outputs on the
+                batch do not change when `perturbed` is in the same forward pass.
             show_progress: show a progress bar over the forward passes.
         """
         at_a_time = self._at_a_time
@@ -103,10 +103,10 @@ class BatchOutputs:
             return evaluate_batches(self._evaluate, perturb, n_copies, at_a_time, self.plain, bar.update)
 
     def laid_out(self, values: Tensor, layout: FeatureLayout) -> tuple[Tensor, ...]:
-        """Return values ``(D, *plain.shape)`` at the positions of their features, ``(*plain.shape, *input.shape[1:])``.
+        """Spread values ``(D, *plain.shape)`` over their features' locations: ``(*plain.shape, *input.shape[1:])``.
 
         Raises:
-            InputError: a feature mask per example where the outputs are no examples'.
+            InputError: there is a feature mask per example, but the output has no row per example.
         """
         shape, n_examples = self.plain.shape, len(self.tensors[0])
         per_example = bool(shape) and shape[0] == n_examples
@@ -116,7 +116,7 @@ class BatchOutputs:
                 "example: give one mask for all, with a batch axis of size 1."
             )
         rest = shape[1:] if per_example else shape
-        # Sets of values in the order (further outputs, examples, features).
+        # The axes of `sets` are (further outputs, examples, features).
         n_sets = n_examples if per_example else 1
         sets = values.reshape(len(values), n_sets, math.prod(rest)).permute(2, 1, 0)
         laid_out = []
@@ -126,21 +126,21 @@ class BatchOutputs:
         return tuple(laid_out)
 
     def formatted(self, attributions: tuple[Tensor, ...]) -> Any:
-        """Return one attribution per tensor in the form of the user's inputs."""
+        """Return the attributions as a tuple if the user passed a tuple, else as a single tensor."""
         return attributions if self._is_tuple else attributions[0]
 
     def _evaluate(self, rows: tuple[Tensor, ...], n_copies: int) -> Tensor:
         output: Tensor = parse_forward_out(self._forward(rows, n_copies=n_copies))
         output = output if output.dim() else output[None]
-        return output.to(rows[0].device)  # a number of Python's is on the CPU
+        return output.to(rows[0].device)  # a Python number becomes a tensor on the CPU
 
 
 class FeatureAblation(captum.FeatureAblation):
-    """What the output loses when a feature is replaced by its baseline, `captum.attr.FeatureAblation`.
+    """Decrease of the output when a feature is replaced by its baseline, as `captum.attr.FeatureAblation`.
 
     Args:
-        forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``, of which the target
-            is explained, or one value for the whole batch.
+        forward_func: takes the inputs and the additional arguments. It returns outputs ``(B, ...)``, from which the
+            target is chosen, or one value for the whole batch.
 
     Example:
         >>> import torch
@@ -167,29 +167,30 @@ class FeatureAblation(captum.FeatureAblation):
         *,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """Return the output on the inputs minus that on the inputs with the feature replaced.
+        """Return the output on the inputs minus the output with the feature replaced.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
-            baselines: what stands in place of a feature: None (zero), a number, a tensor that broadcasts to the
-                inputs, or a tuple of these. A tensor with fewer axes than its input has no batch axis.
+            baselines: replaces a feature: None (zero), a number, a tensor that broadcasts to the inputs, or a tuple of
+                these. A tensor with fewer axes than its input has no batch axis.
             target: int, tensor (B,) or list: the output index to explain; None if there is one output per row.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
-                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
+            feature_mask: whole numbers; the locations of one feature have the same number. The mask has the inputs'
+                shape or broadcasts to it. For a tuple of inputs, a tuple of such tensors. None: every element is a
+                feature.
             perturbations_per_eval: features replaced in one forward pass, which then has this many times B rows.
                 None: chosen automatically; 1 if copies of the batch in one pass influence each other.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
 
         Returns:
-            Of the inputs' shape, tuple in, tuple out; without a target, one leading row per output. dtype of the
-            outputs.
+            A tensor of the inputs' shape, or a tuple for a tuple of inputs. Without a target, the first axis has one
+            row per output. The dtype is that of the outputs.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
-            ValueError: baselines or feature masks that do not fit the inputs.
-            TypeError: feature masks that do not hold whole numbers.
+            ValueError: baselines or feature masks do not fit the inputs.
+            TypeError: a feature mask does not hold whole numbers.
             AssertionError, IndexError: as Captum, on arguments that do not fit.
         """
 
@@ -209,14 +210,14 @@ class FeatureAblation(captum.FeatureAblation):
 
 
 class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
-    """What the output loses when a feature's values are exchanged among the examples, `captum.attr.FeaturePermutation`.
+    """Decrease of the output when a feature is permuted among the examples, as `captum.attr.FeaturePermutation`.
 
-    Permutation importance (Fisher et al. 2018, arXiv 1801.01489), per example. The same numbers as Captum's for the
-    same seed of torch's global generator and ``perturbations_per_eval=1``.
+    This is permutation importance (Fisher et al. 2018, arXiv 1801.01489), per example. The values equal Captum's for
+    the same seed of torch's global generator and ``perturbations_per_eval=1``.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
-        perm_func: (a tensor, where its feature lies) -> the tensor with the feature exchanged. None: by a random
+        perm_func: (tensor, boolean mask of the feature) -> the tensor with the feature permuted. None: a random
             permutation of the examples.
 
     Example:
@@ -231,7 +232,7 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
     ) -> None:
         captum.FeaturePermutation.__init__(self, forward_func, exchanged if perm_func is None else perm_func)
 
-    # FeatureAblation's baselines have no meaning here: Captum's signature lacks them.
+    # Unlike FeatureAblation, Captum's method has no positional `baselines`, so mypy reports an incompatible override.
     @logged
     def attribute(  # type: ignore[override]
         self,
@@ -246,13 +247,13 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
         baselines: object | None = None,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """Return the output on the inputs minus that with the feature exchanged.
+        """Return the output on the inputs minus the output with the feature permuted.
 
-        The arguments that are not listed here, the result and the errors are those of `FeatureAblation`.
+        For the other arguments, the result and the errors see `FeatureAblation`.
 
         Args:
             n_samples: permutations of each feature; the attribution is the mean over them.
-            baselines: accepted and not used, as in Captum.
+            baselines: ignored, as in Captum.
 
         Raises:
             ValueError: n_samples below 1.
@@ -266,7 +267,7 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
             regions = _exchangeable(layout, outputs.tensors) * n_samples
 
             def with_exchanged_features(chunk: slice) -> tuple[Tensor, ...]:
-                # Feature by feature, so that the random stream does not depend on the chunk size.
+                # Permutations are drawn one by one, so that the random numbers do not depend on the chunk size.
                 copies = [self._exchanged_in(outputs.tensors, *region) for region in regions[chunk]]
                 return tuple(map(torch.stack, zip(*copies, strict=True)))
 
@@ -293,10 +294,10 @@ class FeaturePermutation(FeatureAblation, captum.FeaturePermutation):
 
 
 def exchanged(tensor: Tensor, region: Tensor) -> Tensor:
-    """Exchange a region's values among the examples by a random permutation, drawn as Captum draws it.
+    """Permute a region's values among the examples at random, with the same random draws as Captum.
 
     Args:
-        tensor: ``(B, ...)``, of two or more examples.
+        tensor: ``(B, ...)`` with at least two examples.
         region: booleans that broadcast to the tensor.
     """
     in_order = torch.arange(len(tensor))
@@ -307,9 +308,9 @@ def exchanged(tensor: Tensor, region: Tensor) -> Tensor:
 
 
 def _exchangeable(layout: FeatureLayout, tensors: tuple[Tensor, ...]) -> list[tuple[int, tuple[Tensor | None, ...]]]:
-    """Return the features whose values can be exchanged, in Captum's order: tensor by tensor.
+    """Return the features that can be permuted among examples, in Captum's order: tensor by tensor.
 
-    Each is its number and, for each tensor, booleans where it lies (None: nowhere).
+    An entry holds the feature's number and, per tensor, its boolean mask (None: the feature is not in this tensor).
     """
     masks = layout.masks()
     numbers = [mask.unique().tolist() for mask in masks]
@@ -327,7 +328,7 @@ def _exchangeable(layout: FeatureLayout, tensors: tuple[Tensor, ...]) -> list[tu
 
 
 def _sheared(tensor: Tensor) -> Tensor:
-    """Move each element's values on by another number of examples."""
+    """Shift the values of element number c along the batch axis by c examples."""
     rows = torch.arange(len(tensor), device=tensor.device)[:, None]
     columns = torch.arange(tensor[:1].numel(), device=tensor.device)
     moved = tensor.reshape(len(tensor), len(columns))[(rows + columns) % max(1, len(tensor)), columns]
@@ -335,9 +336,9 @@ def _sheared(tensor: Tensor) -> Tensor:
 
 
 class Occlusion(captum.Occlusion, FeatureAblation):
-    """What the output loses when a window is covered (Zeiler, Fergus 2014, arXiv 1311.2901), `captum.attr.Occlusion`.
+    """Decrease of the output under a sliding window (Zeiler, Fergus 2014, arXiv 1311.2901), as `captum.attr.Occlusion`.
 
-    Unlike Captum's class, which averages in float32, it keeps the precision of the outputs.
+    Captum's class averages in float32. This class keeps the precision of the outputs.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -353,7 +354,7 @@ class Occlusion(captum.Occlusion, FeatureAblation):
         >>> map.square().sum().backward()
     """
 
-    # FeatureAblation's feature mask is the sliding window here, as in Captum.
+    # As in Captum, sliding windows replace FeatureAblation's feature mask, so mypy reports an incompatible override.
     @logged
     def attribute(  # type: ignore[override]
         self,
@@ -368,17 +369,18 @@ class Occlusion(captum.Occlusion, FeatureAblation):
         *,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """Return the mean, over the windows that cover an element, of what the output loses.
+        """Return, for each element, the mean decrease of the output over the windows that cover it.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
-            sliding_window_shapes: the window's shape without the batch axis; a tuple of them for several tensors.
-            strides: by how much the window moves, a number or one for each axis; a tuple of them for several tensors.
+            sliding_window_shapes: the window's shape without the batch axis; a tuple of shapes for several tensors.
+            strides: step of the window, a number or one per axis; a tuple of these for several tensors.
             baselines, target, additional_forward_args, perturbations_per_eval, show_progress, create_graph: as for
                 `FeatureAblation`.
 
         Returns:
-            Of the inputs' shape, tuple in, tuple out; dtype of the outputs, at least float32.
+            A tensor of the inputs' shape, or a tuple for a tuple of inputs. The dtype is that of the outputs, at least
+            float32.
 
         Raises:
             RuntimeError, AssertionError, IndexError: as for `FeatureAblation`.
@@ -404,12 +406,12 @@ class Occlusion(captum.Occlusion, FeatureAblation):
 
 
 class _Windows:
-    """The windows that slide over tensors, in Captum's order: tensor by tensor, along the first axis first.
+    """The sliding windows of all tensors, in Captum's order: tensor by tensor, along the first axis first.
 
     Args:
         tensors: the inputs.
-        shapes: the window of each tensor.
-        strides: how far it moves along each axis.
+        shapes: the window shape of each tensor.
+        strides: the step of the window along each axis.
 
     Raises:
         AssertionError: as Captum, on windows and strides that do not fit.
@@ -438,7 +440,7 @@ class _Windows:
         return math.ceil((full - size) / stride) + 1
 
     def __call__(self, chunk: slice) -> tuple[Tensor | None, ...]:
-        """Return for each tensor booleans ``(k, 1, ...)``, True under the window; None where it has none of them."""
+        """Return for each tensor booleans ``(k, 1, ...)``, True in the window; None if no window is in this tensor."""
         numbers = torch.arange(self.n)[chunk]
         starts = [0, *self._stops]
         return tuple(
@@ -462,7 +464,7 @@ class _Windows:
         return regions[:, None].to(tensor.device)
 
     def means(self, lost: Tensor) -> tuple[Tensor, ...]:
-        """Return the mean of losses ``(n, outputs)`` over an element's windows, ``(outputs, ...)`` for each tensor."""
+        """Average the windows' values ``(n, outputs)`` over each element's windows: ``(outputs, ...)`` per tensor."""
         sizes = [math.prod(tensor.shape[1:]) for tensor in self._tensors]
         sums = [lost.new_zeros(lost.shape[1], size) for size in sizes]
         covers = [lost.new_zeros(size) for size in sizes]

@@ -1,11 +1,11 @@
-"""Which coalitions KernelSHAP evaluates, and how much each counts.
+"""The coalitions that KernelSHAP evaluates, and their weights.
 
-With any sampling but Captum's no coalition is drawn twice. The coalitions of one size form a class. Classes that the
-samples suffice for are taken whole; from the others coalitions are drawn without replacement.
-Weights make up for it: in the limit, and where all coalitions are taken, they are Shapley's kernel.
+Except with Captum's sampling, no coalition is drawn twice. The coalitions of one size form a class. A class is taken
+whole if there are enough samples for it. From the other classes, coalitions are drawn without replacement. Weights
+correct for this: for infinitely many samples, and if all coalitions are taken, they equal Shapley's kernel.
 
 The designs "paired", "orthogonal" and "leverage" draw pairs of a coalition and its complement, so their classes hold
-pairs. See `captum_idexpo.attr.sampling` for what the designs are.
+pairs. `captum_idexpo.attr.sampling` describes the designs.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ KERNEL_SHAP_SAMPLINGS: tuple[str, ...] = (*LIME_SAMPLINGS, "leverage")
 def kernel_shap_masks(
     sampling: str, n_sets: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return KernelSHAP's masks (the full, the empty, then coalitions) and their weights ``(n_sets, n_samples)``.
+    """Return KernelSHAP's masks (full coalition, empty coalition, random coalitions) and their weights.
 
     Args:
         sampling: one of `KERNEL_SHAP_SAMPLINGS`.
-        n_sets: independent sets of masks.
-        n_samples: masks in each, less than 2^D unless the sampling is Captum's; else use `all_coalitions`.
+        n_sets: number of independent sets of masks.
+        n_samples: masks per set. It must be less than 2^D unless the sampling is "captum"; else use `all_coalitions`.
         n_features: D, at least 2.
-        device: where the masks are needed.
-        generator: source of the random numbers; not with Captum's sampling.
+        device: device of the result.
+        generator: source of the random numbers; not used with sampling "captum".
 
     Returns:
-        Booleans ``(n_sets, n_samples, D)``; weights None if all are 1.
+        Boolean masks ``(n_sets, n_samples, D)`` and weights ``(n_sets, n_samples)``, or None if all weights are 1.
 
     Raises:
-        ValueError: there are not so many coalitions; a generator on MPS.
+        ValueError: n_samples is at least 2^D; the generator is on MPS.
     """
     if sampling == "captum":
         return captum_kernel_shap_masks(n_sets, n_samples, n_features).to(device), None
@@ -63,9 +63,9 @@ def kernel_shap_masks(
     drawn = _drawn(plan, n_sets, sampling in ("orthogonal", "leverage"), at, generator)
     masks = torch.cat([plan.whole.to(at).expand(n_sets, -1, -1), *drawn], dim=1)
     if plan.in_pairs:
-        if n_random % 2:  # the last pair loses one
+        if n_random % 2:  # the last pair loses one mask, so a random pair must be the last one
             masks = masks[:, permutations((masks.shape[1],), at, generator)]
-        masks = masks ^ coins((n_sets, masks.shape[1], 1), at, generator)  # either of a pair may come first
+        masks = masks ^ coins((n_sets, masks.shape[1], 1), at, generator)  # the first mask of each pair is random
         masks = with_complements(masks)[:, :n_random]
     weights = None
     if plan.weights is not None:
@@ -75,7 +75,7 @@ def kernel_shap_masks(
 
 
 def all_coalitions(n_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return all coalitions ``(1, 2^D, D)``, the full and the empty one first, and Shapley's kernel ``(1, 2^D)``."""
+    """Return all coalitions ``(1, 2^D, D)``, the full and the empty first, and Shapley kernel weights ``(1, 2^D)``."""
     sizes = range(1, n_features)
     none = torch.zeros(0, n_features, dtype=torch.bool, device="cpu")
     masks = _with_end_points(torch.cat([none, *(_subsets(n_features, size) for size in sizes)]))
@@ -86,7 +86,7 @@ def all_coalitions(n_features: int, device: torch.device) -> tuple[Tensor, Tenso
 
 def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
     """Return KernelSHAP's masks as Captum draws them from torch's global generator, on the CPU."""
-    cpu = torch.device("cpu")  # whatever the default device is
+    cpu = torch.device("cpu")  # the user may have set another default device
     sizes = torch.arange(n_features, dtype=torch.float, device=cpu)
     probabilities = (n_features - 1) / (sizes * (n_features - sizes))
     probabilities[0] = 0.0
@@ -94,7 +94,7 @@ def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Te
     no_sizes, no_noise = torch.zeros(0, dtype=torch.long, device=cpu), torch.zeros(0, n_features, device=cpu)
     masks = []
     for _ in range(n_sets):
-        # Captum draws a size, then its noise, sample by sample; no single call has the same stream.
+        # Captum draws a size, then noise, for each sample. One call for all samples would give other numbers.
         draws = [
             (torch.multinomial(probabilities, 1, True)[0], torch.randn(1, n_features, device=cpu))
             for _ in range(2, n_samples)
@@ -107,41 +107,41 @@ def captum_kernel_shap_masks(n_sets: int, n_samples: int, n_features: int) -> Te
 
 
 class _Plan(NamedTuple):
-    """Which coalitions are taken for certain, and how the others are drawn."""
+    """The coalitions that are always taken, and how the others are drawn."""
 
     n_features: int
     in_pairs: bool
     whole: Tensor
-    """The classes taken whole, one of each pair: booleans ``(n, D)``."""
+    """Coalitions of the classes taken whole, one coalition of each pair: booleans ``(n, D)``."""
     n_drawn: int
-    """Coalitions (or pairs) to draw, none of them in `whole`."""
+    """Number of coalitions (or pairs) to draw from the other classes."""
     quantiles: list[float]
-    """The share of the drawn coalitions that have at most 0, 1, ... features."""
+    """Shares of the drawn coalitions that have at most 0, 1, ... features."""
     tables: dict[int, Tensor]
-    """The coalitions of small classes from which some are drawn, by size."""
+    """All coalitions of the small classes from which some are drawn, by size."""
     weights: Tensor | None
-    """Of a coalition by its size; None: all 1."""
+    """Weights of coalitions by size ``(D + 1,)``; None: all weights are 1."""
 
 
 @functools.lru_cache(maxsize=8)
 def _plan(n: int, n_features: int, in_pairs: bool, all_sizes_equally: bool) -> _Plan:
-    """Return how n coalitions are chosen.
+    """Return the plan for n coalitions.
 
     Args:
-        n: coalitions, less than 2^D - 2.
+        n: number of coalitions, less than 2^D - 2.
         n_features: D.
-        in_pairs: pairs of complements are drawn, of which one has at most D / 2 features.
-        all_sizes_equally: each size is drawn as often as any other; else by Shapley's distribution.
+        in_pairs: draw pairs of complements; one of each pair has at most D / 2 features.
+        all_sizes_equally: draw all sizes equally often; else by Shapley's distribution.
     """
     sizes = range(1, n_features // 2 + 1 if in_pairs else n_features)
-    # The class of half the features holds both of each pair.
+    # The class of size D / 2 holds both coalitions of each pair, so it has half as many pairs as coalitions.
     share = {size: 0.5 if in_pairs and 2 * size == n_features else 1.0 for size in sizes}
     counts = {size: count * share[size] for size, count in zip(sizes, _binomials(n_features), strict=False)}
     shapley = {size: share[size] / (size * (n_features - size)) for size in sizes}
     drawn = dict(share if all_sizes_equally else shapley)
     left, whole = math.ceil(n / 2) if in_pairs else n, []
     for size in sorted(sizes, key=lambda size: counts[size] / drawn[size]):
-        # The first class is that in which a coalition is drawn most often.
+        # The loop starts with the class whose coalitions have the highest probability each.
         if left * drawn[size] < counts[size] * sum(drawn.values()):
             break
         whole.append(size)
@@ -169,7 +169,7 @@ def _plan(n: int, n_features: int, in_pairs: bool, all_sizes_equally: bool) -> _
 
 
 def _binomials(n_features: int) -> list[float]:
-    """Return how many coalitions of 1, 2, ... D - 1 features there are, numbers beyond 2^60 as 2^60."""
+    """Return the numbers of coalitions with 1, 2, ..., D - 1 features, each at most 2^60."""
     counts, count = [], 1
     for size in range(1, n_features // 2 + 1):
         count = min(2**60, count * (n_features - size + 1) // size)
@@ -178,17 +178,17 @@ def _binomials(n_features: int) -> list[float]:
 
 
 def _quantiles(masses: list[float]) -> list[float]:
-    """Return the share of the draws that have at most 0, 1, ... features, from the mass of each size."""
+    """Return the shares of draws that have at most 0, 1, ... features, given the probability mass of each size."""
     total = sum(masses)
     quantiles = [share / total if total else 1.0 for share in itertools.accumulate(masses)]
     last = max((size for size, mass in enumerate(masses) if mass), default=0)
-    return quantiles[:last] + [1.0] * (len(masses) - last)  # which rounding may have missed
+    return quantiles[:last] + [1.0] * (len(masses) - last)  # rounding may have missed 1
 
 
 def _drawn(
     plan: _Plan, n_sets: int, orthogonal: bool, device: torch.device, generator: Generator | None
 ) -> list[Tensor]:
-    """Return the coalitions that are not taken for certain, ``(n_sets, n, D)`` in parts, all different in a set."""
+    """Return the random coalitions as a list of tensors ``(n_sets, n, D)``, without repetitions within a set."""
     start = torch.rand((), device=device, generator=generator)
     counts = _in_proportion(plan.quantiles, plan.n_drawn, float(start))
     parts = []
@@ -198,11 +198,11 @@ def _drawn(
     of_others = [size for size, count in enumerate(counts) if size not in plan.tables for _ in range(count)]
     left = torch.tensor(of_others, dtype=torch.long, device=device).expand(n_sets, -1)
     shape = (*left.shape, plan.n_features)
-    if orthogonal:  # all sizes in each block of directions
+    if orthogonal:  # shuffled, so that each block of orthogonal directions gets coalitions of all sizes
         left = left.gather(1, permutations(shape[:2], device, generator))
     scores = _orthogonal_rows(shape, device, generator) if orthogonal else noise(shape, device, generator)
     masks = _one_of_each_pair(plan, _largest(scores, left))
-    # These classes are large, so few coalitions come twice. They are drawn again.
+    # These classes are large, so few coalitions are repeated. Repeated ones are drawn again.
     in_order = _ascending(_keys(masks))
     sets = (in_order[:, 1:] == in_order[:, :-1]).any(dim=1).nonzero().flatten()
     while len(sets):
@@ -218,7 +218,7 @@ def _drawn(
 
 
 def _one_of_each_pair(plan: _Plan, masks: Tensor) -> Tensor:
-    """Replace coalitions of half the features by that one of their pair which has the first feature."""
+    """Replace a coalition of D / 2 features by its complement if it lacks the first feature (pairs only)."""
     if not plan.in_pairs or plan.n_features % 2:
         return masks
     half = masks.sum(dim=-1) == plan.n_features // 2
@@ -226,7 +226,7 @@ def _one_of_each_pair(plan: _Plan, masks: Tensor) -> Tensor:
 
 
 def _repeated(masks: Tensor) -> Tensor:
-    """Return which masks ``(n_sets, n, D)`` are equal to an earlier one of their set, ``(n_sets, n)``."""
+    """Return True for masks ``(n_sets, n, D)`` that equal an earlier mask of their set, as ``(n_sets, n)``."""
     keys, order = _keys(masks).sort(dim=1, stable=True)
     same = torch.zeros_like(masks[..., 0])
     same[:, 1:] = keys[:, 1:] == keys[:, :-1]
@@ -234,44 +234,47 @@ def _repeated(masks: Tensor) -> Tensor:
 
 
 def _keys(masks: Tensor) -> Tensor:
-    """Return a number for each mask, the same for equal ones; others have the same rarely, which does no harm."""
+    """Return a hash number per mask.
+
+    Two different masks rarely have the same number. Then one of them is drawn again without need.
+    """
     return as_numbers(masks, torch.float32) @ _weights_of_keys(masks.shape[-1]).to(masks.device)
 
 
 @functools.lru_cache(maxsize=8)
 def _weights_of_keys(n_features: int) -> Tensor:
-    # Sums of so small integers are exact in any order.
+    # Sums of D such integers are below 2^24, so float32 represents them exactly in any order of summation.
     weights = torch.randint(2**24 // n_features, (n_features,), generator=Generator().manual_seed(0), device="cpu")
     return weights.float()
 
 
 def _subsets(n_features: int, size: int) -> Tensor:
-    """Return all coalitions of a size as booleans, those with the first feature first."""
-    # torch.combinations goes through all D^size tuples.
+    """Return all coalitions of a size as booleans ``(n, D)``, in lexicographic order of their features."""
+    # Not torch.combinations, which enumerates all D^size tuples.
     members = torch.tensor(list(itertools.combinations(range(n_features), size)), device="cpu")
     return torch.zeros(len(members), n_features, dtype=torch.bool, device="cpu").scatter_(1, members, True)
 
 
 def _orthogonal_rows(shape: tuple[int, int, int], device: torch.device, generator: Generator | None) -> Tensor:
-    """Blocks of D - 1 orthogonal directions, each uniform on the sphere of vectors that add up to 0."""
+    """Return blocks of D - 1 orthogonal directions, each uniform on the sphere of vectors with sum 0."""
     n_sets, n, n_features = shape
     size = max(1, min(n_features - 1, n))
     gauss = torch.randn(n_sets, -(-n // size), n_features, size, device=device, generator=generator)
     directions = torch.linalg.qr(gauss - gauss.mean(dim=2, keepdim=True)).Q
-    # LAPACK's signs depend on the first coordinates and would favour some features.
+    # The signs of LAPACK's QR depend on the first coordinates and would favour some features.
     signs = coins((n_sets, directions.shape[1], size), device, generator)[:, :, None]
     return torch.where(signs, directions, -directions).mT.flatten(1, 2)[:, :n]
 
 
 def _in_proportion(quantiles: list[float], n: int, start: float) -> list[int]:
-    """Return how many of n draws have each size, by systematic sampling: as expected, rounded down or up."""
-    # The draws are the points (start + i) / n; so many lie below each quantile.
+    """Return how many of n draws have each size, by systematic sampling: the expected number, rounded down or up."""
+    # Systematic sampling places the draws at the points (start + i) / n. `below` counts the points below each quantile.
     below = [min(n, max(0, math.ceil(n * quantile - start))) for quantile in quantiles]
     return [after - before for before, after in zip([0, *below], below, strict=False)]
 
 
 def _largest(noise: Tensor, sizes: Tensor) -> Tensor:
-    """Keeps as many of the largest entries of noise ``(..., D)`` as sizes ``(...)`` say."""
+    """Return True for the largest entries of noise ``(..., D)``; sizes ``(...)`` is the number of them per row."""
     n_features = noise.shape[-1]
     return noise > _ascending(noise).gather(-1, (n_features - 1 - sizes)[..., None])
 
@@ -284,6 +287,6 @@ def _ascending(values: Tensor) -> Tensor:
 
 
 def _with_end_points(masks: Tensor) -> Tensor:
-    """Puts the full and the empty coalition before the random ones ``(..., n, D)``."""
+    """Put the full and the empty coalition before the coalitions ``(..., n, D)``."""
     full = masks.new_ones(*masks.shape[:-2], 1, masks.shape[-1])
     return torch.cat([full, ~full, masks], dim=-2)

@@ -1,4 +1,4 @@
-"""Attributions of a metric over a whole data set, trainable."""
+"""Trainable attributions of a metric over a whole data set."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _KINDS = (FeatureAblation, captum.FeatureAblation)
 
 
 class DataLoaderAttribution(captum.DataLoaderAttribution):
-    """What a metric over all batches of a loader loses without a feature, `captum.attr.DataLoaderAttribution`.
+    """Decrease of a metric over a loader when a feature is replaced, as `captum.attr.DataLoaderAttribution`.
 
     Args:
-        attr_method: a `captum_idexpo.attr.FeatureAblation`; without create_graph also Captum's. No subclass of these.
+        attr_method: a `captum_idexpo.attr.FeatureAblation`. Without create_graph, Captum's class is also accepted.
+            Subclasses are not accepted.
 
     Raises:
-        TypeError: another attribution.
+        TypeError: ``attr_method`` is another attribution.
 
     Example:
         >>> import torch
@@ -66,26 +67,27 @@ class DataLoaderAttribution(captum.DataLoaderAttribution):
         *,
         create_graph: bool = False,
     ) -> Any:
-        """Return the metric minus that with the feature replaced in every batch.
+        """Return the metric minus the metric with the feature replaced in every batch.
 
         Args:
-            dataloader: gives batches, tensors or tuples of them, the same ones each time.
-            input_roles: for each tensor of a batch 0 (explained), 1 (passed to the forward function) or 2 (only handed
-                to ``reduce``). None: all are explained.
-            baselines: what stands in place of a feature: None (zero), a number, a tensor with a batch axis of size 1,
-                or a tuple of these.
+            dataloader: yields batches, tensors or tuples of tensors. Every iteration must yield the same batches.
+            input_roles: for each tensor of a batch 0 (explained), 1 (passed to the forward function) or 2 (passed only
+                to ``reduce``). None: all tensors are explained.
+            baselines: replaces a feature: None (zero), a number, a tensor with a batch axis of size 1, or a tuple of
+                these.
             feature_mask: numbers of features, with a batch axis of size 1; None: every element is a feature.
-            reduce: (what it returned last, first None; outputs of a batch; its perturbed tensors) -> what it returns
-                next. None: concatenates the outputs.
-            to_metric: makes the metric, a tensor, of what ``reduce`` returned last. None: that is the metric.
-            perturbations_per_pass: features for which each batch is read once.
+            reduce: (state, outputs of a batch, perturbed tensors of the batch) -> new state. The first state is None.
+                None: concatenates the outputs.
+            to_metric: computes the metric, a tensor, from the last state. None: the last state is the metric.
+            perturbations_per_pass: features that are replaced during one pass over the loader.
             show_progress: show a progress bar over the passes.
             return_input_shape: return tensors of the inputs' shapes; else one row of features.
             create_graph: attach the attribution to the model's graph; else it is detached. The graphs of all batches
                 are kept.
 
         Returns:
-            ``(*metric.shape, *input.shape[1:])``, a tuple if batches are; or ``(*metric.shape, n_features)``.
+            ``(*metric.shape, *input.shape[1:])``, a tuple if the batches are tuples. With return_input_shape=False,
+            ``(*metric.shape, n_features)``.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
@@ -117,7 +119,7 @@ class DataLoaderAttribution(captum.DataLoaderAttribution):
 
 
 class _Batches:
-    """A loader whose batches are lists: Captum takes the rows of a batch that is one tensor for several tensors."""
+    """A loader that yields each batch as a list, because Captum treats the rows of a tensor as several tensors."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -130,7 +132,7 @@ class _Batches:
 
 
 class _Part:
-    """An attribution as a part of another one."""
+    """An attribution that runs as a part of another one."""
 
     def __init__(self, explainer: Any) -> None:
         self._explainer = explainer

@@ -1,4 +1,4 @@
-"""DeepLIFT and its mean over baselines, of inputs and of layers, trainable."""
+"""Trainable DeepLIFT and its mean over baselines, for inputs and for layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _POOLS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.MaxPool2d: F.max_pool2d,
     nn.MaxPool3d: F.max_pool3d,
 }
-# Modules without parameters or statistics of the batch, and those that are linear in their input.
+# Modules that need no rule. Most are linear in their input, up to a constant.
 _LINEAR = (
     nn.Linear,
     nn.Identity,
@@ -52,14 +52,14 @@ _LINEAR = (
     nn.Unfold,
 )
 _LARGE = 0.01
-"""Attributions that miss this share of the largest difference of outputs are warned of."""
+"""A warning is given if the attributions miss more than this share of the largest output difference."""
 
 
 class RescaleRule(Trainable):
     """DeepLIFT's multipliers of non-linear modules, with a graph.
 
-    Captum's rules take inputs and outputs of these modules for constants, and MaxPool's runs without gradients. Modules
-    have to be used once each, and to be of the types that Captum knows.
+    Captum's rules treat inputs and outputs of these modules as constants, and its rule for MaxPool runs without
+    gradients. Each module must be used once, and its type must be one that Captum has a rule for.
     """
 
     _parameters: ClassVar[dict[str, str]] = {
@@ -68,9 +68,9 @@ class RescaleRule(Trainable):
     }
     _modules_only = True
     _complete = False
-    """The attributions have to add up to the outputs' difference."""
+    """True if the attributions must add up to the outputs' difference."""
     _of_outputs = True
-    """They explain the model's outputs, not a neuron."""
+    """True if the attributions explain the model's outputs, False if they explain a neuron."""
     eps: float
     model: nn.Module
     _seen: dict[nn.Module, list[Tensor]]
@@ -87,13 +87,13 @@ class RescaleRule(Trainable):
             explainer.forward_handles, explainer.backward_handles = [], []
             explainer._seen, explainer._uncovered, explainer._outputs = {}, {}, None
             explainer._pass = torch._C._current_graph_task_id()
-            # Set before Captum's hook, which takes the output apart.
+            # This hook must run before Captum's hook, which splits the output.
             check = self._output_check(arguments if self._of_outputs else {})
             handle = self.model.register_forward_hook(lambda _module, _arguments, output: check(output))
             tap = getattr(explainer, "layer", None)
-            explainer.forward_func = ForwardFunction(self.model)  # for the delta, without a tap
+            explainer.forward_func = ForwardFunction(self.model)  # used for the convergence delta, without a tap
             try:
-                # Before the rules, since the layer's input comes before its rule.
+                # The tap's hooks come before those of the rules, because the layer's input comes before its rule.
                 with tap.in_place() if isinstance(tap, Tap) else nullcontext():
                     yield explainer
             finally:
@@ -108,7 +108,7 @@ class RescaleRule(Trainable):
         return result
 
     def _construct_forward_func(self, *arguments: Any) -> Callable[[], Tensor]:
-        """Captum's forward pass of inputs and baselines, whose output is noted."""
+        """Return Captum's forward function of inputs and baselines, which also stores the output in `_outputs`."""
         forward: Any = super()._construct_forward_func(*arguments)  # type: ignore[misc]
 
         def noted() -> Tensor:
@@ -118,7 +118,7 @@ class RescaleRule(Trainable):
             self._outputs = output.detach() if self._complete and self._of_outputs else None
             return output
 
-        noted.__dict__.update(vars(forward))  # the devices of a DataParallel
+        noted.__dict__.update(vars(forward))  # Captum reads the `device_ids` of a DataParallel
         return noted
 
     def _register_hooks(self, module: nn.Module, attribute_to_layer_input: bool = True) -> None:
@@ -132,7 +132,7 @@ class RescaleRule(Trainable):
             handles.append(module.register_forward_hook(lambda module, *_: self._uncovered.update({module: None})))
 
     def _has_a_gap(self, module: nn.Module) -> bool:
-        """Return True if no rule covers a module, or one under which contributions do not add up."""
+        """Return True if a module has no rule, or if contributions do not add up under its rule."""
         if isinstance(module, nn.Softmax) or depends_on_batch(module):
             return True
         ruled = self._can_register_hook(module)  # type: ignore[attr-defined]
@@ -140,8 +140,8 @@ class RescaleRule(Trainable):
 
     def _see(self, module: nn.Module, tensors: Any) -> None:
         if torch._C._current_graph_task_id() != self._pass:
-            return  # the backward pass computes a checkpointed part again
-        # A copy, since the module may work in place.
+            return  # the backward pass recomputes a checkpointed part, which must not be recorded twice
+        # A copy is stored, because the module may work in place.
         tensor = tensors[0] if isinstance(tensors, tuple) else tensors
         self._seen.setdefault(module, []).append(tensor.clone())
 
@@ -153,14 +153,14 @@ class RescaleRule(Trainable):
                 "module of its own."
             )
         inputs, outputs = seen
-        wide = torch.promote_types(grad_output.dtype, torch.float32)  # squares and quotients of halves overflow
+        wide = torch.promote_types(grad_output.dtype, torch.float32)  # half precision would overflow in the quotients
         inputs, outputs = inputs.to(wide), outputs.to(wide)
         return _multiplied(module, inputs, outputs, grad_input.to(wide), grad_output.to(wide), self.eps).to(
             grad_input.dtype
         )
 
     def _warn_of_gap(self, attribution: Any) -> None:
-        """Warn if the attributions do not add up, since a part of the model has no rule."""
+        """Warn if the attributions do not add up to the outputs' difference and name the modules without a rule."""
         assert self._outputs is not None
         tensors = as_tuple(attribution, "attribution")
         sums = torch.stack([tensor.detach().reshape(len(tensor), -1).sum(dim=1) for tensor in tensors]).sum(dim=0)
@@ -170,7 +170,7 @@ class RescaleRule(Trainable):
         difference = (output - reference).reshape(len(sums), -1).mean(dim=1)  # over the baselines
         gap, scale = (sums - difference).abs().max(), difference.abs().max()
         is_double = output.dtype == torch.float64
-        eps = torch.finfo(output.dtype if is_double else precision(output.device)).eps  # autocast's, if it is on
+        eps = torch.finfo(output.dtype if is_double else precision(output.device)).eps  # autocast may lower precision
         rounding = 16 * max(eps, torch.finfo(output.dtype).eps) * output.abs().max()
         if not bool(gap > _LARGE * scale + rounding):
             return
@@ -188,10 +188,10 @@ class RescaleRule(Trainable):
 def _multiplied(
     module: nn.Module, inputs: Tensor, outputs: Tensor, grad_input: Tensor, grad_output: Tensor, eps: float
 ) -> Tensor:
-    """Return the output's gradient times the module's multipliers, for inputs and their baselines alike."""
+    """Return the gradient with respect to the output times the module's multipliers, for inputs and baselines."""
     delta_in = inputs.chunk(2)[0] - inputs.chunk(2)[1]
     delta_in = torch.cat([delta_in, delta_in])
-    # Where nothing changes the gradient stands in. Dividing by 1 there keeps the quotient's own gradient finite.
+    # Unchanged elements use the plain gradient. Dividing by 1 there keeps the gradient of the quotient finite.
     unchanged = (delta_in.abs() < eps) | (delta_in == 0)
     divisor = torch.where(unchanged, 1, delta_in)
     if type(module) in _POOLS:
@@ -199,13 +199,13 @@ def _multiplied(
     delta_out = outputs.chunk(2)[0] - outputs.chunk(2)[1]
     multiplied = torch.where(unchanged, grad_input, grad_output * (torch.cat([delta_out, delta_out]) / divisor))
     if isinstance(module, nn.Softmax):
-        axis = module.dim if module.dim is not None else 0 if inputs.dim() in (1, 3) else 1  # as torch chooses it
+        axis = module.dim if module.dim is not None else 0 if inputs.dim() in (1, 3) else 1  # torch's default axis
         return multiplied - multiplied.mean(dim=axis, keepdim=True)
     return multiplied
 
 
 def _unpooled(module: Any, inputs: Tensor, outputs: Tensor, grad_output: Tensor) -> Tensor:
-    """Return what a pool's outputs gained over those of the baselines, given back to where the maxima were."""
+    """Return the gradient times the change of a pool's outputs, scattered to the locations of the maxima."""
     output, reference = outputs.chunk(2)
     greater = torch.maximum(output, reference)
     gained = torch.cat([greater - reference, output - greater])
@@ -213,7 +213,7 @@ def _unpooled(module: Any, inputs: Tensor, outputs: Tensor, grad_output: Tensor)
     with torch.no_grad():
         _, indices = _POOLS[type(module)](inputs, *settings, return_indices=True)
     n_axes = inputs.dim() - 2
-    # Overlapping windows may share their maximum, so gains add up.
+    # Overlapping windows may share their maximum, so values are added.
     spread = torch.zeros_like(inputs).flatten(-n_axes)
     spread = spread.scatter_add(-1, indices.flatten(-n_axes), (grad_output * gained).flatten(-n_axes))
     of_inputs, of_baselines = spread.view_as(inputs).chunk(2)
@@ -222,17 +222,17 @@ def _unpooled(module: Any, inputs: Tensor, outputs: Tensor, grad_output: Tensor)
 
 
 class DeepLift(RescaleRule, captum.DeepLift):
-    """DeepLIFT with the rescale rule (Shrikumar et al. 2017, arXiv 1704.02685), `captum.attr.DeepLift`.
+    """DeepLIFT with the rescale rule (Shrikumar et al. 2017, arXiv 1704.02685), as `captum.attr.DeepLift`.
 
-    Captum's attribution requires gradient, too, but its multipliers are constants. Its attributions do not add up where
-    non-linear modules follow each other or pooling windows overlap; these do. There is no rule for GELU, SiLU,
-    LayerNorm and the like, where plain gradients are taken, nor one that adds up for Softmax: a warning says so if the
-    gap is large.
+    Captum's attribution also requires grad, but its multipliers are constants. Captum's attributions do not add up if
+    non-linear modules follow each other or pooling windows overlap. Those of this class do. GELU, SiLU, LayerNorm and
+    similar modules have no rule; their plain gradients are used. The rule for Softmax does not add up. If the gap is
+    large, a warning names these modules.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         multiply_by_inputs: multiply by the inputs' difference from the baselines.
-        eps: differences below this count as none.
+        eps: differences of a module's inputs below this value count as zero.
 
     Example:
         >>> import torch
@@ -253,7 +253,7 @@ class DeepLift(RescaleRule, captum.DeepLift):
 
 
 class OverBaselines(RescaleRule):
-    """The mean of DeepLIFT over a distribution of baselines, ``internal_batch_size`` rows at a time."""
+    """The mean of DeepLIFT over a distribution of baselines, in forward passes of ``internal_batch_size`` rows."""
 
     _parameters: ClassVar[dict[str, str]] = {
         **OF_A_DISTRIBUTION,
@@ -282,7 +282,10 @@ class OverBaselines(RescaleRule):
 
 
 def _chunks_of_baselines(n_baselines: int, n_rows: int, n_examples: int) -> list[slice]:
-    """Return slices of at least two baselines, as Captum needs them, whose passes have at most ``n_rows`` rows."""
+    """Return slices of the baselines so that a forward pass has about ``n_rows`` rows.
+
+    A slice has at least two baselines, because Captum needs two.
+    """
     if n_rows < 1:
         raise InputError(f"internal_batch_size must be at least 1, given: {n_rows}.")
     at_a_time = max(2, n_rows // (2 * n_examples))
@@ -297,7 +300,7 @@ def _chunks_of_baselines(n_baselines: int, n_rows: int, n_examples: int) -> list
 
 
 def _mean(parts: list[tuple[float, Any]]) -> Any:
-    """Return the sum of attributions, each times its share."""
+    """Return the sum of the attributions, weighted by their shares."""
     if isinstance(parts[0][1], tuple):
         columns = zip(*(part for _, part in parts), strict=True)
         return tuple(
@@ -307,12 +310,12 @@ def _mean(parts: list[tuple[float, Any]]) -> Any:
 
 
 class DeepLiftShap(OverBaselines, captum.DeepLiftShap):
-    """DeepLIFT's mean over a distribution of baselines (Lundberg, Lee 2017, arXiv 1705.07874).
+    """Mean of DeepLIFT over a distribution of baselines (Lundberg, Lee 2017, arXiv 1705.07874).
 
-    `captum.attr.DeepLiftShap`.
+    The counterpart of `captum.attr.DeepLiftShap`.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         multiply_by_inputs: multiply by the inputs' difference from the baselines.
 
     Example:
@@ -332,10 +335,10 @@ class DeepLiftShap(OverBaselines, captum.DeepLiftShap):
 
 
 class LayerDeepLift(RescaleRule, OfLayer, captum.LayerDeepLift):
-    """DeepLIFT of a layer's activations, `captum.attr.LayerDeepLift`.
+    """DeepLIFT of a layer's activations, as `captum.attr.LayerDeepLift`.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         layer: the module whose output (or input) is explained.
         multiply_by_inputs: multiply by the activations' difference from those of the baselines.
 
@@ -351,10 +354,10 @@ class LayerDeepLift(RescaleRule, OfLayer, captum.LayerDeepLift):
 
 
 class LayerDeepLiftShap(OverBaselines, OfLayer, captum.LayerDeepLiftShap):
-    """DeepLIFT of a layer's activations, the mean over a distribution of baselines, `captum.attr.LayerDeepLiftShap`.
+    """Mean of a layer's DeepLIFT over a distribution of baselines, as `captum.attr.LayerDeepLiftShap`.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         layer: the module whose output (or input) is explained.
         multiply_by_inputs: multiply by the activations' difference from those of the baselines.
 

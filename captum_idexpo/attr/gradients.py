@@ -1,4 +1,4 @@
-"""Attributions made of gradients with respect to the inputs, trainable."""
+"""Trainable attributions from gradients with respect to the inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WITH_DELTA = "Of the inputs' shape, tuple in, tuple out; or a pair of that and t
 
 
 class Saliency(Trainable, captum.Saliency):
-    """The gradient of the target (Simonyan et al. 2013, arXiv 1312.6034), `captum.attr.Saliency`.
+    """Gradient of the target (Simonyan et al. 2013, arXiv 1312.6034), as `captum.attr.Saliency`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -57,9 +57,9 @@ class Saliency(Trainable, captum.Saliency):
 
 
 class InputXGradient(Trainable, captum.InputXGradient):
-    """The gradient times the input (Shrikumar et al. 2016, arXiv 1605.01713), `captum.attr.InputXGradient`.
+    """Gradient times input (Shrikumar et al. 2016, arXiv 1605.01713), as `captum.attr.InputXGradient`.
 
-    Captum's attribution requires gradient, too, but its gradient takes the inner one for a constant.
+    Captum's attribution also requires grad, but it treats the gradient factor as a constant.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -81,13 +81,13 @@ class InputXGradient(Trainable, captum.InputXGradient):
 
 
 class InSteps(Trainable):
-    """A path integral whose steps are evaluated ``internal_batch_size`` rows at a time.
+    """A path integral whose steps are evaluated in chunks of ``internal_batch_size`` rows.
 
-    As in Captum, but each chunk keeps its graph, where Captum detaches all but the first.
+    Each chunk keeps its graph. Captum detaches all chunks but the first.
     """
 
     _steps_shared_by_chunks = 0
-    """1 if consecutive steps are compared, so that each chunk starts with the last step of the one before."""
+    """1 if the method compares consecutive steps; then each chunk starts with the last step of the previous chunk."""
     _internal_batch_size: int | None = None
 
     @contextmanager
@@ -97,7 +97,7 @@ class InSteps(Trainable):
             yield explainer
 
     def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
-        # Captum's own way to chunk, which cuts the graph, is not taken.
+        # None disables Captum's chunks, which cut the graph.
         return super()._compute(inputs, {**arguments, "internal_batch_size": None})
 
     def _attribute(self, *, inputs: tuple[Tensor, ...], n_steps: int, method: str, **arguments: Any) -> Any:
@@ -122,7 +122,7 @@ class InSteps(Trainable):
 
 
 def _added(total: tuple[Tensor, ...] | None, chunk: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the sum so far, which holds on to the chunks' graphs only if they are wanted."""
+    """Return the sum of the chunks so far; without a graph to keep, the chunk is detached."""
     chunk = chunk if keeps_graph() else tuple(tensor.detach() for tensor in chunk)
     return chunk if total is None else tuple(map(torch.add, total, chunk))
 
@@ -137,9 +137,9 @@ def _steps_at_a_time(internal_batch_size: int, n_examples: int, at_least: int) -
 
 
 class IntegratedGradients(InSteps, captum.IntegratedGradients):
-    """The gradient's mean on the way from a baseline (Sundararajan et al. 2017, arXiv 1703.01365).
+    """Mean gradient on the path from a baseline to the input (Sundararajan et al. 2017, arXiv 1703.01365).
 
-    `captum.attr.IntegratedGradients`, trainable also with an ``internal_batch_size``.
+    The counterpart of `captum.attr.IntegratedGradients`. It is trainable also with an ``internal_batch_size``.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -164,10 +164,10 @@ class IntegratedGradients(InSteps, captum.IntegratedGradients):
 
 
 class NoiseTunnel(Trainable, captum.NoiseTunnel):
-    """Mean, mean square or variance of an attribution under noise, `captum.attr.NoiseTunnel`.
+    """Mean, mean square or variance of an attribution under input noise, as `captum.attr.NoiseTunnel`.
 
-    SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), its square (Hooker et al. 2018, arXiv 1806.10758) and VarGrad
-    (Adebayo et al. 2018, arXiv 1810.03292). The noise is that of torch's global generator.
+    These are SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), SmoothGrad squared (Hooker et al. 2018, arXiv
+    1806.10758) and VarGrad (Adebayo et al. 2018, arXiv 1810.03292). Torch's global generator draws the noise.
 
     Args:
         attribution_method: an attribution of `captum_idexpo.attr`; without create_graph also one of Captum's.
@@ -193,7 +193,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
             require_trainable(self.attribution_method)
 
     def _read(self, arguments: dict[str, Any]) -> None:
-        """Check the inputs and the target; the other arguments are the attribution method's."""
+        """Check the inputs and the target; the attribution method checks the other arguments."""
         read_inputs(arguments["inputs"])
         if "target" in arguments:
             arguments["target"] = captum_target(arguments["target"])
@@ -206,7 +206,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
 
     @contextmanager
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[NoiseTunnel]:
-        yield self  # the attribution method makes a copy of itself
+        yield self  # no copy is needed, because the attribution method copies itself
 
     def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
         own = inspect.signature(captums_method(NoiseTunnel)).parameters
@@ -240,7 +240,7 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
                     expanded = dict(arguments)
                     self._expand_partial(size, expanded, tensors, draw_baselines)
                 noisy = self._add_noise_to_inputs(size, tensors, stdevs)
-                noisy = tuple(map(_as_precise, noisy, tensors))  # Captum's noise is of float32
+                noisy = tuple(map(_as_precise, noisy, tensors))  # Captum's noise is float32
                 parts, is_attribution_tuple, delta = self._compute_partial_attribution(
                     noisy, expanded, isinstance(inputs, tuple), returns_delta
                 )
@@ -265,7 +265,7 @@ def _as_precise(noisy: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _sizes(n_samples: int, at_a_time: int | None) -> list[int]:
-    """How many samples each chunk has."""
+    """Return the number of samples of each chunk."""
     size = n_samples if at_a_time is None else min(n_samples, at_a_time)
     rest = n_samples % size
     return [size] * (n_samples // size) + [rest] * (rest > 0)
@@ -274,8 +274,8 @@ def _sizes(n_samples: int, at_a_time: int | None) -> list[int]:
 class GradientShap(Trainable, captum.GradientShap):
     """Expected gradients between baselines and inputs (Lundberg, Lee 2017; Erion et al. 2021, arXiv 1906.10670).
 
-    `captum.attr.GradientShap`. As in Captum, noise and the choice of baselines come from torch's and NumPy's global
-    generators, the points between from NumPy's: the same numbers need both seeds.
+    The counterpart of `captum.attr.GradientShap`. As in Captum, the noise and the choice of baselines come from torch's
+    and NumPy's global generators, and the points between them from NumPy's. To reproduce values, seed both.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -306,7 +306,7 @@ class GradientShap(Trainable, captum.GradientShap):
 def smoothed_over_baselines(
     between: Any, inputs: Tensors, baselines: Any, n_samples: int, internal_batch_size: int | None, **arguments: Any
 ) -> Any:
-    """Return the mean of an attribution over noise and baselines, as GradientShap and its layer form take it."""
+    """Return the mean of an attribution over noise and baselines, for `GradientShap` and `LayerGradientShap`."""
     distribution = format_callable_baseline(baselines, inputs)
     if not isinstance(distribution[0], Tensor):
         raise InputError(f"baselines must be a distribution, tensors (n, ...) of n baselines, given: {baselines!r}.")
@@ -323,14 +323,14 @@ def smoothed_over_baselines(
 
 
 class RowsAtATime(captum.GradientAttribution):
-    """An attribution between inputs and baselines, a number of rows at a time.
+    """An attribution between inputs and baselines that is evaluated in chunks of rows.
 
-    All noise and baselines have been drawn, and NumPy's generator gives the points between in the same order whatever
-    the number.
+    The result does not depend on the chunk size. The noise and the baselines are drawn before, and NumPy's generator
+    draws the points between in the same order for any chunk size.
 
     Args:
-        attribution: one of Captum's; row by row independent.
-        n_rows: of a forward pass.
+        attribution: one of Captum's attributions whose rows are independent.
+        n_rows: rows of a forward pass.
     """
 
     def __init__(self, attribution: Any, n_rows: int) -> None:
@@ -346,7 +346,7 @@ class RowsAtATime(captum.GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Whether attributions add up to the outputs' difference."""
+        """True if the attributions are multiplied by the inputs' difference from the baselines."""
         return bool(self._attribution.multiplies_by_inputs)
 
     @logged
@@ -359,7 +359,10 @@ class RowsAtATime(captum.GradientAttribution):
         return_convergence_delta: bool = False,
         **arguments: Any,
     ) -> Any:
-        """Return the attribution, and the convergence deltas if asked for; Captum has repeated all rows."""
+        """Return the attribution, and the convergence deltas if asked for.
+
+        Inputs, baselines, targets and additional arguments have one row per sample, because Captum has repeated them.
+        """
         tensors = as_tuple(inputs, "inputs")
         found = []
         for rows in slices(len(tensors[0]), self._n_rows):

@@ -1,4 +1,4 @@
-"""Gradients with another rule for ReLU, trainable: guided backpropagation, deconvolution, guided Grad-CAM."""
+"""Trainable gradients with another rule for ReLU: guided backpropagation, deconvolution, guided Grad-CAM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from captum_idexpo.attr.layer import LayerGradCam
 
 
 class ModifiedRelu(Trainable):
-    """What `GuidedBackprop` and `Deconvolution` share."""
+    """Base class of `GuidedBackprop` and `Deconvolution`."""
 
     _modules_only = True
     _of_inputs = True
@@ -40,16 +40,16 @@ class ModifiedRelu(Trainable):
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Leave out Captum's warning that it sets hooks, which it removes."""
+    """Suppress Captum's warning that it sets hooks; the hooks are removed after the call."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*Setting (forward, )?backward hooks")
         yield
 
 
 class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
-    """The gradient, cut at each ReLU where it is negative (Springenberg et al. 2014, arXiv 1412.6806).
+    """Gradient with negative values set to zero at each ReLU (Springenberg et al. 2014, arXiv 1412.6806).
 
-    `captum.attr.GuidedBackprop`. The rule applies to `torch.nn.ReLU` modules.
+    The counterpart of `captum.attr.GuidedBackprop`. The rule applies to `torch.nn.ReLU` modules.
 
     Args:
         model: a module with ReLU modules.
@@ -65,9 +65,9 @@ class GuidedBackprop(ModifiedRelu, captum.GuidedBackprop):
 
 
 class Deconvolution(ModifiedRelu, captum.Deconvolution):
-    """The gradient with ReLU applied to it in place of ReLU's own (Zeiler, Fergus 2014, arXiv 1311.2901).
+    """Gradient in which each ReLU's backward pass is a ReLU of the gradient (Zeiler, Fergus 2014, arXiv 1311.2901).
 
-    `captum.attr.Deconvolution`. The rule applies to `torch.nn.ReLU` modules.
+    The counterpart of `captum.attr.Deconvolution`. The rule applies to `torch.nn.ReLU` modules.
 
     Args:
         model: a module with ReLU modules.
@@ -85,7 +85,7 @@ class Deconvolution(ModifiedRelu, captum.Deconvolution):
 class GuidedGradCam(Trainable, captum.GuidedGradCam):
     """Guided backpropagation times Grad-CAM of a layer (Selvaraju et al. 2017, arXiv 1610.02391).
 
-    `captum.attr.GuidedGradCam`.
+    The counterpart of `captum.attr.GuidedGradCam`.
 
     Args:
         model: a module with ReLU modules.
@@ -118,4 +118,4 @@ class GuidedGradCam(Trainable, captum.GuidedGradCam):
 
     @contextmanager
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
-        yield copy.copy(self)  # its two parts make copies of themselves
+        yield copy.copy(self)  # the two parts copy themselves in their own calls

@@ -1,4 +1,4 @@
-"""KernelSHAP, trainable: LIME with Shapley's coalitions and an exactly efficient regression."""
+"""Trainable KernelSHAP: LIME with Shapley's coalitions and a regression that is exactly efficient."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from captum_idexpo.attr.surrogates import BayesianShapleyRegression, ShapleyRegr
 
 
 class KernelShap(Lime, CaptumKernelShap):
-    """KernelSHAP (Lundberg, Lee 2017, arXiv 1705.07874), `captum.attr.KernelShap` with a graph into the weights.
+    """KernelSHAP (Lundberg, Lee 2017, arXiv 1705.07874), as `captum.attr.KernelShap`, with a graph to the weights.
 
-    Same arguments and, for the same seed, same coalitions as Captum's class. The two conditions that Captum gives a
-    weight of 1e6 (an empty coalition has the baseline's output, all features together the input's) hold exactly: the
-    attributions add up to the difference of these outputs. Arguments of `attribute` as for `Lime`.
+    The arguments and, for the same seed, the coalitions are those of Captum's class. Captum gives a weight of 1e6 to
+    two conditions: the empty coalition has the baseline's output, and the full coalition has the input's output. Here
+    both hold exactly, so the attributions add up to the difference of these outputs. For the arguments of `attribute`
+    see `Lime`.
 
-    With any ``sampling`` but "captum" no coalition is evaluated twice, and the Shapley values are exact if n_samples is
-    at least 2^D, the number of coalitions. A single feature gets the whole difference.
+    With any ``sampling`` except "captum", no coalition is evaluated twice, and the Shapley values are exact if
+    n_samples is at least 2^D, the number of coalitions. A single feature gets the whole difference.
 
     Args:
-        forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``, of which the target
-            is explained, or one value for the whole batch.
-        interpretable_model: how the coalitions are regressed on; None: `surrogates.ShapleyRegression`, as Captum.
-            `surrogates.BayesianShapleyRegression` has several times less noise from few samples.
+        forward_func: takes the inputs and the additional arguments. It returns outputs ``(B, ...)``, from which the
+            target is chosen, or one value for the whole batch.
+        interpretable_model: the regression on the coalitions; None: `surrogates.ShapleyRegression`, as in Captum.
+            `surrogates.BayesianShapleyRegression` has several times less noise with few samples.
 
     Raises:
-        TypeError: another interpretable model, whose coefficients would be no Shapley values.
+        TypeError: any other interpretable model, because its coefficients would not be Shapley values.
 
     Example:
         >>> import torch

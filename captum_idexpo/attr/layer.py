@@ -1,4 +1,4 @@
-"""Attributions of layers, trainable."""
+"""Trainable attributions of layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OF_A_LAYERS_FEATURES = {
 
 
 class OfLayer(Trainable):
-    """An attribution of a layer, or of a neuron in it. The layer is explained through a `Tap`."""
+    """Base class of attributions of a layer, or of a neuron in a layer. A `Tap` replaces the layer."""
 
     _hands_on_copies = False
     layer: Any
@@ -50,7 +50,7 @@ class OfLayer(Trainable):
         return tuple(taps)
 
     def _activations(self, inputs: Tensors, arguments: dict[str, Any], additional_forward_args: object = None) -> Any:
-        """Return the layer's tensors as a tuple, for a list of layers a list of tuples."""
+        """Return the layer's tensors as a tuple, or a list of tuples for a list of layers."""
         return forward_layer_eval(
             self.forward_func,
             inputs,
@@ -90,10 +90,11 @@ def _of_its_input(arguments: dict[str, Any]) -> bool:
 
 
 class LayerGradCam(OfLayer, captum.LayerGradCam):
-    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391), `captum.attr.LayerGradCam` with its true gradient.
+    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391), as `captum.attr.LayerGradCam`, with the correct gradient.
 
-    Same arguments and same numbers as Captum's class. With ``create_graph=True`` the channel weights keep their graph:
-    a loss on the map has its second-order term in the weights, which Captum's default silently leaves out.
+    The arguments and the values are those of Captum's class. With ``create_graph=True`` the channel weights keep their
+    graph. The gradient of a loss on the map then includes the second-order term, which Captum's default leaves out
+    without a warning.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -118,14 +119,14 @@ class LayerGradCam(OfLayer, captum.LayerGradCam):
 
 
 class LayerGradientXActivation(OfLayer, captum.LayerGradientXActivation):
-    """A layer's activation times the target's gradient with respect to it, `captum.attr.LayerGradientXActivation`.
+    """Activations of a layer times the target's gradient, as `captum.attr.LayerGradientXActivation`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
         layer: the module, or list of modules, whose output (or input) is explained.
         device_ids: for DataParallel, as in Captum.
         multiply_by_inputs: multiply by the activations; else return the gradient.
-        memory_efficient: move what is returned to the CPU early; has no graph.
+        memory_efficient: move the results to the CPU early. create_graph is then an error.
 
     Example:
         >>> import torch
@@ -150,7 +151,7 @@ class LayerGradientXActivation(OfLayer, captum.LayerGradientXActivation):
 
 
 class LayerActivation(OfLayer, captum.LayerActivation):
-    """A layer's activations, `captum.attr.LayerActivation`.
+    """Activations of a layer, as `captum.attr.LayerActivation`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.
@@ -180,7 +181,8 @@ class LayerActivation(OfLayer, captum.LayerActivation):
 class LayerConductance(InSteps, OfLayer, captum.LayerConductance):
     """The integrated gradient that flows through a layer (Dhamdhere et al. 2018, arXiv 1805.12233).
 
-    `captum.attr.LayerConductance`, whose ``grad_kwargs`` are accepted and never used, so that its gradient is wrong.
+    The counterpart of `captum.attr.LayerConductance`. Captum ignores ``grad_kwargs`` here; this class honours
+    ``create_graph``.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -203,9 +205,9 @@ class LayerConductance(InSteps, OfLayer, captum.LayerConductance):
 
 
 class InternalInfluence(InSteps, OfLayer, captum.InternalInfluence):
-    """The mean gradient of a layer on the way from a baseline (Leino et al. 2018, arXiv 1802.03788).
+    """Mean gradient of a layer on the path from a baseline to the input (Leino et al. 2018, arXiv 1802.03788).
 
-    `captum.attr.InternalInfluence`, trainable also with an ``internal_batch_size``.
+    The counterpart of `captum.attr.InternalInfluence`. It is trainable also with an ``internal_batch_size``.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -225,10 +227,11 @@ class InternalInfluence(InSteps, OfLayer, captum.InternalInfluence):
 
 
 class LayerIntegratedGradients(OfLayer, captum.LayerIntegratedGradients):
-    """Integrated gradients of a layer's activations, from those of the baselines, as for token embeddings.
+    """Integrated gradients of a layer's activations, for example of token embeddings.
 
-    `captum.attr.LayerIntegratedGradients`, trainable also with an ``internal_batch_size``. A layer inside a part that
-    `torch.utils.checkpoint` runs is an error.
+    The path leads from the activations of the baselines to those of the inputs. The counterpart of
+    `captum.attr.LayerIntegratedGradients`. It is trainable also with an ``internal_batch_size``. A layer in a part of
+    the model that `torch.utils.checkpoint` runs is an error.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -252,7 +255,7 @@ class LayerIntegratedGradients(OfLayer, captum.LayerIntegratedGradients):
 
     _summary = "Return the integral of the gradient from the baselines' activations to those of the inputs."
     _returns = PER_ACTIVATION_WITH_DELTA
-    _hands_on_copies = True  # of the points on the path, into which an operation in place would write
+    _hands_on_copies = True  # without copies, an in-place operation would write into the points on the path
 
     def __init__(
         self,
@@ -268,7 +271,8 @@ class LayerIntegratedGradients(OfLayer, captum.LayerIntegratedGradients):
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
         outside = _outside_checkpoints(self.layer, arguments["attribute_to_layer_input"])
         with super()._one_call(arguments) as explainer, outside:
-            explainer.ig = copy.copy(self.ig)  # Captum gives it a gradient function, which knows the explainer
+            # Captum sets a gradient function on `ig` that refers to the explainer, so each call has its own copy.
+            explainer.ig = copy.copy(self.ig)
             try:
                 yield explainer
             finally:
@@ -276,7 +280,9 @@ class LayerIntegratedGradients(OfLayer, captum.LayerIntegratedGradients):
 
 
 class LayerGradientShap(OfLayer, captum.LayerGradientShap):
-    """Expected gradients of a layer's activations, `captum.attr.LayerGradientShap`; random numbers as `GradientShap`.
+    """Expected gradients of a layer's activations, as `captum.attr.LayerGradientShap`.
+
+    The random numbers are drawn as in `GradientShap`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -305,14 +311,14 @@ class LayerGradientShap(OfLayer, captum.LayerGradientShap):
 
 
 class LayerFeatureAblation(OfLayer, captum.LayerFeatureAblation):
-    """What the output loses when parts of a layer's activations are replaced, `captum.attr.LayerFeatureAblation`.
+    """Decrease of the output when a layer's activations are replaced, as `captum.attr.LayerFeatureAblation`.
 
-    With ``create_graph=True`` a layer inside a part that `torch.utils.checkpoint` runs is an error.
+    With ``create_graph=True``, a layer in a part of the model that `torch.utils.checkpoint` runs is an error.
 
     Args:
         forward_func: takes the inputs and the additional arguments; must not be a DataParallel of several devices.
         layer: the module whose output (or input) is explained.
-        device_ids: kept for Captum's signature.
+        device_ids: an argument of Captum's signature.
 
     Example:
         >>> import torch
@@ -340,15 +346,15 @@ class LayerFeatureAblation(OfLayer, captum.LayerFeatureAblation):
 
 
 class LayerFeaturePermutation(OfLayer, captum.LayerFeaturePermutation):
-    """What the output loses when a layer's activations are exchanged among the examples.
+    """Decrease of the output when a layer's activations are permuted among the examples.
 
-    `captum.attr.LayerFeaturePermutation`, with `FeaturePermutation`'s random numbers. With ``create_graph=True`` a
-    layer inside a part that `torch.utils.checkpoint` runs is an error.
+    The counterpart of `captum.attr.LayerFeaturePermutation`. The random numbers are drawn as in `FeaturePermutation`.
+    With ``create_graph=True``, a layer in a part of the model that `torch.utils.checkpoint` runs is an error.
 
     Args:
         forward_func: takes the inputs and the additional arguments; must not be a DataParallel of several devices.
         layer: the module whose output is explained.
-        device_ids: kept for Captum's signature.
+        device_ids: an argument of Captum's signature.
 
     Example:
         >>> import torch
@@ -370,7 +376,7 @@ class LayerFeaturePermutation(OfLayer, captum.LayerFeaturePermutation):
 
 
 def _outside_checkpoints(layers: Layers, its_input: bool) -> Any:
-    """Refuse layers whose tensors are replaced inside a checkpointed part of a model."""
+    """Return a context that raises RuntimeError if `torch.utils.checkpoint` runs one of the layers."""
     why = (
         "without what this attribution puts in place of its tensors: turn checkpointing off while explaining "
         "(`model.gradient_checkpointing_disable()` in transformers), or choose a layer outside."

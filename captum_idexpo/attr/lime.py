@@ -1,4 +1,4 @@
-"""LIME, trainable: Captum's numbers for a batch in one computation, with a graph into the model's weights."""
+"""Trainable LIME: Captum's values, computed for a whole batch at once, with a graph to the model's weights."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from captum_idexpo.attr.surrogates import Ridge, Surrogate, as_surrogate
 
 
 class Lime(CaptumLime):
-    """LIME (Ribeiro et al. 2016, arXiv 1602.04938), `captum.attr.Lime` with a graph into the model's weights.
+    """LIME (Ribeiro et al. 2016, arXiv 1602.04938), as `captum.attr.Lime`, with a graph to the model's weights.
 
-    Same arguments and, for the same seed, same numbers as Captum's class; a batch is one computation. Captum's
-    scikit-learn surrogates and default similarity are recognised and solved in closed form; any other similarity or
-    perturbation function is called sample by sample as Captum calls it, and any other interpretable model takes
-    Captum's own path, which has no graph.
+    The arguments and, for the same seed, the values are those of Captum's class. A batch is explained at once.
+    Captum's scikit-learn surrogates and its default similarity are recognised and computed in batch form. Any other
+    similarity or perturbation function is called sample by sample, as in Captum. Any other interpretable model runs
+    Captum's code, which has no graph.
 
     Args:
-        forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``, of which the target
-            is explained, or one value for the whole batch.
+        forward_func: takes the inputs and the additional arguments. It returns outputs ``(B, ...)``, from which the
+            target is chosen, or one value for the whole batch.
         interpretable_model: the surrogate, one of `captum_idexpo.attr.surrogates` or a Captum model. None: Captum's
             default, a Lasso with alpha 0.01, which needs scikit-learn.
-        similarity_func: weight of a perturbed copy. None: Captum's default, an exponential kernel of width 1 on the
-            cosine distance of the inputs.
+        similarity_func: returns the weight of a perturbed copy. None: Captum's default, an exponential kernel of width
+            1 on the cosine distance of the inputs.
         perturb_func: draws a mask. None: each feature is kept with probability 1/2.
 
     Example:
@@ -86,42 +86,43 @@ class Lime(CaptumLime):
         generator: Generator | None = None,
         memory_budget: float | MemoryBudget | None = None,
     ) -> TensorOrTensors:
-        """The coefficients of the surrogate fitted to the outputs on masked copies.
+        """Return the coefficients of the surrogate fitted to the outputs on masked copies.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them, of any dtype.
-            baselines: what stands in place of a masked feature: None (zero), a number, a tensor that broadcasts to
-                the inputs, or a tuple of these.
-            target: which output is explained, as everywhere in Captum.
+            baselines: replaces a masked feature: None (zero), a number, a tensor that broadcasts to the inputs, or a
+                tuple of these.
+            target: int, tensor (B,) or list: the output index to explain; None if there is one output per row.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
-                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
-            n_samples: M, masked copies an example.
-            perturbations_per_eval: masked copies of each example in one forward pass, so that it has this many times
-                B rows. None: as many as suit the model's largest layer and the device.
-            return_input_shape: spread the coefficients over the inputs; else return them, ``(B, D)``, in ascending
-                order of the numbers in the feature mask. Features that an example does not have get 0.
+            feature_mask: whole numbers; the locations of one feature have the same number. The mask has the inputs'
+                shape or broadcasts to it. For a tuple of inputs, a tuple of such tensors. None: every element is a
+                feature.
+            n_samples: M, masked copies per example.
+            perturbations_per_eval: masked copies of each example in one forward pass, which then has this many times
+                B rows. None: chosen from the model's largest layer and the device.
+            return_input_shape: spread the coefficients over the inputs. Else return the coefficients ``(B, D)`` in
+                ascending order of the numbers in the feature mask, with 0 for features that an example does not have.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the graph of the forward function; else it is detached.
-            sampling: "captum" draws Captum's masks from torch's global generator; "independent" draws masks of the
-                same distribution at once, on the inputs' device; "paired" and "orthogonal" are designs with less noise
-                for the same n_samples, and so is KernelShap's "leverage" (`captum_idexpo.attr.sampling`).
+            sampling: "captum" draws Captum's masks from torch's global generator. "independent" draws masks of the
+                same distribution in one call on the inputs' device. "paired", "orthogonal" and KernelShap's "leverage"
+                have less noise for the same n_samples (`captum_idexpo.attr.sampling`).
             share_masks: use the same masks for all examples of the batch.
-            generator: source of the masks, but Captum's.
-            memory_budget: bytes of activations that the graph may keep until the backward pass. Where it would keep
-                more, masked copies are evaluated again there, for a third of the step's time and the same gradient.
-                None: no bound.
+            generator: source of the masks; not allowed with sampling="captum".
+            memory_budget: bytes of activations that the graph may keep until the backward pass. If it would keep
+                more, the backward pass evaluates masked copies again. The gradient is the same, and a step takes about
+                a third longer. None: no bound.
 
         Returns:
-            Attributions of the inputs' shape (the first one's where the forward function returns one value a batch),
-            tuple in, tuple out; dtype that of the outputs, at least float32.
+            Attributions of the inputs' shape, or a tuple for a tuple of inputs. If the forward function returns one
+            value for the batch, the batch axis has size 1. The dtype is that of the outputs, at least float32.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
-            ValueError: an unknown sampling; a generator with Captum's stream; outputs that are not finite; baselines
-                or feature masks that do not fit; rows of a forward pass that influence each other, unless they are
-                masked alike (share_masks=True, perturbations_per_eval=1).
-            TypeError: feature masks that do not hold whole numbers.
+            ValueError: sampling is unknown; a generator with sampling="captum"; outputs are not finite; baselines or
+                feature masks do not fit; the rows of a forward pass influence each other, unless all rows have the
+                same mask (share_masks=True, perturbations_per_eval=1).
+            TypeError: a feature mask does not hold whole numbers.
             AssertionError, IndexError: as Captum, on a target that does not fit.
         """
         name, create_graph = type(self).__name__, create_graph or keeps_graph()
@@ -155,7 +156,7 @@ class Lime(CaptumLime):
         parts = problem.parts()
         problems = [part for _, part in parts] or [problem]
         forwards = [forward.of_rows(rows) for rows, _ in parts] or [forward]
-        # Autocast is for the model; weights and systems keep their precision.
+        # Autocast applies to the model only. Weights and linear systems keep their precision.
         precisely = functools.partial(torch.autocast, problem.device.type, enabled=False)
         with torch.enable_grad() if create_graph else no_graph():
             with precisely():
@@ -181,7 +182,7 @@ class Lime(CaptumLime):
     def _draw(
         self, problem: Problem, n_samples: int, sampling: str, share_masks: bool, generator: Generator | None
     ) -> Samples:
-        """Draws masks, one set an example or, if shared, one for all, and weighs them."""
+        """Draw masks, one set per example or one shared set, and compute their weights."""
         kernel = InputKernel.of(self.similarity_func)
         one_by_one = self.perturb_func is not default_perturb_func or (
             kernel is None and not isinstance(self.similarity_func, MaskSimilarity)
@@ -209,7 +210,7 @@ class Lime(CaptumLime):
         return samples
 
     def _draw_one_by_one(self, problem: Problem, n_samples: int) -> Samples:
-        """Calls the user's functions in Captum's order: for each example, for each sample, a mask and its weight."""
+        """Call the user's functions in Captum's order: a mask, then its weight, for each sample of each example."""
         batched = InputKernel.of(self.similarity_func) or isinstance(self.similarity_func, MaskSimilarity)
         all_masks, all_weights = [], []
         for index in range(problem.n_examples):
@@ -234,14 +235,14 @@ class Lime(CaptumLime):
 
 
 class Probabilities(nn.Module):
-    """A classifier's probabilities, from its logits ``(B, C)``; one column gives those of class 0 and class 1."""
+    """A module that returns a classifier's probabilities, given a model that returns logits ``(B, C)``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Probabilities ``(B, C)``, or ``(B, 2)`` of a single column."""
+        """Return probabilities ``(B, C)``; for a single logit, those of class 0 and class 1 as ``(B, 2)``."""
         logits: Tensor = self.model(*inputs)
         if logits.shape[-1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)
@@ -249,14 +250,14 @@ class Probabilities(nn.Module):
 
 
 def id_expo_lime(model: nn.Module, *, alpha: float = 0.01, kernel_width: float = 0.25) -> Lime:
-    """The LIME of ID-ExpO's eq. (12) (arXiv 2310.12553): ridge without intercept on the probability of the target.
+    """Return the LIME of ID-ExpO's eq. (12) (arXiv 2310.12553): ridge without intercept on the target's probability.
 
-    In `captum_idexpo.regularizers.InsertionDeletion` pass ``forward_func=model`` beside it, so that insertion and
-    deletion are scored on the logits.
+    To score insertion and deletion on the logits, also pass ``forward_func=model`` to
+    `captum_idexpo.regularizers.InsertionDeletion`.
 
     Args:
-        model: returns logits ``(B, C)``.
-        alpha: the equation's epsilon.
+        model: a module that returns logits ``(B, C)``.
+        alpha: strength of the ridge penalty, epsilon in eq. (12).
         kernel_width: width of the kernel on the masks, see `MaskSimilarity`.
 
     Example:

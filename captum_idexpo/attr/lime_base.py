@@ -1,4 +1,4 @@
-"""LIME in its general form, trainable: the user says how to perturb, to weigh and to interpret."""
+"""Trainable LIME in its general form: the user defines perturbations, weights and interpretable representations."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from captum_idexpo.attr.surrogates import Surrogate, as_surrogate
 
 
 class LimeBase(captum.LimeBase):
-    """A surrogate fitted to the outputs on perturbed inputs of the user's making, `captum.attr.LimeBase`.
+    """LIME with perturbed inputs that the user's function makes, as `captum.attr.LimeBase`.
 
     Args:
-        forward_func: takes the inputs and the additional arguments, returns one value a perturbed input.
+        forward_func: takes the inputs and the additional arguments, returns one value per perturbed input.
         interpretable_model: the surrogate, one of `captum_idexpo.attr.surrogates` or a Captum model. Captum's
-            scikit-learn models are solved in closed form; any other has no graph.
+            scikit-learn models have a graph, too. Other models have none.
         similarity_func: (inputs, perturbed inputs, interpretable representation, ``**kwargs``) -> the weight.
-        perturb_func: (inputs, ``**kwargs``) -> a perturbed input, or its interpretable representation; or a generator.
-        perturb_interpretable_space: whether perturb_func returns a representation.
+        perturb_func: (inputs, ``**kwargs``) -> a perturbed input, or its interpretable representation. It may also
+            return a generator of these.
+        perturb_interpretable_space: True if perturb_func returns a representation.
         from_interp_rep_transform: (representation, inputs, ``**kwargs``) -> the perturbed input.
         to_interp_rep_transform: (perturbed input, inputs, ``**kwargs``) -> the representation ``(1, D)``.
 
@@ -71,25 +72,25 @@ class LimeBase(captum.LimeBase):
         create_graph: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """The coefficients of the surrogate fitted to the outputs on perturbed inputs.
+        """Return the coefficients of the surrogate fitted to the outputs on perturbed inputs.
 
         Args:
-            inputs: what is perturbed, a tensor or a tuple of them, as perturb_func wants it.
-            target: which output is explained, as everywhere in Captum.
+            inputs: a tensor or a tuple of tensors, passed to perturb_func.
+            target: int, tensor (B,) or list: the output index to explain; None if there is one output per row.
             additional_forward_args: passed to the forward function after the perturbed inputs.
-            n_samples: perturbed inputs.
-            perturbations_per_eval: perturbed inputs in one forward pass, put one after the other.
+            n_samples: number of perturbed inputs.
+            perturbations_per_eval: perturbed inputs that are concatenated for one forward pass.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the coefficients to the graph of the forward function; else they are detached.
             kwargs: passed to the user's functions.
 
         Returns:
-            ``(1, D)``; dtype that of the outputs, at least float32.
+            Coefficients ``(1, D)``. The dtype is that of the outputs, at least float32.
 
         Raises:
-            RuntimeError: create_graph where no graph can exist, or with an interpretable model that has none.
-            ValueError: n_samples or perturbations_per_eval below 1.
-            AssertionError: as Captum, where there is not one output a perturbed input.
+            RuntimeError: create_graph where no graph can exist, or with an interpretable model that has no graph.
+            ValueError: n_samples or perturbations_per_eval is below 1.
+            AssertionError: as Captum, if there is not one output per perturbed input.
         """
         if n_samples < 1 or perturbations_per_eval < 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Local linear models: LIME on continuous neighbours, the explainer of ExpO's experiments for tables."""
+"""Local linear models: LIME with continuous neighbours, the explainer of ExpO's experiments on tables."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from captum_idexpo.attr.surrogates import LinearRegression, Ridge
 
 
 class LinearExplanation(NamedTuple):
-    """A linear model per example, ``g_x(z) = intercept + coefficients z``, of K outputs.
+    """A linear model per example, ``g_x(z) = intercept + coefficients z``, with K outputs.
 
-    ``coefficients`` are ``(B, D, K)`` and ``intercept`` is ``(B, K)``, or without the last axis for a single output.
+    ``coefficients`` is ``(B, D, K)`` and ``intercept`` is ``(B, K)``. The last axis may be missing for one output.
     """
 
     coefficients: Tensor
     intercept: Tensor
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the models' values on inputs ``(B, D)``, or ``(B, n, D)`` for n points each: ``(B, [n,] K)``."""
+        """Return the models' values ``(B, K)`` on inputs ``(B, D)``, or ``(B, n, K)`` on points ``(B, n, D)``."""
         coefficients = self.coefficients if self.coefficients.dim() == 3 else self.coefficients[..., None]
         intercept = self.intercept if self.intercept.dim() == 2 else self.intercept[..., None]
         points = inputs if inputs.dim() == 3 else inputs[:, None]
@@ -40,21 +40,21 @@ Explainer = Callable[[Tensor], LinearExplanation]
 
 
 class LocalLinearModels:
-    """LIME on continuous neighbours: ridge regression of the outputs, weighted by distance (Ribeiro et al. 2016).
+    """LIME with continuous neighbours: ridge regression of the outputs, weighted by distance (Ribeiro et al. 2016).
 
-    The explainer of ExpO's experiments for tables. Neighbours are ``x + sigma N(0, I)``, weights
-    ``exp(-|z|^2 / kernel_width^2)`` of the steps ``z`` in units of sigma.
+    This is the explainer of ExpO's experiments on tables. Neighbours are ``x + sigma z`` with ``z`` from ``N(0, I)``.
+    Their weights are ``exp(-|z|^2 / kernel_width^2)``.
 
     Args:
         forward_func: rows ``(n, D)`` -> outputs ``(n, K)`` or ``(n,)``.
         sigma: standard deviation of the neighbours, in the inputs' units (standardised features: 1).
-        n_samples: neighbours of each example.
-        kernel_width: None: LIME's 0.75 sqrt(D).
-        alpha: strength of the ridge.
+        n_samples: neighbours per example.
+        kernel_width: width of the kernel; None: LIME's 0.75 sqrt(D).
+        alpha: strength of the ridge penalty; 0 fits a linear regression.
         generator: source of the neighbours; None: torch's global generator.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import torch
@@ -92,14 +92,14 @@ class LocalLinearModels:
 
     @no_graph()
     def __call__(self, inputs: Tensor) -> LinearExplanation:
-        """A linear model per example ``(B, D)``."""
+        """Fit a linear model per example of the inputs ``(B, D)``."""
         check_rows(inputs)
         per_chunk = max(1, default_rows_per_forward((inputs,)) // self.n_samples)
         parts = [self._explain(inputs[chunk]) for chunk in slices(len(inputs), per_chunk)]
         return LinearExplanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def _explain(self, inputs: Tensor) -> LinearExplanation:
-        # Drawn one by one, so that an example's do not depend on how many fit a chunk.
+        # Steps are drawn example by example, so that they do not depend on the chunk size.
         steps = torch.cat([normal_steps(example, self.n_samples, self.generator) for example in inputs.split(1)])
         values = outputs_at(self.forward_func, inputs[:, None] + self.sigma * steps)
         width = self.kernel_width or 0.75 * math.sqrt(inputs.shape[1])
@@ -107,21 +107,21 @@ class LocalLinearModels:
         surrogate = Ridge(self.alpha) if self.alpha else LinearRegression()
         slopes = torch.stack([surrogate.solve(steps, column, weights) for column in values.unbind(2)], dim=2)
         shares = weights / weights.sum(dim=1, keepdim=True)
-        # The fit's intercept: the weighted means lie on the fit.
+        # The intercept follows from the weighted means, which lie on the fitted plane.
         level = (shares[:, :, None] * (values - steps @ slopes)).sum(dim=1)
         coefficients = slopes / self.sigma
         return LinearExplanation(coefficients, level - (inputs[:, None] @ coefficients)[:, 0])
 
 
 def normal_steps(inputs: Tensor, n: int, generator: Generator | None) -> Tensor:
-    """Return n steps N(0, I) from each example, ``(B, n, ...)``."""
+    """Return n steps per example from N(0, I), as ``(B, n, ...)``."""
     shape = (len(inputs), n, *inputs.shape[1:])
     at = source(inputs.device, generator)
     return torch.randn(shape, generator=generator, device=at, dtype=inputs.dtype).to(inputs.device)
 
 
 def outputs_at(forward_func: Callable[..., Any], points: Tensor) -> Tensor:
-    """Return the outputs at points ``(B, n, D)``, as ``(B, n, K)``."""
+    """Return the outputs ``(B, n, K)`` at points ``(B, n, D)``."""
 
     def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
         return as_columns(forward_func(*rows))
@@ -131,14 +131,14 @@ def outputs_at(forward_func: Callable[..., Any], points: Tensor) -> Tensor:
 
 
 def as_columns(output: object) -> Tensor:
-    """Return a forward function's output as ``(n, K)``; ValueError for an output without rows."""
+    """Return a forward function's output as ``(n, K)``; raise ValueError for an output without rows."""
     if not isinstance(output, Tensor) or not output.dim():
         raise ValueError(f"The forward function must return one row per input, given: {output!r}.")
     return output.flatten(1) if output.dim() > 1 else output[:, None]
 
 
 def check_rows(inputs: Tensor) -> None:
-    """Raise ValueError for inputs that are no rows ``(B, D)`` of real numbers."""
+    """Raise ValueError unless the inputs are rows ``(B, D)`` of floating point numbers."""
     if inputs.dim() != 2 or not inputs.is_floating_point():
         raise ValueError(
             f"A linear model explains rows of real numbers (B, D), given: {inputs.dtype} of shape "

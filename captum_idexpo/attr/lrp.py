@@ -1,8 +1,8 @@
-"""Layer-wise relevance propagation, of inputs and of layers, trainable.
+"""Trainable layer-wise relevance propagation, for inputs and for layers.
 
-A true forward pass gives each layer's inputs. A second one, with the weights that the rules change, gives the graph
-along which relevance is propagated: each layer with a rule computes on its true inputs there. The model's own weights
-stay as they are, so the attribution is a function of them.
+The first forward pass records the true inputs of each layer. The second forward pass uses the weights that the rules
+change. Each layer with a rule gets its true inputs there. Relevance is propagated along the graph of the second pass.
+The model's weights are not changed in place, so the attribution is a function of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
 
 
 class RelevancePropagation(Trainable):
-    """What `LRP` and `LayerLRP` share."""
+    """Base class of `LRP` and `LayerLRP`."""
 
     _modules_only = True
     _of_inputs = True
@@ -57,7 +57,7 @@ class RelevancePropagation(Trainable):
             raise InputTypeError(f"{type(self).__name__} with create_graph takes no DataParallel: pass model.module.")
 
     def _is_captums(self) -> bool:
-        """Return True for what Captum's own computation is for: rules of users, and models on several devices."""
+        """Return True if Captum's computation is used: for rules written by users, and for a DataParallel."""
         return bool(self._rules_of_the_users()) or isinstance(self.model, nn.DataParallel)
 
     def _rules_of_the_users(self) -> list[PropagationRule]:
@@ -112,18 +112,18 @@ class RelevancePropagation(Trainable):
 
 
 class Passes:
-    """The two forward passes of one call, and what is seen on the way.
+    """The two forward passes of one call, and the relevance that they record.
 
     Args:
-        model: the user's.
+        model: the user's model.
 
     Attributes:
-        rules: of each layer that has one.
-        relevance_in: shares of the output's relevance at the layer's inputs.
-        relevance_out: those at its output.
+        rules: the rule of each layer that has one.
+        relevance_in: per layer, the shares of the output's relevance at its inputs.
+        relevance_out: per layer, the share of the output's relevance at its output.
 
     Raises:
-        TypeError: a layer without a rule.
+        TypeError: a layer has no rule.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,13 +135,14 @@ class Passes:
         self.relevance_in: dict[nn.Module, tuple[Tensor, ...]] = {}
         self.relevance_out: dict[nn.Module, tuple[Tensor]] = {}
         self._true: dict[nn.Module, tuple[Tensor, ...]] = {}
-        self._entered: dict[int, Tensor] = {}  # tensors whose gradient is made relevance, once each
+        # Tensors with a hook that replaces the gradient by relevance; each tensor gets one hook only.
+        self._entered: dict[int, Tensor] = {}
         self._phase = _Phase()
         self._handles: list[Any] = []
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Inside, a forward pass of the model notes the layers' true inputs."""
+        """Record the layers' true inputs during a forward pass inside the context."""
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             if module in self._true:
@@ -160,7 +161,7 @@ class Passes:
 
     @contextmanager
     def second(self) -> Iterator[Callable[..., Any]]:
-        """Yield the model's function for `torch.autograd.grad`, whose gradients are relevances."""
+        """Yield the forward function of the second pass, whose gradients are relevances."""
         weights = self._changed_weights()
 
         def forward(*arguments: Any) -> Any:
@@ -194,12 +195,12 @@ class Passes:
         return weights
 
     def _pass_relevance_on(self, module: nn.Module) -> None:
-        """Let relevance pass an activation as it is."""
+        """Set hooks that pass relevance through an activation unchanged."""
         entered: list[Tensor] = []
 
         def enter(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             entered.append(arguments[0])
-            return (arguments[0].clone(), *arguments[1:])  # which the activation may write into
+            return (arguments[0].clone(), *arguments[1:])  # an in-place activation writes into its input
 
         def leave(_module: nn.Module, _arguments: object, output: Tensor) -> Any:
             return _Carried.apply(entered.pop(), output, self._phase)
@@ -207,7 +208,7 @@ class Passes:
         self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def _propagate(self, module: nn.Module, rule: Any) -> None:
-        """Give a layer its true inputs, and make the gradients at its inputs and output relevances."""
+        """Set hooks that give a layer its true inputs and turn gradients at its inputs and output into relevances."""
 
         def enter(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             pairs = list(zip(arguments, self._true[module], strict=True))
@@ -232,7 +233,7 @@ class Passes:
         def leave(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
             def quotient(share: Tensor) -> Tensor:
                 self.relevance_out[module] = (share,)
-                # In half precision the factor would be 0.
+                # In half precision the stability factor would be rounded to 0.
                 wide = output.to(torch.promote_types(output.dtype, torch.float32))
                 stable = wide + rule.STABILITY_FACTOR * torch.where(wide < 0, -1, 1)
                 relevance: Tensor = (share / stable).to(share.dtype)
@@ -246,13 +247,16 @@ class Passes:
 
 
 class _Phase:
-    """Whether relevance is being propagated; afterwards a backward pass of a loss may come."""
+    """A flag: True while relevance is propagated, False in a later backward pass of a loss."""
 
     of_relevance = True
 
 
 class _Carried(torch.autograd.Function):
-    """The true value in place of another: relevance goes to the other one, a loss's gradient to the true value."""
+    """A function that replaces a tensor of the second forward pass by the true value.
+
+    Relevance flows to the replaced tensor. The gradient of a loss flows to the true value.
+    """
 
     @staticmethod
     def forward(ctx: Any, _path: Tensor, true: Tensor, phase: _Phase) -> Tensor:
@@ -278,7 +282,7 @@ def _rule_of(module: nn.Module) -> Any:
 
 @contextmanager
 def _rules_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the user's rules where they are, and nothing beside them; Captum deletes them."""
+    """Restore the `rule` attributes of all modules afterwards, because Captum deletes the user's rules."""
     before = {module: vars(module).get("rule") for module in model.modules()}
     try:
         yield
@@ -295,13 +299,14 @@ def _times(share: Tensor, output: Tensor) -> Tensor:
 
 
 class LRP(RelevancePropagation, captum.LRP):
-    """Layer-wise relevance propagation (Bach et al. 2015, doi 10.1371/journal.pone.0130140), `captum.attr.LRP`.
+    """Layer-wise relevance propagation (Bach et al. 2015, doi 10.1371/journal.pone.0130140), as `captum.attr.LRP`.
 
-    Same rules and numbers as Captum's: ``module.rule = GammaRule()`` chooses one, which stays in place here. Captum
-    changes weights in place, so that its attribution can have no graph.
+    The rules and the values are those of Captum's class. ``module.rule = GammaRule()`` sets the rule of a layer. Captum
+    deletes this attribute after a call; this class keeps it. Captum changes weights in place, so its attribution cannot
+    have a graph.
 
     Args:
-        model: a module whose layers have rules and are used once each.
+        model: a module. Each of its layers must have a rule and be used once.
 
     Example:
         >>> import torch
@@ -318,11 +323,11 @@ class LRP(RelevancePropagation, captum.LRP):
 
 
 class LayerLRP(RelevancePropagation, captum.LayerLRP):
-    """Layer-wise relevance propagation to a layer, `captum.attr.LayerLRP`.
+    """Layer-wise relevance propagation to a layer, as `captum.attr.LayerLRP`.
 
     Args:
-        model: a module whose layers have rules and are used once each.
-        layer: the module, or list of modules, at whose output (or input) relevance is read; with a rule.
+        model: a module. Each of its layers must have a rule and be used once.
+        layer: the module with a rule, or list of such modules, whose relevance at the output (or input) is returned.
 
     Example:
         >>> import torch

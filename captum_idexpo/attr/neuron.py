@@ -1,6 +1,6 @@
-"""Attributions of one neuron to the inputs, trainable.
+"""Trainable attributions of one neuron to the inputs.
 
-Each has the arguments of its counterpart for outputs, with ``neuron_selector`` in place of the target.
+Most classes have the arguments of their counterpart for outputs, with ``neuron_selector`` instead of the target.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from captum_idexpo.attr.layer import OfLayer
 
 
 class OfNeuron(OfLayer):
-    """An attribution of a neuron by its counterpart for outputs.
+    """An attribution of a neuron that runs the corresponding attribution of outputs.
 
     Attributes:
-        _counterpart: the class of `captum_idexpo.attr`.
+        _counterpart: the corresponding class of `captum_idexpo.attr`.
     """
 
     _counterpart: ClassVar[Any]
@@ -57,7 +57,7 @@ class OfNeuron(OfLayer):
 
 
 class NeuronGradient(OfLayer, captum.NeuronGradient):
-    """The gradient of a neuron with respect to the inputs, `captum.attr.NeuronGradient`.
+    """Gradient of a neuron with respect to the inputs, as `captum.attr.NeuronGradient`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.
@@ -79,9 +79,9 @@ class NeuronGradient(OfLayer, captum.NeuronGradient):
 
 
 class NeuronConductance(InSteps, OfLayer, captum.NeuronConductance):
-    """How the integrated gradient of the target flows from the inputs through a neuron (arXiv 1805.12233).
+    """The part of the inputs' integrated gradient that flows through a neuron (arXiv 1805.12233).
 
-    `captum.attr.NeuronConductance`.
+    The counterpart of `captum.attr.NeuronConductance`.
 
     Args:
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
@@ -104,7 +104,7 @@ class NeuronConductance(InSteps, OfLayer, captum.NeuronConductance):
 
 
 class NeuronIntegratedGradients(OfNeuron, captum.NeuronIntegratedGradients):
-    """Integrated gradients of a neuron, `captum.attr.NeuronIntegratedGradients`.
+    """Integrated gradients of a neuron, as `captum.attr.NeuronIntegratedGradients`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.
@@ -127,7 +127,9 @@ class NeuronIntegratedGradients(OfNeuron, captum.NeuronIntegratedGradients):
 
 
 class NeuronGradientShap(OfNeuron, captum.NeuronGradientShap):
-    """Expected gradients of a neuron, `captum.attr.NeuronGradientShap`; random numbers as `GradientShap`.
+    """Expected gradients of a neuron, as `captum.attr.NeuronGradientShap`.
+
+    The random numbers are drawn as in `GradientShap`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.
@@ -151,10 +153,10 @@ class NeuronGradientShap(OfNeuron, captum.NeuronGradientShap):
 
 
 class NeuronDeepLift(OfNeuron, captum.NeuronDeepLift):
-    """DeepLIFT of a neuron, `captum.attr.NeuronDeepLift`.
+    """DeepLIFT of a neuron, as `captum.attr.NeuronDeepLift`.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         layer: the module whose output (or input) holds the neuron.
         multiply_by_inputs: multiply by the inputs' difference from the baselines.
 
@@ -174,10 +176,10 @@ class NeuronDeepLift(OfNeuron, captum.NeuronDeepLift):
 
 
 class NeuronDeepLiftShap(OfNeuron, captum.NeuronDeepLiftShap):
-    """DeepLIFT of a neuron, the mean over a distribution of baselines, `captum.attr.NeuronDeepLiftShap`.
+    """Mean of a neuron's DeepLIFT over a distribution of baselines, as `captum.attr.NeuronDeepLiftShap`.
 
     Args:
-        model: a module whose non-linear modules are used once each.
+        model: a module. Each of its non-linear modules must be used once.
         layer: the module whose output (or input) holds the neuron.
         multiply_by_inputs: multiply by the inputs' difference from the baselines.
 
@@ -198,7 +200,7 @@ class NeuronDeepLiftShap(OfNeuron, captum.NeuronDeepLiftShap):
 
 
 class NeuronGuidedBackprop(OfNeuron, captum.NeuronGuidedBackprop):
-    """Guided backpropagation of a neuron, `captum.attr.NeuronGuidedBackprop`.
+    """Guided backpropagation of a neuron, as `captum.attr.NeuronGuidedBackprop`.
 
     Args:
         model: a module with ReLU modules.
@@ -221,7 +223,7 @@ class NeuronGuidedBackprop(OfNeuron, captum.NeuronGuidedBackprop):
 
 
 class NeuronDeconvolution(OfNeuron, captum.NeuronDeconvolution):
-    """Deconvolution of a neuron, `captum.attr.NeuronDeconvolution`.
+    """Deconvolution of a neuron, as `captum.attr.NeuronDeconvolution`.
 
     Args:
         model: a module with ReLU modules.
@@ -244,7 +246,7 @@ class NeuronDeconvolution(OfNeuron, captum.NeuronDeconvolution):
 
 
 class NeuronFeatureAblation(OfLayer, captum.NeuronFeatureAblation):
-    """What a neuron loses when a feature is replaced by its baseline, `captum.attr.NeuronFeatureAblation`.
+    """Decrease of a neuron when a feature is replaced by its baseline, as `captum.attr.NeuronFeatureAblation`.
 
     Args:
         forward_func: takes the inputs and the additional arguments.

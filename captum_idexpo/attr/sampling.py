@@ -1,16 +1,16 @@
-"""Which features the perturbed copies of LIME and KernelSHAP keep: the random masks.
+"""Random masks: the features that the perturbed copies of LIME and KernelSHAP keep.
 
-* "captum": Captum's own stream, draw by draw, so that equal seeds give Captum's numbers.
-* "independent": Captum's distribution, drawn at once on the inputs' device.
-* "paired": each mask is followed by its complement, which cancels every interaction of even order.
-* "orthogonal": pairs made of blocks whose columns (LIME: Hadamard matrices) or rows (KernelSHAP) are orthogonal, so
-  that features disturb each other less.
-* "leverage" (KernelSHAP): as "orthogonal", but all coalition sizes equally often and weighted back to Shapley's
-  distribution, the leverage scores of Musco and Witter (2024, arXiv 2410.01917).
+* "captum": Captum's random draws in Captum's order, so that equal seeds give Captum's numbers.
+* "independent": Captum's distribution, drawn in one call on the inputs' device.
+* "paired": each mask is followed by its complement. This cancels every interaction of even order.
+* "orthogonal": pairs from blocks with orthogonal columns (LIME: Hadamard matrices) or orthogonal rows (KernelSHAP).
+  This reduces the influence of features on each other's coefficients.
+* "leverage" (KernelSHAP only): as "orthogonal", but all coalition sizes are drawn equally often. Weights restore
+  Shapley's distribution. These are the leverage scores of Musco and Witter (2024, arXiv 2410.01917).
 
-Every design has the same limit of infinitely many samples. But for "captum", KernelSHAP evaluates no coalition twice:
-sizes come in exact proportion, and sizes with few coalitions are taken whole (`captum_idexpo.attr.coalitions`). With
-as many samples as coalitions, 2^D, its values are exact.
+All designs have the same limit for infinitely many samples. Except with "captum", KernelSHAP evaluates no coalition
+twice: sizes are drawn in exact proportion, and sizes with few coalitions are taken whole
+(`captum_idexpo.attr.coalitions`). With 2^D samples, the number of coalitions, its values are exact.
 
 Masks are booleans ``(n_sets, n_samples, D)``.
 """
@@ -31,7 +31,7 @@ LIME_SAMPLINGS: tuple[str, ...] = ("captum", "independent", "paired", "orthogona
 def lime_masks(
     sampling: str, n_sets: int, n_samples: int, n_features: int, device: torch.device, generator: Generator | None
 ) -> Tensor:
-    """LIME's masks, each feature kept with probability 1/2."""
+    """Return LIME's masks, in which each feature is kept with probability 1/2."""
     if sampling == "captum":
         return captum_lime_masks(n_sets, n_samples, n_features).to(device)
     at = source_of_masks(device, generator)
@@ -46,7 +46,7 @@ def lime_masks(
 
 
 def captum_lime_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
-    """LIME's masks as Captum draws them from torch's global generator, on the CPU."""
+    """Return LIME's masks as Captum draws them from torch's global generator, on the CPU."""
     masks = []
     for _ in range(n_sets):
         masks.append(torch.bernoulli(torch.ones(n_samples, n_features, device="cpu") * 0.5).bool())
@@ -55,7 +55,7 @@ def captum_lime_masks(n_sets: int, n_samples: int, n_features: int) -> Tensor:
 
 
 def replay_captum_fit(n_features: int) -> None:
-    """Draws what Captum's fit of a surrogate draws: a DataLoader's seed and a linear layer's initial weights."""
+    """Make the random draws of Captum's surrogate fit: a DataLoader's seed and a linear layer's initial weights."""
     torch.empty((), dtype=torch.int64, device="cpu").random_()
     torch.nn.Linear(n_features, 1, device="cpu")
 
@@ -67,7 +67,7 @@ Shape = tuple[int, int, int]
 
 
 def coins(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
-    """Fair coins, thirty-two to a random number."""
+    """Return fair coins as booleans; each random number gives 32 coins."""
     n = shape[0] * shape[1] * shape[2]
     octets = noise((-(-n // 32),), device, generator).view(torch.uint8)
     positions = torch.arange(8, dtype=torch.uint8, device=device)[:, None]
@@ -75,10 +75,10 @@ def coins(shape: Shape, device: torch.device, generator: Generator | None) -> Te
 
 
 def _orthogonal_coins(shape: Shape, device: torch.device, generator: Generator | None) -> Tensor:
-    """Fair coins whose columns are orthogonal: blocks of Hadamard rows, columns and signs at random.
+    """Return fair coins with orthogonal columns: blocks of Hadamard matrices with random rows, columns and signs.
 
-    Where one block would do, two halves: with all columns of one length nothing would tell signal from noise to a
-    surrogate that looks at the residuals.
+    If one block is enough, two halves are used. With one block all columns would have the same length, and a surrogate
+    that looks at the residuals could not tell signal from noise.
     """
     n_sets, n, n_features = shape
     matrix = hadamard(max(2, n_features)).to(device)
@@ -92,7 +92,13 @@ def _orthogonal_coins(shape: Shape, device: torch.device, generator: Generator |
 
 
 def source_of_masks(device: torch.device, generator: Generator | None) -> torch.device:
-    """Where masks are drawn: at the generator; for MPS, whose integers have 32 bits, on the CPU."""
+    """Return the device on which masks are drawn: the generator's device, or the CPU for MPS.
+
+    MPS has 32-bit random integers, but `noise` draws 64-bit integers.
+
+    Raises:
+        ValueError: the generator is on MPS.
+    """
     at = source(device, generator)
     if at.type != "mps":
         return at
@@ -103,13 +109,13 @@ def source_of_masks(device: torch.device, generator: Generator | None) -> torch.
 
 @functools.lru_cache(maxsize=8)
 def hadamard(n: int) -> Tensor:
-    """The smallest Hadamard matrix of at least n rows by Sylvester's and Paley's constructions, +1 and -1 as int8."""
+    """Return the smallest Hadamard matrix of at least n rows by Sylvester's and Paley's constructions, as int8."""
     primes = [p for p in range(3, 2 * n + 4, 4) if all(p % q for q in range(3, math.isqrt(p) + 1, 2))]
     orders = [
         (core << doublings, core) for core in [1, *(p + 1 for p in primes)] for doublings in range(n.bit_length() + 1)
     ]
     order, core = min(candidate for candidate in orders if candidate[0] >= n)
-    with torch.device("cpu"):  # whatever the default is at the first call
+    with torch.device("cpu"):  # the matrix is cached, so it must not depend on the default device of the first call
         matrix = _paley(core - 1) if core > 1 else torch.ones(1, 1, dtype=torch.int8)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -117,7 +123,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def _paley(prime: int) -> Tensor:
-    """Paley's first construction, of order prime + 1 for a prime that leaves 3 when divided by 4."""
+    """Return Paley's first construction, of order prime + 1, for a prime that is 3 modulo 4."""
     residue = -torch.ones(prime, dtype=torch.int8)
     residue[torch.arange(prime) ** 2 % prime] = 1
     residue[0] = 0
@@ -129,12 +135,12 @@ def _paley(prime: int) -> Tensor:
 
 
 def permutations(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
-    """Random permutations of the last axis."""
+    """Return random permutations along the last axis."""
     return noise(shape, device, generator).argsort(dim=-1)
 
 
 def noise(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
-    """Numbers uniform over all of int32, which are cheaper than floats and have fewer ties."""
+    """Return uniform random numbers over all of int32, which are cheaper than floats and have fewer ties."""
     n = math.prod(shape)
     wide = torch.empty(-(-n // 2), dtype=torch.int64, device=device)
     wide.random_(torch.iinfo(torch.int64).min, None, generator=generator)
@@ -142,5 +148,5 @@ def noise(shape: tuple[int, ...], device: torch.device, generator: Generator | N
 
 
 def with_complements(masks: Tensor) -> Tensor:
-    """Each mask ``(..., n, D)`` followed by its complement, ``(..., 2n, D)``."""
+    """Return each mask ``(..., n, D)`` followed by its complement, ``(..., 2n, D)``."""
     return torch.stack([masks, ~masks], dim=-2).flatten(-3, -2)

@@ -1,4 +1,4 @@
-"""Shapley values from sampled orders of the features, or exactly from all coalitions, trainable."""
+"""Trainable Shapley values: from sampled orders of the features, or exact values from all coalitions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _VALUES_TO_COMPARE = 2**22
 
 
 class ShapleyValueSampling(captum.ShapleyValueSampling):
-    """Shapley values, the mean over random orders of the features (Strumbelj, Kononenko 2010).
+    """Shapley values, estimated by the mean over random orders of the features (Strumbelj, Kononenko 2010).
 
-    `captum.attr.ShapleyValueSampling` for the same seed of torch's global generator; a batch of coalitions is one
-    computation, each coalition is evaluated once, and the precision of the outputs is kept.
+    The values equal those of `captum.attr.ShapleyValueSampling` for the same seed of torch's global generator. Many
+    coalitions share a forward pass, each coalition is evaluated once, and the precision of the outputs is kept.
 
     Args:
-        forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``, of which the target
-            is explained, or one value for the whole batch.
+        forward_func: takes the inputs and the additional arguments. It returns outputs ``(B, ...)``, from which the
+            target is chosen, or one value for the whole batch.
 
     Example:
         >>> import torch
@@ -57,29 +57,30 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         *,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """What a feature adds to those before it, the mean over random orders.
+        """Return what each feature adds to the features before it, as the mean over random orders.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
-            baselines: what stands in place of a missing feature: None (zero), a number, a tensor that broadcasts to the
-                inputs, or a tuple of these. A tensor with fewer axes than its input has no batch axis.
-            target: which output is explained, as everywhere in Captum.
+            baselines: replaces a missing feature: None (zero), a number, a tensor that broadcasts to the inputs, or a
+                tuple of these. A tensor with fewer axes than its input has no batch axis.
+            target: int, tensor (B,) or list: the output index to explain; None if there is one output per row.
             additional_forward_args: passed to the forward function after the inputs.
-            feature_mask: whole numbers, equal ones for the positions of one feature, of the inputs' shape or
-                broadcasting to it; a tuple of such tensors for a tuple of inputs. None: every element is a feature.
-            n_samples: orders drawn.
-            perturbations_per_eval: coalitions of each example in one forward pass, which then has this many times B
-                rows. None: as for `FeatureAblation`.
+            feature_mask: whole numbers; the locations of one feature have the same number. The mask has the inputs'
+                shape or broadcasts to it. For a tuple of inputs, a tuple of such tensors. None: every element is a
+                feature.
+            n_samples: number of random orders.
+            perturbations_per_eval: coalitions per example in one forward pass, which then has this many times B rows.
+                None: as for `FeatureAblation`.
             show_progress: show a progress bar over the forward passes.
             create_graph: attach the attribution to the model's graph; else it is detached.
 
         Returns:
-            Of the inputs' shape, tuple in, tuple out; without a target, of the shape of the outputs and then of an
-            input. dtype that of the outputs, at least float32.
+            A tensor of the inputs' shape, or a tuple for a tuple of inputs. Without a target, the shape is the shape of
+            the outputs followed by ``input.shape[1:]``. The dtype is that of the outputs, at least float32.
 
         Raises:
             RuntimeError: create_graph where no graph can exist.
-            ValueError: n_samples below 1; baselines that do not fit.
+            ValueError: n_samples is below 1; baselines do not fit.
             AssertionError, IndexError: as Captum, on arguments that do not fit.
         """
         if n_samples < 1:
@@ -95,7 +96,7 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
 
             changed = outputs.on_copies(members, coalitions.n - 1, masked.emptied(), show_progress)
             with torch.autocast(changed.device.type, enabled=False):
-                # The same for all coalitions, a large offset would cost the differences their last digits.
+                # The plain output is subtracted, because a large common offset would cost precision in the differences.
                 gains = (changed - outputs.plain).to(torch.promote_types(changed.dtype, torch.float32))
                 values = coalitions.values(torch.cat([gains.new_zeros(1, *gains.shape[1:]), gains]).flatten(1))
             return outputs.formatted(outputs.laid_out(values, masked.layout))
@@ -104,14 +105,14 @@ class ShapleyValueSampling(captum.ShapleyValueSampling):
         return attribution
 
     def _coalitions(self, n_features: int, n_samples: int, device: torch.device) -> Coalitions:
-        orders = [torch.randperm(n_features) for _ in range(n_samples)]  # Captum's draws
+        orders = [torch.randperm(n_features) for _ in range(n_samples)]  # the same random draws as Captum's
         return Coalitions.of_orders(torch.stack(orders).to(device))
 
 
 class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
-    """Exact Shapley values (Shapley 1953), `captum.attr.ShapleyValues`.
+    """Exact Shapley values (Shapley 1953), as `captum.attr.ShapleyValues`.
 
-    Captum goes through all D! orders; here each of the 2^D coalitions is evaluated once, for the same values.
+    Captum evaluates all D! orders. This class evaluates each of the 2^D coalitions once and returns the same values.
 
     Args:
         forward_func: as for `ShapleyValueSampling`.
@@ -125,7 +126,7 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
         True
     """
 
-    # The number of samples is none of its arguments, as in Captum.
+    # As in Captum, there is no `n_samples`, so mypy reports an incompatible override.
     @logged
     def attribute(  # type: ignore[override]
         self,
@@ -139,7 +140,10 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
         *,
         create_graph: bool = False,
     ) -> TensorOrTensors:
-        """What a feature adds to a coalition, the mean over all orders; arguments as for `ShapleyValueSampling`."""
+        """Return what each feature adds to the features before it, as the mean over all orders.
+
+        For the arguments, the result and the errors see `ShapleyValueSampling`.
+        """
         attribution: TensorOrTensors = part(ShapleyValueSampling)(
             self,
             inputs,
@@ -163,19 +167,19 @@ class ShapleyValues(ShapleyValueSampling, captum.ShapleyValues):
 
 
 class Coalitions(NamedTuple):
-    """Coalitions of features, the full one first, and what their outputs say of each feature."""
+    """Coalitions of features, the full one first, and the function from their outputs to the features' values."""
 
     n: int
     members: Callable[[slice], Tensor]
-    """Of a slice of them, ``(m, D)`` booleans."""
+    """Slice of the coalitions -> their features, booleans ``(m, D)``."""
     values: Callable[[Tensor], Tensor]
     """Outputs ``(n, K)`` -> values ``(D, K)``."""
 
     @classmethod
     def all(cls, n_features: int, device: torch.device) -> Coalitions:
-        """Each of the 2^D, for exact values."""
+        """Return all 2^D coalitions, which give exact values."""
         features = torch.arange(n_features, device=device)
-        # A coalition S adds |S|! (D - |S| - 1)! / D! of its output to the features outside, with a minus.
+        # shares[|S|] = |S|! (D - |S| - 1)! / D! is the weight of f(S + i) - f(S) in the value of a feature i outside S.
         shares = [1 / (n_features * math.comb(n_features - 1, size)) for size in range(n_features)]
 
         def members(chunk: slice) -> Tensor:
@@ -192,13 +196,13 @@ class Coalitions(NamedTuple):
 
     @classmethod
     def of_orders(cls, orders: Tensor) -> Coalitions:
-        """Those that the orders ``(n, D)`` go through: the first k features of each, k from 0 to D."""
+        """Return the coalitions in the orders ``(n, D)``: the first k features of each order, for k from 0 to D."""
         n_orders, n_features = orders.shape
         position = orders.argsort(dim=1)
         sizes = torch.arange(n_features + 1, device=orders.device)
         if n_orders * n_features**2 > _VALUES_TO_COMPARE:
             return cls._one_by_one(orders, position)
-        # Few enough to see which ones are the same.
+        # Equal coalitions are evaluated once. Larger numbers of coalitions take too much memory to compare.
         distinct, number = (position[:, None, :] < sizes[:, None]).flatten(0, 1).unique(dim=0, return_inverse=True)
         order = _last_first(len(distinct), orders.device)
         number = order.argsort()[number].reshape(n_orders, -1)
@@ -206,7 +210,7 @@ class Coalitions(NamedTuple):
 
     @classmethod
     def _one_by_one(cls, orders: Tensor, position: Tensor) -> Coalitions:
-        """Return the full and the empty coalition, which all orders have, then the others, made when asked for."""
+        """Return the full and the empty coalition, which all orders share, then all others, made on demand."""
         n_orders, n_features = orders.shape
         n_inner = n_features - 1
         inner = torch.arange(2, 2 + n_orders * n_inner, device=orders.device).reshape(n_orders, n_inner)
@@ -226,7 +230,12 @@ def _last_first(n: int, device: torch.device) -> Tensor:
 
 
 def _gains(orders: Tensor, number: Tensor) -> Callable[[Tensor], Tensor]:
-    """What features add to those before them, means over orders whose prefixes are numbered ``(n, D + 1)``."""
+    """Return the function from outputs to values: the means of the features' gains over the orders.
+
+    Args:
+        orders: ``(n, D)``.
+        number: index of the coalition of each prefix of each order, ``(n, D + 1)``.
+    """
 
     def values(outputs: Tensor) -> Tensor:
         gains = (outputs[number[:, 1:]] - outputs[number[:, :-1]]).flatten(0, 1) / len(orders)

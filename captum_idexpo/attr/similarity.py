@@ -1,4 +1,4 @@
-"""Similarities: how much a perturbed copy counts in LIME's surrogate, for a whole batch of masks at once."""
+"""Similarities: the weights of perturbed copies in LIME's surrogate, for a whole batch of masks at once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from captum_idexpo.attr.surrogates import apply_each
 class MaskSimilarity:
     r"""Similarity of a mask z to the mask of ones, :math:`\exp(-d^2 / 2 \sigma^2)` with d their cosine distance.
 
-    The kernel(1, z) of eq. (12) in ID-ExpO (arXiv 2310.12553). It looks at the masks only, not, as Captum's default,
-    at the perturbed inputs. Usable as ``similarity_func`` of Captum's own Lime, too.
+    This is the kernel(1, z) of eq. (12) in ID-ExpO (arXiv 2310.12553). It depends only on the masks. Captum's default
+    depends on the perturbed inputs. Captum's Lime also accepts this class as ``similarity_func``.
 
     Args:
-        kernel_width: the width :math:`\sigma`; 0.25 is the original LIME's for images.
+        kernel_width: the width :math:`\sigma`; the original LIME uses 0.25 for images.
 
     Example:
         >>> import torch
@@ -33,13 +33,13 @@ class MaskSimilarity:
     kernel_width: float = 0.25
 
     def weights(self, masks: Tensor) -> Tensor:
-        """The weights ``(..., M)`` of masks ``(..., M, D)``; float masks keep their dtype."""
+        """Return the weights ``(..., M)`` of masks ``(..., M, D)``, in the dtype of float masks, else in float32."""
         masks = masks if masks.is_floating_point() else as_numbers(masks, torch.float32)
-        cosine = masks.mean(dim=-1).sqrt()  # of a binary z with the vector of ones
+        cosine = masks.mean(dim=-1).sqrt()  # the cosine of a binary z and the vector of ones
         return torch.exp(-((1 - cosine) ** 2) / (2 * self.kernel_width**2))
 
     def __call__(self, _original: object, _perturbed: object, interpretable: Tensor, **_: Any) -> Tensor:
-        """Captum's way of asking, sample by sample."""
+        """Return the weight of one sample, with the signature that Captum calls."""
         return self.weights(interpretable)
 
 
@@ -47,8 +47,8 @@ class MaskSimilarity:
 class InputKernel:
     """Captum's exponential kernel on the distance between an input and its perturbed copy.
 
-    The masked copies need not be made: with x.x, x.b and b.b summed over each feature, the distance is linear algebra
-    on the masks.
+    It does not make the masked copies. The distance follows from the masks and the sums of x.x, x.b and b.b over each
+    feature, where x is the input and b the baseline.
     """
 
     distance_mode: str
@@ -56,7 +56,7 @@ class InputKernel:
 
     @classmethod
     def of(cls, similarity_func: Any) -> InputKernel | None:
-        """The kernel that Captum's `get_exp_kernel_similarity_function` made; None for any other function."""
+        """Return the kernel for a function made by Captum's `get_exp_kernel_similarity_function`; None for others."""
         if getattr(similarity_func, "__qualname__", "") != _CAPTUM_KERNEL:
             return None
         cells = zip(similarity_func.__code__.co_freevars, similarity_func.__closure__ or (), strict=True)
@@ -72,9 +72,9 @@ class InputKernel:
         baselines: tuple[Any, ...],
         joint: bool = False,
     ) -> Tensor:
-        """The weights ``(B, M)`` of masks ``(B or 1, M, D)``; float64 inputs are measured in float64.
+        """Return the weights ``(B, M)`` of masks ``(B or 1, M, D)``, in float64 for float64 inputs, else in float32.
 
-        ``joint`` takes the whole batch as one example and gives ``(1, M)``.
+        With ``joint`` the whole batch counts as one example, and the weights are ``(1, M)``.
         """
         dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
         x = [tensor.to(dtype) for tensor in inputs]
@@ -91,7 +91,8 @@ class InputKernel:
             squared = feature_sums(difference, difference)
             squared_distance = apply_each(1 - kept, squared)
         else:
-            # Products of the copy with the input and with itself: the baseline's, plus what kept features add.
+            # Inner products of the copy with the input and with itself: those of the baseline plus the change from
+            # each kept feature.
             xx = feature_sums(x, x)
             if zero:
                 product = of_copy = apply_each(kept, xx)
@@ -99,14 +100,14 @@ class InputKernel:
                 xb, bb = feature_sums(x, b), feature_sums(b, b)
                 product = xb.sum(dim=1, keepdim=True) + apply_each(kept, xx - xb)
                 of_copy = bb.sum(dim=1, keepdim=True) + apply_each(kept, xx - bb)
-            # Clamped before the root, whose gradient at 0 is infinite.
+            # The clamp comes before the square root, because the gradient of the root at 0 is infinite.
             norms = xx.sum(dim=1, keepdim=True).clamp_min(_EPS**2).sqrt() * of_copy.clamp_min(_EPS**2).sqrt()
             squared_distance = (1 - product / norms) ** 2
         return torch.exp(-squared_distance / (2 * self.kernel_width**2))
 
 
 def _expanded(baselines: tuple[Any, ...], tensors: list[Tensor]) -> list[Tensor]:
-    """Baselines of the tensors' shapes and types."""
+    """Return the baselines in the shapes and dtypes of the tensors."""
     return [
         (baseline.to(tensor.dtype) if isinstance(baseline, Tensor) else tensor.new_tensor(baseline)).expand_as(tensor)
         for baseline, tensor in zip(baselines, tensors, strict=True)

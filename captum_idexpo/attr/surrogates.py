@@ -1,10 +1,10 @@
 r"""Surrogates: the weighted linear models that LIME and KernelSHAP fit to a model's outputs on masked copies.
 
-All in closed form for a whole batch, differentiable in the outputs (the coefficients are linear in them). With masks
-:math:`Z`, weights :math:`K` and outputs :math:`v` of one example, ``Ridge(alpha, fit_intercept=False)`` is eq. (12) of
-ID-ExpO (arXiv 2310.12553), :math:`\phi = (Z^T K Z + \alpha I)^{-1} Z^T K v`.
+They take a whole batch, and the coefficients are differentiable with respect to the outputs. With masks :math:`Z`,
+weights :math:`K` and outputs :math:`v` of one example, ``Ridge(alpha, fit_intercept=False)`` is eq. (12) of ID-ExpO
+(arXiv 2310.12553), :math:`\phi = (Z^T K Z + \alpha I)^{-1} Z^T K v`.
 
-Systems are solved in float64 (float32 where a device has no float64) and returned in the outputs' dtype.
+Systems are solved in float64 (float32 on MPS, which has no float64). The result has the outputs' dtype.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from captum_idexpo._core.captum import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from captum_idexpo._core.features import as_numbers
 
-# Strengths of the ridge, four per decade: from a millionth of the mean eigenvalue, which leaves exact data alone, to a
-# thousand times it.
+# Ridge strengths for averaging, four per decade, from 1e-6 to 1e3 times the mean eigenvalue. The smallest one hardly
+# changes the fit of exact data.
 _STRENGTH_EXPONENTS = (-6.0, 3.0)
 _N_STRENGTHS = 37
 
@@ -32,10 +32,10 @@ class Surrogate(ABC):
 
     @abstractmethod
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Fits one linear model an example.
+        """Fit one linear model per example.
 
         Args:
-            masks: ``(B, M, D)`` or, shared by all examples, ``(1, M, D)``; bool or float.
+            masks: ``(B, M, D)``, or ``(1, M, D)`` if all examples share them; bool or float.
             outputs: ``(B, M)``, floating point.
             weights: ``(B, M)`` or ``(1, M)``, not negative.
 
@@ -48,7 +48,7 @@ Solve = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 def _in_float64(solve: Solve) -> Solve:
-    """Solves in the widest precision of the device and returns the outputs' own."""
+    """Wrap a `solve` method: compute in the device's widest dtype and return the outputs' dtype."""
 
     @functools.wraps(solve)
     def wide(self: Any, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
@@ -60,11 +60,11 @@ def _in_float64(solve: Solve) -> Solve:
 
 @dataclass(frozen=True)
 class Ridge(Surrogate):
-    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2 + alpha |phi|^2``, as scikit-learn's ``Ridge``.
+    """Ridge regression: minimises ``sum_m w_m (v_m - z_m . phi - c)^2 + alpha |phi|^2``, as scikit-learn's ``Ridge``.
 
     Args:
         alpha: strength of the penalty, positive.
-        fit_intercept: whether c is fitted (and not penalised) or 0, as in eq. (12) of ID-ExpO.
+        fit_intercept: if True, fit c without a penalty; if False, c is 0, as in eq. (12) of ID-ExpO.
 
     Raises:
         ValueError: alpha is not positive.
@@ -87,15 +87,15 @@ class Ridge(Surrogate):
 
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         n_samples, n_features = masks.shape[1:]
         if n_features <= n_samples:
             equations = _centred_normal_equations if self.fit_intercept else _normal_equations
             gram, moments = equations(masks, outputs, weights)
             return _solve_gram(gram + self.alpha * _eye(gram), moments)
         masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
-        # With fewer samples than features the same minimiser comes from the samples' side:
-        # (Z'KZ + aI)^-1 Z'K = Z' R (R Z Z' R + aI)^-1 R with R the root of K.
+        # With fewer samples than features the dual form has a smaller system and the same minimum:
+        # (Z'KZ + aI)^-1 Z'K = Z' R (R Z Z' R + aI)^-1 R, where R is the square root of K.
         roots = weights.sqrt()
         rooted = masks * roots[..., None]
         gram = rooted @ rooted.mT
@@ -104,18 +104,19 @@ class Ridge(Surrogate):
 
 @dataclass(frozen=True)
 class BayesianRidge(Surrogate):
-    """Ridge with intercept whose strength the samples choose, for each example by itself.
+    """Ridge with intercept whose strength is determined from the samples, per example.
 
-    Averaged over strengths by their marginal likelihood (scikit-learn's ``BayesianRidge`` takes its maximum), which is
-    smooth, so that the gradient includes the choice's. What is shrunk is each coefficient's difference from their mean.
-    With few noisy samples the coefficients are several times closer to those of infinitely many than with a fixed
-    small strength, the more so with ``sampling="orthogonal"``; with many samples both agree.
+    The coefficients are averaged over strengths, weighted by their marginal likelihood. (scikit-learn's
+    ``BayesianRidge`` takes the strength of maximum likelihood.) The average is smooth, so the gradient includes the
+    effect of the outputs on the strength. The penalty applies to the difference of each coefficient from the mean
+    coefficient. With few noisy samples the coefficients are several times closer to those of infinitely many samples
+    than with a fixed small strength, and even closer with ``sampling="orthogonal"``. With many samples both agree.
 
-    Where masks come in pairs of complements, as the designs "paired" and "orthogonal" draw them, their differences
-    judge the strengths: the two errors of a pair are not independent.
+    The designs "paired" and "orthogonal" draw pairs of complementary masks. The two errors of a pair are not
+    independent, so the likelihood is computed from the differences of the pairs.
 
     Raises:
-        RuntimeError: weights that require gradient (a similarity of inputs that do).
+        RuntimeError: the weights require gradient (a similarity that depends on inputs that require gradient).
 
     Example:
         >>> import torch
@@ -130,7 +131,7 @@ class BayesianRidge(Surrogate):
 
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         if weights.requires_grad:
             raise RuntimeError(
                 "BayesianRidge has no gradient in the similarity's weights, which here depend on inputs that require "
@@ -158,10 +159,12 @@ class BayesianRidge(Surrogate):
 
 @dataclass(frozen=True)
 class LinearRegression(Surrogate):
-    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2``; of several minimisers, the one of least norm, as scikit-learn's.
+    """Linear regression: minimises ``sum_m w_m (v_m - z_m . phi - c)^2``, as scikit-learn's ``LinearRegression``.
+
+    If there are several minima, the one with the smallest norm is returned.
 
     Args:
-        fit_intercept: whether c is fitted or 0.
+        fit_intercept: if True, fit c; if False, c is 0.
 
     Example:
         >>> import torch
@@ -176,13 +179,13 @@ class LinearRegression(Surrogate):
 
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         masks, outputs = _centred(masks, outputs, weights) if self.fit_intercept else (masks, outputs)
         roots = weights.sqrt()
         design = masks * roots[..., None]
         if self.fit_intercept:
-            # Centred columns are orthogonal to the roots; where one weight dominates, rounding in that direction is
-            # larger than the pseudo-inverse's tolerance and would pass for a feature.
+            # Centred columns are orthogonal to the roots, up to rounding. If one weight dominates, this rounding error
+            # is larger than the tolerance of the pseudo-inverse and would count as a feature, so it is projected out.
             direction = (roots / roots.norm(dim=1, keepdim=True))[..., None]
             for _ in range(2):
                 design = design - direction @ (direction.mT @ design)
@@ -191,16 +194,16 @@ class LinearRegression(Surrogate):
 
 @dataclass(frozen=True)
 class Lasso(Surrogate):
-    """Minimises ``sum_m w_m (v_m - z_m . phi - c)^2 / 2 + alpha |phi|_1`` with weights summing to 1, as scikit-learn's.
+    """Lasso: minimises ``sum_m w_m (v_m - z_m . phi - c)^2 / 2 + alpha |phi|_1`` with weights that sum to 1.
 
-    The coefficients are scikit-learn's, example by example: at its default tolerance its coordinate descent stops
-    3e-4 to 3e-2 from the minimum, so no other solver gives Captum's number. The gradient is that of the minimum: on
-    the active set with its signs fixed the minimum is a linear solve. For values that agree with the gradient to the
-    last digit choose ``tol=1e-12``.
+    scikit-learn computes the coefficients, example by example. With the default tolerance its coordinate descent stops
+    3e-4 to 3e-2 away from the minimum, so no other solver returns Captum's values. The gradient is that of the exact
+    minimum, which solves a linear system if the active set and the signs are fixed. Set ``tol=1e-12`` to get values
+    that agree with this gradient.
 
     Args:
         alpha: strength of the penalty, positive.
-        fit_intercept: whether c is fitted or 0.
+        fit_intercept: if True, fit c; if False, c is 0.
         tol, max_iter, selection, random_state: options of scikit-learn's coordinate descent.
 
     Raises:
@@ -227,13 +230,13 @@ class Lasso(Surrogate):
             raise ValueError(f"Lasso needs alpha > 0, given: {self.alpha}; for alpha = 0 use LinearRegression().")
 
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         value = self._coordinate_descent(masks, outputs.detach(), weights)
         dtype = _widest_dtype(outputs)
         design, targets, weights = as_numbers(masks, dtype), outputs.to(dtype), weights.to(dtype)
         if self.fit_intercept:
             design, targets = _centred(design, targets, weights)
-        # On the active set, its signs fixed, the minimum solves a linear system; inactive coefficients are held at 0.
+        # With a fixed active set and fixed signs, the minimum solves a linear system. Inactive coefficients stay 0.
         design = design * (value != 0)[:, None, :]
         weighted = design.mT * (weights / weights.sum(dim=1, keepdim=True))[:, None, :]
         gram = weighted @ design + torch.diag_embed((value == 0).to(dtype))
@@ -241,7 +244,7 @@ class Lasso(Surrogate):
         return value + (minimum - minimum.detach()).to(value.dtype)
 
     def _coordinate_descent(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """scikit-learn's coefficients, computed in the outputs' precision as Captum computes them in float32."""
+        """Return scikit-learn's coefficients, computed in the outputs' dtype; Captum computes them in float32."""
         try:
             from sklearn import linear_model
         except ImportError as error:
@@ -262,16 +265,16 @@ class Lasso(Surrogate):
 
 @dataclass(frozen=True)
 class ShapleyRegression(Surrogate):
-    """KernelSHAP's regression, its two infinite weights turned into exact constraints.
+    """KernelSHAP's regression with exact constraints instead of two infinite weights.
 
     The first mask must be all ones, the second all zeros. Their outputs fix the intercept and the sum of the
-    coefficients (efficiency), their weights do not count; the rest is least squares on the masks' part orthogonal to
-    the vector of ones. Weights of 1e6 in their place, as in Captum, cost float32 most of its digits.
+    coefficients (efficiency). Their weights are ignored. The rest is least squares on the part of the masks that is
+    orthogonal to the vector of ones. Captum uses weights of 1e6 instead, which cost float32 most of its digits.
     """
 
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         n_samples, n_features = masks.shape[1:]
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
@@ -281,7 +284,7 @@ class ShapleyRegression(Surrogate):
             roots = weights.sqrt()
             correction = apply_each(torch.linalg.pinv(free * roots[..., None]), roots * residuals)
         else:
-            # Adding the vector of ones makes the system regular.
+            # The masks are orthogonal to the vector of ones. Adding this direction makes the system regular.
             gram = _weighted_gram(free, weights) + 1 / n_features
             correction = _solve_gram(gram, _weighted_sums(free, weights * residuals))
         return _equal_shares_and(correction, total)
@@ -289,10 +292,11 @@ class ShapleyRegression(Surrogate):
 
 @dataclass(frozen=True)
 class BayesianShapleyRegression(Surrogate):
-    """KernelSHAP's regression with shrinkage to equal shares, its strength chosen by the samples; efficiency is exact.
+    """KernelSHAP's regression with shrinkage towards equal shares, whose strength is determined from the samples.
 
-    Of the coefficients only the part that adds up to zero is shrunk, as `BayesianRidge` does. With few noisy samples it
-    is many times closer to the Shapley values, the more so with ``sampling="leverage"``; with many samples both agree.
+    Efficiency is exact. Only the part of the coefficients that adds up to zero is shrunk, as in `BayesianRidge`. With
+    few noisy samples the coefficients are many times closer to the Shapley values than with `ShapleyRegression`, and
+    even closer with ``sampling="leverage"``. With many samples both agree.
 
     Example:
         >>> import torch
@@ -307,7 +311,7 @@ class BayesianShapleyRegression(Surrogate):
 
     @_in_float64
     def solve(self, masks: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients ``(B, D)``; see `Surrogate.solve`."""
+        """Return the coefficients ``(B, D)``; see `Surrogate.solve`."""
         n_samples, n_features = masks.shape[1:]
         if n_samples < 2:
             return 0 * outputs.expand(-1, n_features)
@@ -322,9 +326,9 @@ class BayesianShapleyRegression(Surrogate):
 
 
 def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs' total change, and what is left of coalitions and outputs when all features have equal shares of it.
+    """Return the outputs' total change, and the coalitions and outputs minus a model with equal shares of the change.
 
-    What is left of the coalitions is orthogonal to the vector of ones.
+    The remaining part of the coalitions is orthogonal to the vector of ones.
     """
     empty, coalitions = outputs[:, 1:2], masks[:, 2:]
     total = outputs[:, :1] - empty
@@ -333,34 +337,37 @@ def _beside_equal_shares(masks: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor
 
 
 def _without_mean(vectors: Tensor) -> Tensor:
-    """Along the last axis."""
+    """Subtract the mean over the last axis."""
     return vectors - vectors.mean(dim=-1, keepdim=True)
 
 
 def _equal_shares_and(correction: Tensor, total: Tensor) -> Tensor:
-    """The coefficients ``(B, D)``: equal shares of the total and a correction, of which rounding alone has a sum."""
+    """Return the coefficients ``(B, D)``: equal shares of the total plus a correction.
+
+    The correction has sum 0 up to rounding. Its mean is subtracted, so that the sum is exact.
+    """
     return total / correction.shape[-1] + _without_mean(correction)
 
 
 def _in_pairs(masks: Tensor) -> bool:
-    """Whether each mask of even number is followed by its complement."""
+    """Return True if the masks are consecutive pairs of a mask and its complement."""
     return masks.shape[1] % 2 == 0 and bool((masks[:, ::2] + masks[:, 1::2] == 1).all())
 
 
 def _half_differences(samples: Tensor) -> Tensor:
-    """Half the difference of each pair, ``(B, n, ...)`` to ``(B, n / 2, ...)``."""
+    """Return half the difference of each consecutive pair, ``(B, n, ...)`` to ``(B, n / 2, ...)``."""
     return (samples[:, ::2] - samples[:, 1::2]) / 2
 
 
 def _fixed_effects(columns: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
-    """Weighted least squares of columns ``(B, n, m)`` on a few others ``(B, n, k)``, of least norm: ``(B, k, m)``."""
+    """Regress columns ``(B, n, m)`` on a few fixed columns ``(B, n, k)`` with weights; smallest norm, ``(B, k, m)``."""
     weighted = fixed.mT * weights[:, None]
     inverse: Tensor = torch.linalg.pinv(weighted @ fixed, rtol=1e-10, hermitian=True)
     return inverse @ (weighted @ columns)
 
 
 def _without(columns: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
-    """What a few fixed columns do not explain of the others."""
+    """Return the residuals of the columns after a regression on a few fixed columns."""
     return columns - fixed @ _fixed_effects(columns, fixed, weights)
 
 
@@ -373,7 +380,7 @@ _CLOSED_FORMS: dict[type, tuple[Callable[..., Surrogate], set[str]]] = {
 
 
 def as_surrogate(interpretable_model: Any) -> Surrogate | None:
-    """The closed form of a surrogate or of Captum's scikit-learn wrapper; None where there is none."""
+    """Return the surrogate for a Captum scikit-learn wrapper, or a surrogate unchanged; None if there is none."""
     if isinstance(interpretable_model, Surrogate):
         return interpretable_model
     closed_form, supported = _CLOSED_FORMS.get(type(interpretable_model), (None, set()))
@@ -388,22 +395,22 @@ def _widest_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _centred(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtracts the weighted means, which stands for fitting an intercept."""
+    """Subtract the weighted means, which is equivalent to fitting an intercept."""
     share = weights / weights.sum(dim=1, keepdim=True)
     return masks - _weighted_sums(masks, share)[:, None], outputs - (share * outputs).sum(dim=1, keepdim=True)
 
 
 def _normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices ``(B or 1, D, D)`` and moments ``(B, D)`` of weighted least squares."""
+    """Return Gram matrices ``(B or 1, D, D)`` and moments ``(B, D)`` of weighted least squares."""
     return _weighted_gram(masks, weights), _weighted_sums(masks, weights * outputs)
 
 
 def _centred_normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with an intercept, of masks of zeros and ones."""
+    """Return Gram matrices and moments of weighted least squares with an intercept, for masks of zeros and ones."""
     if len(masks) == len(weights) == 1:
         return _normal_equations(*_centred(masks, outputs, weights), weights)
-    # Of many systems only the Gram matrices are centred, the smaller part. That costs no digits, since the masks are
-    # zeros and ones and the outputs are brought near zero first.
+    # With many systems, centring the Gram matrices is cheaper than centring the masks. It loses no precision, because
+    # the masks are zeros and ones and the outputs are shifted near zero first.
     outputs, total = outputs - outputs[:, :1], weights.sum(dim=1, keepdim=True)
     mean = (weights * outputs).sum(dim=1, keepdim=True) / total
     gram, moments = _normal_equations(masks, outputs - mean, weights)
@@ -412,20 +419,20 @@ def _centred_normal_equations(masks: Tensor, outputs: Tensor, weights: Tensor) -
 
 
 def _weighted_gram(masks: Tensor, weights: Tensor) -> Tensor:
-    """``Z' K Z``, ``(B or 1, D, D)``."""
+    """Return ``Z' K Z`` as ``(B or 1, D, D)``."""
     n_features = masks.shape[2]
     if len(masks) == 1 and n_features <= 2 * len(weights):
-        # Products of two features are those of all examples: one matrix product instead of one an example.
+        # All examples share the products of two features, so one matrix product replaces one per example.
         products = masks[0, :, :, None] * masks[0, :, None, :]
         return (weights @ products.flatten(1)).view(len(weights), n_features, n_features)
     return (masks.mT * weights[:, None, :]) @ masks
 
 
 def _weighted_sums(masks: Tensor, weights: Tensor) -> Tensor:
-    """``Z' k`` of each example, ``(B, D)``."""
+    """Return ``Z' k`` per example as ``(B, D)``."""
     if len(masks) == 1:
         return weights @ masks[0]
-    return (weights[:, None, :] @ masks).squeeze(1)  # from the left, which is five times faster
+    return (weights[:, None, :] @ masks).squeeze(1)  # a product from the left is five times faster
 
 
 def _eye(gram: Tensor) -> Tensor:
@@ -433,17 +440,17 @@ def _eye(gram: Tensor) -> Tensor:
 
 
 def apply_each(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Matrices ``(B, n, m)`` or ``(1, n, m)`` times vectors ``(B, m)``."""
+    """Multiply matrices ``(B, n, m)`` or ``(1, n, m)`` by vectors ``(B, m)``."""
     if len(matrices) == 1:
         return vectors @ matrices[0].mT
     return (matrices @ vectors[..., None]).squeeze(-1)
 
 
 def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
-    """Solves symmetric systems ``(B or 1, D, D)`` for ``(B, D)``; the least-norm solution where one is singular."""
+    """Solve symmetric systems ``(B or 1, D, D)`` for ``(B, D)``; a singular system gets its least-norm solution."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     least, largest = factor.diagonal(dim1=-2, dim2=-1).amin(-1), gram.diagonal(dim1=-2, dim2=-1).amax(-1)
-    of_systems = torch.stack([failed.to(gram.dtype), least**2, largest]).T.tolist()  # read from an accelerator once
+    of_systems = torch.stack([failed.to(gram.dtype), least**2, largest]).T.tolist()  # one transfer from an accelerator
     tolerance = torch.finfo(gram.dtype).eps ** 0.6  # 4e-10 in float64
     regular = [not fails and pivot > tolerance * scale for fails, pivot, scale in of_systems]
     if all(regular):
@@ -455,7 +462,7 @@ def _solve_gram(gram: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _substitute(factor: Tensor, vectors: Tensor) -> Tensor:
-    """Solves the systems ``(B or 1, D, D)`` of Cholesky factors for ``(B, D)``."""
+    """Solve systems for ``(B, D)``, given their Cholesky factors ``(B or 1, D, D)``."""
     if len(factor) == 1:
         return torch.cholesky_solve(vectors.mT[None], factor)[0].mT
     return torch.cholesky_solve(vectors[..., None], factor).squeeze(-1)
@@ -469,23 +476,24 @@ def averaged_ridge(
     evidence: tuple[Tensor, Tensor, Tensor] | None = None,
     n_fixed: int = 0,
 ) -> Tensor:
-    r"""The coefficients of ridge regression, averaged over its strength by the evidence for each.
+    r"""Return the coefficients of ridge regression, averaged over strengths by their marginal likelihood.
 
-    With :math:`\lambda, U` the eigensystem of :math:`X^T W X`, :math:`r = U^T X^T W y` and n samples, a strength a has
-    the coefficients :math:`U r / (\lambda + a)` and, the noise's variance profiled out, the log marginal likelihood
+    :math:`\lambda, U` is the eigensystem of :math:`X^T W X`, :math:`r = U^T X^T W y`, and n is the number of samples.
+    A strength a has the coefficients :math:`U r / (\lambda + a)`. Its log marginal likelihood, with the noise variance
+    profiled out, is
 
     .. math:: -\tfrac12 \sum_i \log(1 + \lambda_i / a) - \tfrac n2 \log(y^T W y - \sum_i r_i^2 / (\lambda_i + a)).
 
-    The eigensystem depends on the design only, so that the average is smooth in the outputs: its gradient includes that
-    of the choice.
+    The eigensystem depends on the design only, so the average is smooth in the outputs. Its gradient includes the
+    effect of the outputs on the likelihoods.
 
     Args:
         design: X, ``(B or 1, n, D)``.
         outputs: y, ``(B, n)``.
-        weights: W's diagonal, ``(B or 1, n)``.
-        evidence: another design, outputs and weights of the same coefficients whose errors are independent, to judge
-            the strengths by.
-        n_fixed: degrees of freedom that have been projected out.
+        weights: diagonal of W, ``(B or 1, n)``.
+        evidence: design, outputs and weights with the same coefficients and independent errors, from which the
+            likelihoods are computed; None: the arguments above.
+        n_fixed: number of degrees of freedom that have been projected out.
 
     Returns:
         ``(B, D)``.
@@ -498,7 +506,7 @@ def averaged_ridge(
     grid = torch.logspace(*_STRENGTH_EXPONENTS, _N_STRENGTHS, dtype=scale.dtype, device=scale.device)
     strengths = (scale * grid)[..., None]  # (B or 1, A, 1)
     residuals = squares - (moments[:, None] ** 2 / (eigenvalues[:, None] + strengths)).sum(dim=-1)
-    # An exact fit leaves rounding, maybe a negative one.
+    # The residual of an exact fit is only rounding error and may be negative.
     residuals = torch.maximum(residuals, 1e-12 * squares + torch.finfo(squares.dtype).tiny)
     complexity = torch.log1p(eigenvalues[:, None] / strengths).sum(dim=-1)
     probabilities = (-complexity / 2 - n / 2 * residuals.log()).softmax(dim=1)
@@ -509,7 +517,7 @@ def averaged_ridge(
 
 
 def _eigensystem(design: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues ``(B or 1, D)`` and vectors of X'WX; U'X'Wy ``(B, D)``; y'Wy ``(B, 1)``."""
+    """Return eigenvalues ``(B or 1, D)`` and eigenvectors of X'WX, U'X'Wy ``(B, D)`` and y'Wy ``(B, 1)``."""
     eigenvalues, vectors = torch.linalg.eigh(design.mT @ (design * weights[..., None]))
     weighted = weights * outputs
     moments = (vectors.mT @ (design.mT @ weighted[..., None])).squeeze(-1)
