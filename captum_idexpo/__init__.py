@@ -10,8 +10,10 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.errors import InputError, InputTypeError, NonFiniteError
 from captum_idexpo._version import __version__
+from captum_idexpo.keyword_model import KeywordModel
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
 
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
     from captum_idexpo import attr, baselines, feature_masks, metrics, regularizers, testing, training, visualization
 
 __all__ = [
+    "Batch",
     "ExplanationRegularizedLoss",
     "ExplanationRegularizedTrainer",
     "InputError",
     "InputTypeError",
     "InsertionDeletion",
+    "KeywordModel",
     "NonFiniteError",
     "__version__",
     "attr",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from captum_idexpo._core.batch import unpacked
 from captum_idexpo._core.inputs import Tensors, as_tuple
 
 
@@ -26,7 +27,7 @@ def mean_inputs(loader: Iterable[Any]) -> Tensors:
     sums: list[Tensor] = []
     n_examples, is_tuple = 0, False
     for batch in loader:
-        inputs = batch[0]
+        inputs = unpacked(batch, None).inputs
         is_tuple = isinstance(inputs, (tuple, list))
         tensors = as_tuple(tuple(inputs) if is_tuple else inputs, "inputs")
         channels = [_channel_means(tensor.double()) for tensor in tensors]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captum_idexpo"
 FLOORS = [
     {"_core", "_version"},
-    {"attr", "feature_masks", "baselines"},
+    {"attr", "feature_masks", "baselines", "keyword_model"},
     {"metrics", "testing"},
     {"regularizers", "visualization"},
     {"training"},

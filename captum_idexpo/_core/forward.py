@@ -6,13 +6,13 @@ copy, as Captum expands its arguments: all examples of the first copy, then all 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from captum_idexpo._core.captum import TargetType, select_targets
 from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
@@ -89,7 +89,7 @@ class BatchForward:
 
 
 class KeptForChunk:
-    """A function of a chunk that keeps its last result, since most chunks have the same shape.
+    """A function of a chunk that keeps its last result, since the next chunk often holds the same examples.
 
     Args:
         make: (examples, number of copies) -> the result.
@@ -112,7 +112,15 @@ def repeated_for_chunks(target: object, n_examples: int) -> KeptForChunk:
 
     A tensor or list as long as the batch is split by example; anything else holds for all examples.
     """
-    return KeptForChunk(functools.partial(_repeated, target, n_examples))
+
+    def repeated(examples: slice, n_copies: int) -> Any:
+        return tree_map(
+            lambda leaf: _repeated(leaf, n_examples, examples, n_copies),
+            target,
+            is_leaf=lambda value: isinstance(value, list),
+        )
+
+    return KeptForChunk(repeated)
 
 
 def _repeated(argument: object, n_examples: int, examples: slice, n_copies: int) -> Any:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.errors import InputError, InputTypeError
+from captum_idexpo._core.rng import drawn_for, source
+
+Outputs = str | Callable[[Tensor, Any], Tensor]
+"""What a forward function returns, by name, or the user's score (output, target) -> ``(B,)``."""
 
 
-def explained_class(target: Any, outputs: str) -> Any:
-    """Return a loader's target as the class that is explained; None for the real numbers of a regression."""
-    if outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point():
+def explained_class(target: Any, outputs: Outputs) -> Any:
+    """Return a loader's target as the class that is explained; None where the outputs are not those of classes.
+
+    Soft labels, rows of fractions that sum to 1, are explained by the class of the largest.
+
+    Raises:
+        InputTypeError: a tensor ``(B, L > 1)`` that holds no soft labels.
+    """
+    if callable(outputs) or (outputs == "raw" and isinstance(target, Tensor) and target.is_floating_point()):
         return None
+    if outputs != "raw" and isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] > 1:
+        largest = soft_classes(target)
+        if largest is not None:
+            return largest
+        raise InputTypeError(
+            f"target of {target.dtype} and shape {tuple(target.shape)} names no class per example: pass "
+            "target.argmax(dim=1) for classes that are coded as columns of 0 and 1, or outputs='multilabel' if several "
+            "labels of an example can be true."
+        )
     return class_labels(target)
 
 
@@ -29,6 +48,44 @@ def class_labels(target: Any) -> Any:
     zeros_and_ones = target.is_floating_point() and bool(((target == 0) | (target == 1)).all())
     real = target.is_floating_point() or target.is_complex()
     return target.long() if zeros_and_ones or not real else target
+
+
+def positive_labels(target: object) -> Tensor | None:
+    """Return which labels of a multi-hot target ``(B, L)`` are true, as booleans; None for indices of labels ``(B,)``.
+
+    Raises:
+        InputTypeError: neither; a multi-hot target that holds other values than 0 and 1.
+    """
+    if isinstance(target, Tensor) and target.dim() == 2:
+        if bool(((target == 0) | (target == 1)).all()):
+            return target.bool()
+        raise InputTypeError(
+            f"A multi-hot target holds zeros and ones, given: {float(target.min()):g} to {float(target.max()):g}. Pass "
+            "target_transform=lambda target: (target > 0.5).float() for smoothed labels."
+        )
+    if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
+        return None
+    given = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+    raise InputTypeError(
+        "outputs='multilabel' needs a multi-hot target (B, L) of zeros and ones, or indices (B,) of the label that is "
+        f"explained; given: {given}."
+    )
+
+
+def drawn_label(positive: Tensor, generator: Generator | None) -> Tensor:
+    """Return one of the true labels ``(B, L)`` of each example at random, ``(B,)``; any label where none is true."""
+    at = source(positive.device, generator)
+    n_labels = positive.shape[1]
+    noise = drawn_for(len(positive), lambda n: torch.rand(n, n_labels, generator=generator, device=at))
+    return noise.to(positive.device).masked_fill(~positive, -1.0).argmax(dim=1)
+
+
+def soft_classes(target: Tensor) -> Tensor | None:
+    """Return the largest class of soft labels, rows of fractions ``(B, C)`` that sum to 1; None for other targets."""
+    if target.dim() != 2 or target.shape[1] == 1 or not target.is_floating_point():
+        return None
+    sums_to_one = bool((target >= 0).all()) and bool(((target.sum(dim=1) - 1).abs() < 1e-3).all())
+    return target.argmax(dim=1) if sums_to_one else None
 
 
 def target_indices(target: TargetType, n_examples: int, device: torch.device) -> Tensor | None:

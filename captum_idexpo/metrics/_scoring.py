@@ -10,22 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.chunks import look
 from captum_idexpo._core.errors import NonFiniteError, all_finite, warn
 from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_for_chunks
 from captum_idexpo._core.memory import MemoryBudget
-from captum_idexpo._core.targets import target_indices
+from captum_idexpo._core.targets import Outputs, target_indices
 
-OUTPUTS = ("logits", "log_probabilities", "probabilities", "raw")
+OUTPUTS = ("logits", "log_probabilities", "probabilities", "multilabel", "raw")
 Score = Literal["probability", "log_probability", "log_complement"]
 """p_y, log p_y or log(1 - p_y). For raw outputs each of them is the output itself."""
 
 
-def check_outputs(outputs: str) -> None:
-    """Raise ValueError if `outputs` is not one of `OUTPUTS`."""
-    if outputs not in OUTPUTS:
-        raise ValueError(f"outputs must be one of {OUTPUTS}, given: {outputs!r}.")
+def check_outputs(outputs: Outputs) -> None:
+    """Raise ValueError if `outputs` is neither one of `OUTPUTS` nor a function."""
+    if not callable(outputs) and outputs not in OUTPUTS:
+        raise ValueError(
+            f"outputs must be one of {OUTPUTS} or a function (output, target) -> (B,), given: {outputs!r}."
+        )
+
+
+def is_raw(outputs: Outputs) -> bool:
+    """Return True if the scores are numbers of any size, which have no logarithm and no complement."""
+    return callable(outputs) or outputs == "raw"
 
 
 class TargetScorer:
@@ -35,9 +41,11 @@ class TargetScorer:
         forward_func: takes the inputs and the additional arguments, returns ``outputs``.
         inputs: the batch, tensors ``(B, ...)``.
         target: an integer, a tensor of one or ``(B,)``, a list of B integers or tuples, a tuple (earlier axes first,
-            the class last), or None if the output has a single column.
+            the class last), or None if the output has a single column. For a function as ``outputs`` whatever that
+            takes; its tensors follow their examples.
         additional_forward_args: passed to the forward function after the inputs.
-        outputs: what the forward function returns, one of `OUTPUTS`; classes lie along the last axis.
+        outputs: what the forward function returns, one of `OUTPUTS`, classes or labels along the last axis; or a
+            function (output, target) -> ``(n_rows,)``, which is the score.
         check_values: check the output's values, which costs a synchronisation on an accelerator.
         max_rows: chunk size; None: chosen automatically.
 
@@ -55,17 +63,17 @@ class TargetScorer:
         self,
         forward_func: Callable[..., Any],
         inputs: tuple[Tensor, ...],
-        target: TargetType,
+        target: Any,
         additional_forward_args: object = None,
-        outputs: str = "logits",
+        outputs: Outputs = "logits",
         check_values: bool = True,
         max_rows: int | None = None,
     ) -> None:
         check_outputs(outputs)
         self.outputs = outputs
         n_examples = len(inputs[0])
-        self._target = target_indices(target, n_examples, inputs[0].device)
-        self._repeated_target = repeated_for_chunks(self._target, n_examples)
+        self._target = None if callable(outputs) else target_indices(target, n_examples, inputs[0].device)
+        self._repeated_target = repeated_for_chunks(target if callable(outputs) else self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
         # The output on a few unmasked inputs gives the number of columns, and lets target and values be checked early.
         together = max_rows is not None and n_examples <= max_rows < 2 * n_examples
@@ -73,8 +81,9 @@ class TargetScorer:
         output: Tensor = seen.output
         self.max_rows = seen.max_rows
         self.n_columns: int = output[0].numel()
-        self.one_column = self.n_columns == 1 and outputs != "raw"
-        self._check_target(output)
+        self.one_column = self.n_columns == 1 and not is_raw(outputs) and outputs != "multilabel"
+        if not callable(outputs):
+            self._check_target(output)
         if check_values:
             _check_values(output, outputs)
 
@@ -82,6 +91,8 @@ class TargetScorer:
         """Return one score per row of ``n_copies`` copies of the given examples."""
         output = self._output(rows, examples, n_copies)
         target = self._repeated_target(examples, n_copies)
+        if callable(self.outputs):
+            return _checked_score(self.outputs(output, target), len(output))
         if target is None:
             target = torch.full((len(output), 1), int(self.one_column), device=output.device)
         *columns, label = target.unbind(1)
@@ -116,7 +127,8 @@ class TargetScorer:
 
         It is None for raw outputs, without a target, and for more than two columns.
         """
-        if self.outputs == "raw" or self.n_columns > 2 or self._target is None:
+        two_classes = not is_raw(self.outputs) and self.outputs != "multilabel" and self.n_columns <= 2
+        if not two_classes or self._target is None:
             return None
         return 2 * self._target[:, -1:] - 1
 
@@ -128,6 +140,8 @@ class TargetScorer:
                 f"The forward function must return a tensor with one row for each of its {len(rows[0])} inputs; "
                 f"given: {given}."
             )
+        if callable(self.outputs):
+            return output
         if math.prod(output.shape[1:]) == 1:
             output = output.reshape(-1, 1)
         return output if output.dtype == torch.float64 else output.float()
@@ -152,23 +166,38 @@ class TargetScorer:
             )
 
 
-def predicted_class(output: Tensor, outputs: str) -> Tensor:
+def _checked_score(score: object, n_rows: int) -> Tensor:
+    if isinstance(score, Tensor) and score.shape == (n_rows,):
+        return score if score.dtype == torch.float64 else score.float()
+    given = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+    raise ValueError(
+        f"outputs must be a function (output, target) -> (n_rows,), one score per row; given: {given} for {n_rows}."
+    )
+
+
+def predicted_class(output: Tensor, outputs: Outputs) -> Tensor:
     """Return the class of highest probability, ``(B,)``, from outputs ``(B, C)``, ``(B, 1)`` or ``(B,)``."""
-    if outputs not in _LOWEST_OF_CLASS_1:
+    if callable(outputs) or outputs not in (*_LOWEST_OF_CLASS_1, "multilabel"):
         raise ValueError(f"outputs={outputs!r} have no predicted class: pass a target.")
     output = output if output.dim() > 1 else output[:, None]
     if output.dim() > 2:
         raise ValueError(f"Outputs of shape {tuple(output.shape)} have no single predicted class: pass a target.")
-    if output.shape[1] > 1:
+    if output.shape[1] > 1 or outputs == "multilabel":
         return output.argmax(dim=1)
     return (output.squeeze(1) > _LOWEST_OF_CLASS_1[outputs]).long()
 
 
-def log_probabilities(output: Tensor, outputs: str) -> Tensor:
-    """Return the log probability of each class, ``(B, C)``. Outputs ``(B, 1)`` or ``(B,)`` have two classes."""
+def log_probabilities(output: Tensor, outputs: Outputs) -> Tensor:
+    """Return the log probability of each class, ``(B, C)``.
+
+    Outputs ``(B, 1)`` or ``(B,)`` have two classes. Of L labels these are the logarithms for true and for false,
+    ``(B, 2L)``.
+    """
     output = (output if output.dim() > 1 else output[:, None]).to(torch.promote_types(output.dtype, torch.float32))
-    if outputs == "raw":
+    if callable(outputs) or outputs == "raw":
         raise ValueError("Raw outputs have no probabilities: pass outputs='logits', or whatever the model returns.")
+    if outputs == "multilabel":
+        return torch.cat([F.logsigmoid(output), F.logsigmoid(-output)], dim=1)
     if output.shape[1] > 1:
         if outputs == "logits":
             return output.log_softmax(dim=1)
@@ -191,6 +220,13 @@ def _multiclass_log_probabilities(output: Tensor, label: Tensor, score: Score) -
     if score == "log_complement":
         return output.masked_fill(F.one_hot(label, output.shape[-1]).bool(), -torch.inf).logsumexp(dim=-1)
     return log_p.exp() if score == "probability" else log_p
+
+
+def _multilabel(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    logit = _pick(output, label)
+    if score == "probability":
+        return logit.sigmoid()
+    return F.logsigmoid(logit if score == "log_probability" else -logit)
 
 
 def _multiclass_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
@@ -221,6 +257,7 @@ _MULTICLASS = {
     "logits": _multiclass_logits,
     "log_probabilities": _multiclass_log_probabilities,
     "probabilities": _multiclass_probabilities,
+    "multilabel": _multilabel,
 }
 _LOWEST_OF_CLASS_1 = {"logits": 0.0, "log_probabilities": math.log(0.5), "probabilities": 0.5}
 _BINARY = {
@@ -238,7 +275,7 @@ def _log(p: Tensor) -> Tensor:
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
-def _check_values(output: Tensor, outputs: str) -> None:
+def _check_values(output: Tensor, outputs: Outputs) -> None:
     """Raise an error for values that contradict `outputs`; warn about logits that look like probabilities."""
     if not all_finite(output) and not (outputs == "log_probabilities" and bool((output <= 0).all())):
         raise NonFiniteError("The forward function returned NaN or infinity on the inputs themselves.")
@@ -249,6 +286,11 @@ def _check_values(output: Tensor, outputs: str) -> None:
         warn(
             "Each row of the forward function's output already sums to one: these look like probabilities, but "
             "outputs='logits' takes their softmax again. Pass outputs='probabilities' if that is what they are.",
+        )
+    if outputs == "multilabel" and bool(((output >= 0) & (output <= 1)).all()):
+        warn(
+            "All outputs lie in [0, 1]: these look like probabilities, but outputs='multilabel' takes their sigmoid "
+            "again. Let the forward function return logits.",
         )
     if outputs == "probabilities" and not bool(((output >= -1e-6) & (output <= 1 + 1e-6)).all()):
         raise ValueError("outputs='probabilities', but the forward function returned values outside [0, 1].")

@@ -64,9 +64,9 @@ class Explaining:
         given = self.arguments.get("generator")
         return [] if given is None else [given]
 
-    def of_one_column(self, tensors: tuple[Tensor, ...]) -> bool:
+    def of_one_column(self, tensors: tuple[Tensor, ...], additional_forward_args: object = None) -> bool:
         """Return True if the explained output is a single (binary) logit."""
-        arguments = self.arguments.get("additional_forward_args")
+        arguments = additional_forward_args
         forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
         with no_graph(), eval_mode(module_of(self.explainer.forward_func)):  # a single row has no statistics
             return bool(forward(tuple(tensor[first].clone() for tensor in tensors), first).numel() == 1)
@@ -107,6 +107,11 @@ def require_attribution(explainer: object) -> Attribution:
             "Example: LayerGradCam(model, model.layer3)."
         )
     return explainer
+
+
+def per_row(map: Tensor, values: Tensor) -> Tensor:
+    """Return one value per example ``(B,)`` as a tensor that broadcasts against a map ``(B, ...)``."""
+    return values.to(map.dtype).reshape(-1, *[1] * (map.dim() - 1))
 
 
 def widened(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from captum.attr import Attribution
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.captum import TargetType
-from captum_idexpo._core.inputs import Tensors
+from captum_idexpo._core.batch import Batch
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.regularizers._explaining import require_attribution
 from captum_idexpo.regularizers.base import Penalty, Weight
 
@@ -28,8 +28,10 @@ class AttributionPrior(Penalty):
         weight: Weight = 1.0,
         ratio: float = 1.0,
         attribute_kwargs: Mapping[str, Any] | None = None,
-        outputs: str = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__(
             self._term,
@@ -41,6 +43,8 @@ class AttributionPrior(Penalty):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            target_transform=target_transform,
+            generator=generator,
         )
 
 
@@ -56,8 +60,10 @@ class Smoothness(AttributionPrior):
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: explain in eval mode (BatchNorm, dropout).
+        generator: source of the drawn labels of ``outputs="multilabel"``; None: torch's global generator.
 
     Raises:
         TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
@@ -75,11 +81,11 @@ class Smoothness(AttributionPrior):
 
     _term = "smoothness"
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return the total variation, summed over positions and averaged over the batch."""
         variations = [
             map.diff(dim=axis).abs().flatten(1).sum(1)
-            for map in self.explain(inputs, target)
+            for map in self.explain(batch)
             for axis in range(min(2, map.dim() - 1), map.dim())
         ]
         return torch.stack(variations).sum(dim=0).mean()
@@ -97,8 +103,10 @@ class Sparsity(AttributionPrior):
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: explain in eval mode (BatchNorm, dropout).
+        generator: source of the drawn labels of ``outputs="multilabel"``; None: torch's global generator.
 
     Raises:
         TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
@@ -118,9 +126,9 @@ class Sparsity(AttributionPrior):
 
     _term = "sparsity"
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return 1 minus the Gini coefficient of the features' mean magnitudes."""
-        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(inputs, target)]
+        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(batch)]
         ascending = torch.cat(magnitudes).sort().values
         n = len(ascending)
         ranks = 2 * torch.arange(1, n + 1, device=ascending.device, dtype=ascending.dtype) - n - 1

@@ -9,32 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.batch import Batch, as_side_inputs
 from captum_idexpo._core.captum import TargetType
-from captum_idexpo._core.errors import NonFiniteError, warn
+from captum_idexpo._core.errors import InputError, NonFiniteError, warn
 from captum_idexpo._core.inputs import Tensors, as_batch, check_not_negative
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams
-from captum_idexpo._core.targets import explained_class, require_integers
-from captum_idexpo.metrics._scoring import check_outputs
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells
+from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
+from captum_idexpo.metrics._scoring import check_outputs, is_raw
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row
 
 Weight = float | Literal["auto"]
 _HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
 
 
+class Explained(NamedTuple):
+    """What is explained and scored: a target as Captum takes it, and which examples contribute ``(B,)``; None: all."""
+
+    target: TargetType
+    contributes: Tensor | None = None
+
+
 class Regularizer(nn.Module):
     """Loss terms made of a model's explanations: called as ``regularizer(inputs, target, annotations)``.
 
-    A subclass computes its `terms`. They are called with the model in eval mode (BatchNorm, dropout), whatever mode the
-    training loop has set. `ExplanationRegularizedLoss` and the trainer also read the attributes below, which a subclass
-    may override.
+    A subclass computes its `terms` from a `captum_idexpo.Batch`. They are called with the model in eval mode
+    (BatchNorm, dropout), whatever mode the training loop has set. `ExplanationRegularizedLoss` and the trainer also
+    read the attributes below, which a subclass may override.
 
     Args:
         forward_func: the function that is explained or evaluated: a module, or a callable of the input tensors.
@@ -43,6 +51,10 @@ class Regularizer(nn.Module):
         eval_mode: hold the model in eval mode while the terms are computed.
         explainer: an attribution of `captum_idexpo.attr` that the terms use, see `explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        target_transform: a function of the loader's target that returns the target of explainer and score; None: the
+            rules of `outputs`. Soft labels are explained by their largest class. Multi-hot targets of
+            ``outputs="multilabel"`` by one of the true labels, drawn per example and call; an example without a true
+            label contributes 0.
         generator: source of random numbers that the terms draw; None: torch's global generator.
 
     Attributes:
@@ -59,8 +71,8 @@ class Regularizer(nn.Module):
         >>> from captum_idexpo.attr import InputXGradient
         >>> from captum_idexpo.regularizers import Regularizer
         >>> class Norms(Regularizer):
-        ...     def terms(self, inputs, target, annotations):
-        ...         (maps,) = self.explain(inputs, target)
+        ...     def terms(self, batch):
+        ...         (maps,) = self.explain(batch)
         ...         return {"l1": 0.1 * maps.abs().mean(), "l2": 0.1 * maps.square().mean()}
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout())
         >>> regularizer = Norms(model, explainer=InputXGradient(model))
@@ -76,10 +88,11 @@ class Regularizer(nn.Module):
         forward_func: Callable[..., Any],
         *,
         model: nn.Module | None = None,
-        outputs: str = "logits",
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
         explainer: Attribution | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
@@ -97,6 +110,7 @@ class Regularizer(nn.Module):
             raise ValueError("attribute_kwargs belong to an explainer: pass explainer= as well.")
         self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
         self._explains_one_column: bool | None = None
+        self.target_transform = target_transform
         self.generator = generator
         self.explainer_seconds = 0.0
         self.measurements: dict[str, Tensor] = {}
@@ -106,39 +120,50 @@ class Regularizer(nn.Module):
                 "held in eval mode: pass model=, or eval_mode=False if there is nothing to hold.",
             )
 
-    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted terms: scalars by name, means over the batch.
 
         Under `torch.no_grad` they have the same values and no graph.
         """
         raise NotImplementedError
 
-    def forward(self, inputs: Tensors, target: TargetType, annotations: Tensors | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        inputs: Tensors,
+        target: Any,
+        annotations: Tensors | None = None,
+        *,
+        additional_forward_args: object = None,
+    ) -> dict[str, Tensor]:
         """Return the weighted terms, scalars by name.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: labels ``(B,)``, or the targets of a regression.
             annotations: what a loader yields third, see `RightForTheRightReasons`.
+            additional_forward_args: what the model takes after the inputs, see `captum_idexpo.Batch`: tensors with one
+                row per example, and values of other types, which are passed as they are.
 
         Raises:
-            ValueError: real numbers as targets where the outputs are said to be those of classes.
+            ValueError: a target that contradicts `outputs`; a tensor among the additional arguments that has not one
+                row per example.
         """
-        self._check_target(target)
+        batch = self._read(inputs, target, annotations, additional_forward_args)
         with self.held_in_eval_mode():
-            terms = self.terms(inputs, target, annotations)
+            terms = self.terms(batch)
         if self._explaining is not None:
             self.explainer_seconds = self._explaining.seconds
         return terms
 
-    def explain(self, inputs: Tensors, target: TargetType) -> tuple[Tensor, ...]:
+    def explain(self, batch: Batch, explained: Explained | None = None) -> tuple[Tensor, ...]:
         """Return the explainer's attribution, one map per input tensor, a layer's in the size of the input.
 
-        Under enabled gradients it is attached to the graph of the model's parameters.
+        Under enabled gradients it is attached to the graph of the model's parameters. An example that has no label to
+        explain has an attribution of 0.
 
         Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: labels ``(B,)``; the explainer gets none for a regression, and where it explains a single column.
+            batch: what is explained.
+            explained: the explained target; None: that of `explained`.
 
         Raises:
             RuntimeError: the regularizer has no explainer; the attribution can have no graph.
@@ -146,10 +171,27 @@ class Regularizer(nn.Module):
         """
         if self._explaining is None:
             raise RuntimeError(f"{type(self).__name__} has no explainer: pass explainer= to Regularizer's constructor.")
-        tensors = as_batch(inputs)
-        explained = self._explained_target(self._explaining, tensors, target)
-        maps = self._explaining(inputs, torch.is_grad_enabled(), target=explained)
-        return (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
+        tensors = as_batch(batch.inputs)
+        explained = self.explained(batch) if explained is None else explained
+        one_column = explained.target is None or self._has_one_column(batch, tensors)
+        target = None if one_column else explained.target
+        side = batch.additional_forward_args
+        more = {} if side is None else {"additional_forward_args": side}
+        maps = self._explaining(batch.inputs, torch.is_grad_enabled(), target=target, **more)
+        maps = (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
+        return maps if explained.contributes is None else tuple(per_row(m, explained.contributes) * m for m in maps)
+
+    def explained(self, batch: Batch) -> Explained:
+        """Return what is explained and scored for the target of a batch, see `target_transform` and `outputs`."""
+        target = batch.target if self.target_transform is None else self.target_transform(batch.target)
+        if self.outputs == "multilabel":
+            positive = positive_labels(target)
+            if positive is None:
+                return Explained(target.long())
+            return Explained(drawn_label(positive, self.generator), positive.any(dim=1).float())
+        if callable(self.outputs):
+            return Explained(None if self.target_transform is None else target)
+        return Explained(explained_class(target, self.outputs))
 
     def held_in_eval_mode(self) -> AbstractContextManager[None]:
         """Hold the model in eval mode inside a ``with`` statement, unless `eval_mode` is False."""
@@ -187,33 +229,46 @@ class Regularizer(nn.Module):
         """Measure what depends on the training data. The trainer calls this before the first epoch."""
 
     def calibrate(
-        self, task_loss: Tensor, inputs: Tensors, target: TargetType, annotations: Tensors | None = None
+        self,
+        task_loss: Tensor,
+        inputs: Tensors,
+        target: Any,
+        annotations: Tensors | None = None,
+        *,
+        additional_forward_args: object = None,
     ) -> None:
         """Choose automatic weights from the first batch. The loss calls this before each of its calls."""
 
-    def _check_target(self, target: TargetType) -> None:
-        if self.outputs == "raw" or not isinstance(target, Tensor) or not target.is_floating_point():
+    def _read(self, inputs: Tensors, target: Any, annotations: Tensors | None, side_inputs: object) -> Batch:
+        """Return a batch whose additional arguments are a tuple, the explainer's constant ones among them, or None."""
+        self._check_target(target)
+        constant = self.attribute_kwargs.get("additional_forward_args")
+        if side_inputs is None:
+            return Batch(inputs, target, annotations, constant)
+        if constant is not None:
+            raise InputError(
+                "additional_forward_args are given with the batch and in attribute_kwargs: leave them out of one."
+            )
+        return Batch(inputs, target, annotations, as_side_inputs(side_inputs, len(as_batch(inputs)[0])))
+
+    def _check_target(self, target: Any) -> None:
+        if is_raw(self.outputs) or self.target_transform is not None:
             return
-        if not bool(((target >= 0) & (target <= 1)).all()):
+        real = isinstance(target, Tensor) and target.is_floating_point()
+        if real and not bool(((target >= 0) & (target <= 1)).all()):
             raise ValueError(
                 f"The targets are real numbers, as those of a regression, but outputs={self.outputs!r} announces "
                 "classes: pass outputs='raw', or integer labels."
             )
 
-    def _explained_target(self, explaining: Explaining, tensors: tuple[Tensor, ...], target: TargetType) -> TargetType:
-        """Return the target for an explainer: None for a regression, and where a single column is explained."""
-        labels = explained_class(target, self.outputs)
-        if labels is None:
-            return None
+    def _has_one_column(self, batch: Batch, tensors: tuple[Tensor, ...]) -> bool:
+        """Return True if a single column is explained, so that the explainer takes no target."""
+        assert self._explaining is not None
         if self._explains_one_column is None:
             # Looked at once, and without a trace in random streams: a run that is resumed looks again.
             with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(*self.models):
-                self._explains_one_column = explaining.of_one_column(tensors)
-        if self._explains_one_column:
-            return None
-        if isinstance(labels, Tensor):
-            require_integers(labels)
-        return labels
+                self._explains_one_column = self._explaining.of_one_column(tensors, batch.additional_forward_args)
+        return self._explains_one_column
 
 
 class Penalty(Regularizer):
@@ -232,6 +287,8 @@ class Penalty(Regularizer):
         eval_mode: hold the model in eval mode while the penalty is computed.
         explainer: an attribution of `captum_idexpo.attr` that the penalty uses, see `Regularizer.explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        target_transform: a function of the loader's target that returns the target of explainer and score, see
+            `Regularizer`.
         generator: source of random numbers that the penalty draws; None: torch's global generator.
 
     Raises:
@@ -249,10 +306,11 @@ class Penalty(Regularizer):
         model: nn.Module | None = None,
         weight: Weight = 1.0,
         ratio: float = 1.0,
-        outputs: str = "logits",
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
         explainer: Attribution | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
         generator: Generator | None = None,
     ) -> None:
         super().__init__(
@@ -262,6 +320,7 @@ class Penalty(Regularizer):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            target_transform=target_transform,
             generator=generator,
         )
         self.term = term
@@ -276,7 +335,7 @@ class Penalty(Regularizer):
         self.ratio = check_not_negative("ratio", ratio)
         self._waits = False
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return the scalar before it is weighted, a mean over the batch."""
         raise NotImplementedError
 
@@ -295,13 +354,13 @@ class Penalty(Regularizer):
         """The term's weight, if it is automatic."""
         return {self.term: self.weight} if self.is_automatic else {}
 
-    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted term. An evaluation before an automatic weight is chosen gives 0.
 
         Raises:
             RuntimeError: an automatic weight that was never chosen, in training.
         """
-        penalty = self.penalty(inputs, target, annotations)
+        penalty = self.penalty(batch)
         if not self.needs_calibration:
             return {self.term: self.weight * penalty}
         if not self._waits and self._in_training:
@@ -314,7 +373,13 @@ class Penalty(Regularizer):
         return {self.term: 0.0 * penalty}
 
     def calibrate(
-        self, task_loss: Tensor, inputs: Tensors, target: TargetType, annotations: Tensors | None = None
+        self,
+        task_loss: Tensor,
+        inputs: Tensors,
+        target: Any,
+        annotations: Tensors | None = None,
+        *,
+        additional_forward_args: object = None,
     ) -> None:
         """Choose an automatic weight from the first batch of the training: ``ratio * task_loss / penalty``, once.
 
@@ -328,9 +393,9 @@ class Penalty(Regularizer):
         """
         if not self.needs_calibration or not self._in_training:
             return
-        self._check_target(target)
+        batch = self._read(inputs, target, annotations, additional_forward_args)
         with no_graph(), self.held_in_eval_mode():
-            penalty_now = self.penalty(inputs, target, annotations)
+            penalty_now = self.penalty(batch)
         both = torch.stack([task_loss.detach().float(), penalty_now.float()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(both)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.chunks import look
-from captum_idexpo._core.forward import evaluate_given
-from captum_idexpo._core.inputs import Tensors, as_batch, check_count, check_optional_count
+from captum_idexpo._core.forward import BatchForward, evaluate_given
+from captum_idexpo._core.inputs import as_batch, check_count, check_optional_count
 from captum_idexpo._core.modes import precision
-from captum_idexpo._core.targets import explained_class
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._scoring import TargetScorer
 from captum_idexpo.regularizers.base import Penalty, Weight
 from captum_idexpo.regularizers.neighbors import (
@@ -33,7 +33,7 @@ from captum_idexpo.regularizers.neighbors import (
     UniformNeighbors,
 )
 
-Outputs = Callable[[tuple[Tensor, ...], slice, int], Tensor]
+Function = Callable[[tuple[Tensor, ...], slice, int], Tensor]
 """(rows, which examples they are copies of, how many copies) -> outputs ``(rows, K)``"""
 
 
@@ -50,7 +50,8 @@ class _LocalPenalty(Penalty):
         weight: Weight,
         ratio: float,
         n_neighbors: int | None,
-        outputs: str,
+        target_transform: Callable[[Any], Any] | None,
+        outputs: Outputs,
         eval_mode: bool,
         generator: Generator | None,
         max_examples_per_batch: int | None,
@@ -61,6 +62,7 @@ class _LocalPenalty(Penalty):
             model=model,
             weight=weight,
             ratio=ratio,
+            target_transform=target_transform,
             outputs=outputs,
             eval_mode=eval_mode,
             generator=generator,
@@ -69,33 +71,36 @@ class _LocalPenalty(Penalty):
         self.n_neighbors = check_optional_count("n_neighbors", n_neighbors)
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
 
-    def _outputs(self, tensors: tuple[Tensor, ...], target: TargetType) -> tuple[Outputs, int]:
+    def _function(self, tensors: tuple[Tensor, ...], batch: Batch) -> tuple[Function, int]:
         """Return the function that evaluates rows, and the rows of a forward pass.
 
-        It returns all outputs of a row, or the probability of the target if the neighbours are masked copies.
+        It returns all outputs of a row, the probabilities of all labels, or, if the neighbours are masked copies, the
+        score of the target.
         """
-        max_rows = self.max_examples_per_batch
-        if not isinstance(self.neighborhood, MaskedNeighbors):
+        max_rows, side = self.max_examples_per_batch, batch.additional_forward_args
+        if self.outputs != "multilabel" and (callable(self.outputs) or isinstance(self.neighborhood, MaskedNeighbors)):
+            target = batch.target if callable(self.outputs) else self.explained(batch).target
+            scorer = TargetScorer(self.forward_func, tensors, target, side, self.outputs, max_rows=max_rows)
 
-            def all_outputs(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-                return _wide(self.forward_func(*rows).reshape(len(rows[0]), -1))
+            def scores(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+                return _wide(scorer(rows, examples, n_copies, "probability")[:, None])
 
-            together = max_rows is not None and len(tensors[0]) <= max_rows < 2 * len(tensors[0])
-            return all_outputs, look(self.forward_func, all_outputs, tensors, max_rows, together=together).max_rows
-        labels = explained_class(target, self.outputs)
-        scorer = TargetScorer(self.forward_func, tensors, labels, None, self.outputs, max_rows=max_rows)
+            return scores, scorer.max_rows
+        forward = BatchForward(self.forward_func, side, len(tensors[0]))
 
-        def probabilities(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-            return _wide(scorer(rows, examples, n_copies, "probability")[:, None])
+        def all_outputs(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            output = _wide(forward(rows, examples, n_copies).reshape(len(rows[0]), -1))
+            return output.sigmoid() if self.outputs == "multilabel" else output
 
-        return probabilities, scorer.max_rows
+        together = max_rows is not None and len(tensors[0]) <= max_rows < 2 * len(tensors[0])
+        return all_outputs, look(self.forward_func, all_outputs, tensors, max_rows, together=together).max_rows
 
-    def _evaluate(self, tensors: tuple[Tensor, ...], target: TargetType, *copies: tuple[Tensor, ...]) -> list[Tensor]:
+    def _evaluate(self, tensors: tuple[Tensor, ...], batch: Batch, *copies: tuple[Tensor, ...]) -> list[Tensor]:
         """Return the outputs ``(B, n, K)`` on each of some sets of copies ``(n, B, ...)`` of a batch."""
         # Differences of neighbouring outputs are smaller than what half precision resolves.
         with torch.autocast(tensors[0].device.type, enabled=False):
-            outputs, max_rows = self._outputs(tensors, target)
-            return [evaluate_given(outputs, some, max_rows) for some in copies]
+            function, max_rows = self._function(tensors, batch)
+            return [evaluate_given(function, some, max_rows) for some in copies]
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -107,7 +112,8 @@ class Fidelity(_LocalPenalty):
     """Penalises what a local linear fit leaves of the outputs: ExpO-Fidelity (Plumb et al. 2020, sec. 3.1).
 
     Least squares with an intercept on the neighbours themselves, averaged over neighbours and outputs. The outputs are
-    those the model returns, or, on `MaskedNeighbors`, the target's probability. The term is named "fidelity".
+    those that the model returns; on `MaskedNeighbors` the probability of the target; with ``outputs="multilabel"`` the
+    probabilities of all labels; with a function as ``outputs`` its score. The term is named "fidelity".
 
     Args:
         forward_func: the function that is trained: a module, or a callable of the input tensors.
@@ -118,6 +124,7 @@ class Fidelity(_LocalPenalty):
         ratio: of the term to the task loss, for an automatic weight. An untrained network is nearly linear, so that
             useful ratios are small: 0.0003 to 0.1 in `benchmarks/expo_uci.py`.
         n_neighbors: of each example; None: twice as many as dimensions of the fit, at least 20.
+        target_transform: a function of the loader's target that returns the target of the score, see `Regularizer`.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: evaluate in eval mode (BatchNorm, dropout).
         generator: source of the neighbours; None: torch's global generator.
@@ -147,7 +154,8 @@ class Fidelity(_LocalPenalty):
         weight: Weight = 1.0,
         ratio: float = 1.0,
         n_neighbors: int | None = None,
-        outputs: str = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
         generator: Generator | None = None,
         max_examples_per_batch: int | None = None,
@@ -160,15 +168,16 @@ class Fidelity(_LocalPenalty):
             weight=weight,
             ratio=ratio,
             n_neighbors=n_neighbors,
+            target_transform=target_transform,
             outputs=outputs,
             eval_mode=eval_mode,
             generator=generator,
             max_examples_per_batch=max_examples_per_batch,
         )
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return the mean squared residual of the local fits."""
-        tensors = _in_single(as_batch(inputs))
+        tensors = _in_single(as_batch(batch.inputs))
         needed = self.neighborhood.n_unknowns(tensors) + 1
         n = self.neighborhood.n_default(tensors) if self.n_neighbors is None else self.n_neighbors
         if n < needed:
@@ -177,15 +186,14 @@ class Fidelity(_LocalPenalty):
                 "use GaussianNeighbors(one_dimensional=True), which needs 3."
             )
         neighbors = self.neighborhood.draw(tensors, n, self.generator)
-        (values,) = self._evaluate(tensors, target, neighbors.tensors)
+        (values,) = self._evaluate(tensors, batch, neighbors.tensors)
         return weighted_mean(residuals(neighbors, values).square(), neighbors.weights)
 
 
 class Stability(_LocalPenalty):
     """Penalises outputs that change around an input: ExpO-Stability (Plumb et al. 2020, sec. 3.2).
 
-    The outputs are those the model returns, or, on `MaskedNeighbors`, the target's probability. The term is named
-    "stability".
+    The outputs are those of `Fidelity`. The term is named "stability".
 
     Args:
         forward_func: the function that is trained: a module, or a callable of the input tensors.
@@ -194,7 +202,7 @@ class Stability(_LocalPenalty):
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         n_neighbors: of each example.
-        outputs, eval_mode, generator, max_examples_per_batch: as for `Fidelity`.
+        target_transform, outputs, eval_mode, generator, max_examples_per_batch: as for `Fidelity`.
 
     Raises:
         ValueError: an argument out of range.
@@ -215,7 +223,8 @@ class Stability(_LocalPenalty):
         weight: Weight = 1.0,
         ratio: float = 1.0,
         n_neighbors: int = 1,
-        outputs: str = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
         generator: Generator | None = None,
         max_examples_per_batch: int | None = None,
@@ -228,19 +237,20 @@ class Stability(_LocalPenalty):
             weight=weight,
             ratio=ratio,
             n_neighbors=check_count("n_neighbors", n_neighbors),
+            target_transform=target_transform,
             outputs=outputs,
             eval_mode=eval_mode,
             generator=generator,
             max_examples_per_batch=max_examples_per_batch,
         )
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return the mean squared difference of the outputs on neighbours from those on the inputs."""
-        tensors = _in_single(as_batch(inputs))
+        tensors = _in_single(as_batch(batch.inputs))
         assert self.n_neighbors is not None
         neighbors = self.neighborhood.draw(tensors, self.n_neighbors, self.generator)
         plain = tuple(tensor[None].clone() for tensor in tensors)  # the model may write into its input
-        values, here = self._evaluate(tensors, target, neighbors.tensors, plain)
+        values, here = self._evaluate(tensors, batch, neighbors.tensors, plain)
         return weighted_mean((values - here).square(), neighbors.weights)
 
 

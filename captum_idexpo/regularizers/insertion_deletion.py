@@ -19,6 +19,7 @@ import torch
 from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
+from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.captum import BaselineType, TargetType
 from captum_idexpo._core.chunks import default_rows_per_forward
 from captum_idexpo._core.errors import warn
@@ -35,7 +36,7 @@ from captum_idexpo._core.inputs import (
 )
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.modes import no_graph
-from captum_idexpo._core.targets import explained_class
+from captum_idexpo._core.targets import Outputs, positive_labels
 from captum_idexpo.baselines import mean_inputs
 from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._masking import (
@@ -45,8 +46,8 @@ from captum_idexpo.metrics._masking import (
     check_temperature,
     make_masks,
 )
-from captum_idexpo.metrics._scoring import TargetScorer, predicted_class
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells, require_attribution
+from captum_idexpo.metrics._scoring import TargetScorer, is_raw, predicted_class
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
 from captum_idexpo.regularizers.base import Regularizer
 
 DELETION_FORMS = ("ratio", "log", "complement")
@@ -78,7 +79,11 @@ class InsertionDeletion(Regularizer):
             groups of the feature mask).
         fraction: share of the locations that is inserted or deleted. The default is 0.5, as in the paper's training;
             the metrics `captum_idexpo.metrics.insertion` and `deletion` take all locations by default.
-        step_size, outputs, max_examples_per_batch: as for `captum_idexpo.metrics.insertion_deletion`.
+        step_size, outputs, max_examples_per_batch: as for `captum_idexpo.metrics.insertion_deletion`. With
+            ``outputs="multilabel"`` one of the true labels of a multi-hot target is explained, drawn per example and
+            call. With a function as ``outputs`` the explainer explains its own forward function, without a target.
+        target_transform: a function of the loader's target that returns the target of explainer and score: labels of
+            another form, or the column of several regression outputs; see `Regularizer`.
         temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
             attribution gets no gradient. No gradient flows through temperature and threshold of the soft mask. Hold
             them fixed when you check with finite differences.
@@ -137,7 +142,8 @@ class InsertionDeletion(Regularizer):
         deletion_form: Literal["ratio", "log", "complement"] = "ratio",
         deletion_floor: float | None = 1e-6,
         temperature: float | Literal["auto"] | None = "auto",
-        outputs: str = "logits",
+        outputs: Outputs = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
         feature_mask: Tensors | Callable[[Any], Tensors] | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
         eval_mode: bool = True,
@@ -152,6 +158,7 @@ class InsertionDeletion(Regularizer):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            target_transform=target_transform,
             generator=generator,
         )
         self.baselines = baselines
@@ -181,23 +188,21 @@ class InsertionDeletion(Regularizer):
         if isinstance(self.baselines, str):
             self.baselines = mean_inputs(loader)
 
-    def terms(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> dict[str, Tensor]:
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted terms "insertion", "deletion" and "l2", those whose weight is not 0.
-
-        Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: the labels, ``(B,)`` integers (any Captum target), or the ``(B, 1)`` zeros and ones of a binary
-                loss; ignored for raw outputs if floating point.
-            annotations: not used.
 
         Raises:
             RuntimeError: under enabled gradients, the explanation can have no graph.
             ValueError, TypeError, IndexError: as `captum_idexpo.metrics.insertion_deletion`.
         """
         self.measurements = {}
-        memory = MemoryBudget.of(self.memory_budget, torch.is_grad_enabled(), *self.models)
-        masking, cells = self._masking(inputs, target, self.temperature, torch.is_grad_enabled(), memory)
+        create_graph, explained = torch.is_grad_enabled(), self.explained(batch)
+        memory = MemoryBudget.of(self.memory_budget, create_graph, *self.models)
+        masking, cells = self._masking(batch, explained.target, self.temperature, create_graph, memory)
         steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
+        if explained.contributes is not None:  # an example without a label to explain counts 0
+            weights = weights * explained.contributes[:, None]
+            cells = cells * explained.contributes[:, None]
         terms = {}
         if self.insertion_weight:
             log_p = masking.scores("insertion", "log_probability", steps)
@@ -209,27 +214,41 @@ class InsertionDeletion(Regularizer):
         return terms
 
     @no_graph()
-    def scores(self, inputs: Tensors, target: TargetType = None) -> InsertionDeletionScores:
+    def scores(
+        self, inputs: Tensors, target: Any = None, *, additional_forward_args: object = None
+    ) -> InsertionDeletionScores:
         """Return hard insertion and deletion of this explainer's attributions, with these settings and all steps.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: the explained class; None: the predicted one (raw outputs: the only column).
+            target: the explained class; None: the predicted one (raw outputs: the only column). A multi-hot target
+                ``(B, L)`` of ``outputs="multilabel"`` gives means over the true labels of each example, 0 without any.
+            additional_forward_args: what the model takes after the inputs.
 
         Returns:
             As `captum_idexpo.metrics.insertion_deletion`.
         """
+        batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():
-            if target is None and self.outputs != "raw":
-                target = self.predicted_class(inputs)
-            masking, _ = self._masking(inputs, target, None, create_graph=False)
-            return masking.result()
+            if target is None and not is_raw(self.outputs):
+                return self._hard_scores(batch, self._predicted_class(batch))
+            if self.outputs == "multilabel":
+                labels = target if self.target_transform is None else self.target_transform(target)
+                positive = positive_labels(labels)
+                return self._hard_scores(batch, labels) if positive is None else self._label_means(batch, positive)
+            return self._hard_scores(batch, self.explained(batch).target)
 
     @no_graph()
-    def attribution(self, inputs: Tensors, target: TargetType) -> tuple[Tensor, ...]:
-        """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel."""
+    def attribution(
+        self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
+    ) -> tuple[Tensor, ...]:
+        """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel.
+
+        Of a multi-hot target one of the true labels is explained, drawn per example.
+        """
+        batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():
-            masking, _ = self._masking(inputs, target, None, create_graph=False)
+            masking, _ = self._masking(batch, self.explained(batch).target, None, create_graph=False)
             spread = masking.locations.layout.spread(masking.locations.values[None])
             pairs = [(values[0], tensor) for values, tensor in zip(spread, masking.inputs, strict=True)]
             return tuple(
@@ -239,9 +258,47 @@ class InsertionDeletion(Regularizer):
                 for values, tensor in pairs
             )
 
+    @no_graph()
+    def predicted_class(self, inputs: Tensors, *, additional_forward_args: object = None) -> Tensor:
+        """Return the class (or label) that is most probable for each example, ``(B,)``.
+
+        Raises:
+            ValueError: raw outputs, which have no classes.
+        """
+        batch = self._read(inputs, None, None, additional_forward_args)
+        with self.held_in_eval_mode():
+            return self._predicted_class(batch)
+
+    def _predicted_class(self, batch: Batch) -> Tensor:
+        tensors, _ = check_inputs(batch.inputs, None, check_finite=True)
+        forward = BatchForward(self.forward_func, batch.additional_forward_args, len(tensors[0]))
+
+        def classes(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return predicted_class(forward(rows, examples, n_copies), self.outputs)
+
+        max_rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
+        return evaluate_given(classes, tuple(tensor[None].clone() for tensor in tensors), max_rows)[:, 0]
+
+    def _hard_scores(self, batch: Batch, target: TargetType) -> InsertionDeletionScores:
+        masking, _ = self._masking(batch, target, None, create_graph=False)
+        return masking.result()
+
+    def _label_means(self, batch: Batch, positive: Tensor) -> InsertionDeletionScores:
+        """Return means of the scores over the true labels ``(B, L)`` of each example, 0 without any."""
+        counts = positive.sum(dim=1)
+        in_order = positive.float().argsort(dim=1, descending=True, stable=True)  # the true labels first
+        totals: list[Tensor] = []
+        for number in range(max(1, int(counts.max()))):
+            scores = self._hard_scores(batch, in_order[:, number])
+            share = (number < counts) / counts.clamp_min(1)
+            parts = (scores.insertion, scores.deletion, scores.insertion_curve, scores.deletion_curve)
+            weighted = [per_row(part, share) * part for part in parts]
+            totals = [a + b for a, b in zip(totals, weighted, strict=True)] if totals else weighted
+        return InsertionDeletionScores(totals[0], totals[1], scores.fractions, totals[2], totals[3])
+
     def _masking(
         self,
-        inputs: Tensors,
+        batch: Batch,
         target: TargetType,
         temperature: float | Literal["auto"] | None,
         create_graph: bool,
@@ -253,20 +310,22 @@ class InsertionDeletion(Regularizer):
                 f"baselines={self.baselines!r} is measured when the trainer's fit starts: before it, and in a loop of "
                 "your own, pass baselines=mean_inputs(train_loader)."
             )
+        inputs, side = batch.inputs, batch.additional_forward_args
         baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
         tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
         groups = groups_of(feature_mask, tensors)
-        target = explained_class(target, self.outputs)
-        additional, max_rows = self._additional_forward_args, self.max_examples_per_batch
-        scorer = TargetScorer(self.forward_func, tensors, target, additional, self.outputs, max_rows=max_rows)
-        same = self._explaining.explainer.forward_func is self.forward_func
-        one_column = scorer.n_columns == 1 if same else self._explaining.of_one_column(tensors)
+        scored = batch.target if callable(self.outputs) else target
+        max_rows = self.max_examples_per_batch
+        scorer = TargetScorer(self.forward_func, tensors, scored, side, self.outputs, max_rows=max_rows)
+        one_column = target is None or self._is_one_column(scorer, tensors, side)
         offered = {
             "baselines": _like(inputs, tuple(map(_expanded, aligned, tensors))),
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
         }
+        if side is not None:
+            offered["additional_forward_args"] = side
         maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups)
         require_finite((locations.values.detach(),), "attributions")
@@ -280,21 +339,11 @@ class InsertionDeletion(Regularizer):
         masked = MaskedInputs(tensors, aligned, locations.layout, finite=True)  # checked above
         return Masking(masked, locations, scorer, schedule, masks, check_scores, memory), cells
 
-    def predicted_class(self, inputs: Tensors) -> Tensor:
-        """Return the class that the forward function predicts for each example, ``(B,)``.
-
-        Raises:
-            ValueError: raw outputs, which have no classes.
-        """
-        tensors, _ = check_inputs(inputs, None, check_finite=True)
-        forward = BatchForward(self.forward_func, self._additional_forward_args, len(tensors[0]))
-
-        def classes(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-            return predicted_class(forward(rows, examples, n_copies), self.outputs)
-
-        max_rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
-        with self.held_in_eval_mode():
-            return evaluate_given(classes, tuple(tensor[None].clone() for tensor in tensors), max_rows)[:, 0]
+    def _is_one_column(self, scorer: TargetScorer, tensors: tuple[Tensor, ...], side: object) -> bool:
+        """Return True if the explainer explains a single column, so that it takes no target."""
+        if self._explaining.explainer.forward_func is self.forward_func:
+            return scorer.n_columns == 1
+        return self._explaining.of_one_column(tensors, side)
 
     def _located(
         self,
@@ -316,7 +365,7 @@ class InsertionDeletion(Regularizer):
 
     def _deletion(self, masking: Masking, steps: Tensor) -> Tensor:
         """Return the deletion penalty of each copy, ``(B, n_steps)``."""
-        if self.outputs == "raw":
+        if is_raw(self.outputs):
             return masking.scores("deletion", "probability", steps)
         if self.deletion_form == "complement":
             return -masking.scores("deletion", "log_complement", steps)
@@ -345,10 +394,6 @@ class InsertionDeletion(Regularizer):
         if self.steps_per_update is None:
             return schedule.steps, schedule.weights(dtype)
         return schedule.draw(self.steps_per_update, n_examples, dtype, self.generator)
-
-    @property
-    def _additional_forward_args(self) -> Any:
-        return self.attribute_kwargs.get("additional_forward_args")
 
     def _check_settings(self) -> None:
         StepSchedule.check_fraction(self.fraction, self.step_size)

@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from captum.attr import Attribution
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
 from captum_idexpo._core.errors import warn
-from captum_idexpo._core.inputs import Tensors, as_batch, check_count, require_real
+from captum_idexpo._core.inputs import as_batch, check_count, require_real
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr import Saliency
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._explaining import widened
@@ -45,9 +46,13 @@ class RightForTheRightReasons(Penalty):
         annotates: what an annotation of 1 marks: "wrong" evidence, which must not matter, or "right" evidence, outside
             of which nothing may matter.
         ratio: of the term to the task loss, for an automatic weight.
-        outputs: what the model returns: "logits", "log_probabilities", "probabilities" or, for regression, "raw" (the
-            gradient is that of the outputs' sum).
+        target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
+        outputs: what the model returns: "logits", "log_probabilities", "probabilities", "multilabel" (the gradient is
+            that of the log probabilities of both outcomes of every label) or, for regression, "raw" (the gradient is
+            that of the outputs' sum).
         eval_mode: explain in eval mode (BatchNorm, dropout).
+        generator: source of the labels that are drawn for an explainer with ``outputs="multilabel"``; None: torch's
+            global generator.
 
     Raises:
         TypeError, ValueError: an argument out of range, an explainer that cannot be trained through.
@@ -75,8 +80,10 @@ class RightForTheRightReasons(Penalty):
         attribute_kwargs: Mapping[str, Any] | None = None,
         annotates: Literal["wrong", "right"] = "wrong",
         ratio: float = 1.0,
-        outputs: str = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__(
             "right_reasons",
@@ -88,39 +95,45 @@ class RightForTheRightReasons(Penalty):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            target_transform=target_transform,
+            generator=generator,
         )
+        if callable(outputs) and explainer is None:
+            raise ValueError(
+                "A function as outputs has no log probabilities whose gradient can be penalised: pass explainer=, or "
+                "outputs='raw' for the gradient of the sum of the outputs."
+            )
         if annotates not in ("wrong", "right"):
             raise ValueError(f"annotates must be 'wrong' or 'right', given: {annotates!r}.")
         self.annotates = annotates
         self._warned = False
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return the squared evidence in forbidden places, summed over features, averaged over the batch.
 
         Args:
-            inputs: a tensor ``(B, ...)`` or a tuple of them.
-            target: labels ``(B,)``; used by an explainer only.
-            annotations: for each input tensor a mask of its shape, or one that broadcasts to it (``(B, H, W)`` marks
-                all channels of a pixel), in [0, 1].
+            batch: its annotations hold for each input tensor a mask of its shape, or one that broadcasts to it
+                (``(B, H, W)`` marks all channels of a pixel), in [0, 1]. Its target is used by an explainer only.
 
         Raises:
             ValueError: annotations that are missing, do not fit, or lie outside [0, 1].
         """
-        tensors = as_batch(inputs)
-        masks = check_annotations(annotations, tensors)
+        tensors = as_batch(batch.inputs)
+        masks = check_annotations(batch.annotations, tensors)
         self._warn_of_full_masks(masks)
-        maps = self._input_gradients(tensors) if self.explainer is None else self.explain(inputs, target)
+        maps = self._input_gradients(tensors, batch) if self.explainer is None else self.explain(batch)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)
         squares = [_weighted(map, mask).square().flatten(1).sum(1) for map, mask in zip(maps, forbidden, strict=True)]
         return torch.stack(squares).sum(dim=0).mean()
 
-    def _input_gradients(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _input_gradients(self, tensors: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, ...]:
         require_real(tensors)
+        arguments = {"abs": False, "additional_forward_args": batch.additional_forward_args}
         saliency = Saliency(self._explained_sum)
-        return widened(saliency.attribute(tensors, abs=False, create_graph=torch.is_grad_enabled()))
+        return widened(saliency.attribute(tensors, create_graph=torch.is_grad_enabled(), **arguments))
 
-    def _explained_sum(self, *inputs: Tensor) -> Tensor:
-        """Return the sum of all classes' log probabilities, or of raw outputs, ``(B,)``."""
+    def _explained_sum(self, *inputs: Any) -> Tensor:
+        """Return the sum of the log probabilities of all classes, or of raw outputs, ``(B,)``."""
         output: Tensor = self.forward_func(*inputs)
         if self.outputs == "raw":
             return output.flatten(1).sum(1) if output.dim() > 1 else output
@@ -248,6 +261,8 @@ def find_another_explanation(
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, given: {threshold}.")
     check_count("max_explanations", max_explanations)
+    if outputs not in ("logits", "log_probabilities", "probabilities"):
+        raise ValueError(f"outputs={outputs!r} have no most probable class, whose evidence is searched for.")
     annotations = torch.zeros_like(inputs)
     found: list[Explanation] = []
     while len(found) < max_explanations:

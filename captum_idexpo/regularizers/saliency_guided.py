@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_idexpo._core.captum import TargetType
-from captum_idexpo._core.inputs import Tensors, as_batch, require_real
+from captum_idexpo._core.batch import Batch
+from captum_idexpo._core.forward import BatchForward
+from captum_idexpo._core.inputs import as_batch, require_real
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.rng import drawn_for, source
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr import Saliency
-from captum_idexpo.metrics._scoring import log_probabilities
+from captum_idexpo.metrics._scoring import is_raw, log_probabilities
 from captum_idexpo.regularizers.base import Penalty, Weight
 
 
@@ -40,7 +42,9 @@ class SaliencyGuided(Penalty):
         value_range: (lowest, highest) of the random values, numbers or tensors that broadcast against one example;
             None: each feature's range in the batch, for images ``(B, C, H, W)`` each channel's.
         ratio: of the term to the task loss, for an automatic weight.
-        outputs: what the model returns: "logits", "log_probabilities" or "probabilities".
+        target_transform: a function of the loader's target that returns the target of the gradient, see `Regularizer`.
+        outputs: what the model returns: "logits", "log_probabilities", "probabilities" or "multilabel" (the divergences
+            of all labels are added).
         eval_mode: evaluate in eval mode (BatchNorm, dropout).
         generator: source of the random values; None: torch's global generator.
 
@@ -66,7 +70,8 @@ class SaliencyGuided(Penalty):
         fraction: float = 0.5,
         value_range: tuple[Any, Any] | None = None,
         ratio: float = 1.0,
-        outputs: str = "logits",
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
         eval_mode: bool = True,
         generator: Generator | None = None,
     ) -> None:
@@ -79,26 +84,29 @@ class SaliencyGuided(Penalty):
             outputs=outputs,
             eval_mode=eval_mode,
             explainer=Saliency(forward_func),
+            target_transform=target_transform,
             generator=generator,
         )
-        if outputs == "raw":
+        if is_raw(outputs):
             raise ValueError("Saliency-guided training compares distributions over classes: raw outputs have none.")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, given: {fraction}.")
         self.fraction = fraction
         self.value_range = value_range
 
-    def penalty(self, inputs: Tensors, target: TargetType, annotations: Tensors | None) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return KL(p(x) || p(x~)), averaged over the batch."""
-        tensors = as_batch(inputs)
+        tensors = as_batch(batch.inputs)
         require_real(tensors)
+        explained, side = self.explained(batch), batch.additional_forward_args
         with no_graph():  # the choice of the features is not trained through
-            gradients = self.explain(inputs, target)
-        replaced = self._replaced(tensors, gradients)
+            gradients = self.explain(batch, explained)
+        forward = BatchForward(self.forward_func, side, len(tensors[0]))
         plain = tuple(tensor.clone() for tensor in tensors)  # the model may write into its input
-        log_p = log_probabilities(self.forward_func(*plain), self.outputs)
-        log_q = log_probabilities(self.forward_func(*replaced), self.outputs)
-        return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+        log_p = log_probabilities(forward(plain), self.outputs)
+        log_q = log_probabilities(forward(self._replaced(tensors, gradients)), self.outputs)
+        divergences = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+        return (divergences if explained.contributes is None else explained.contributes * divergences).mean()
 
     def _replaced(self, tensors: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the inputs with random values in place of the features of least gradient."""

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_idexpo._core.captum import TargetType
-from captum_idexpo._core.inputs import Tensors
+from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo._core.rng import seeded
-from captum_idexpo._core.targets import class_labels
-from captum_idexpo.metrics._scoring import predicted_class
+from captum_idexpo._core.targets import class_labels, soft_classes
+from captum_idexpo.metrics._scoring import is_raw, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion, Regularizer
 from captum_idexpo.training.loaders import as_in_first_pass, failing_together, gathered_examples, left
-from captum_idexpo.training.loss import call_model, unpack_batch
+from captum_idexpo.training.loss import call_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,6 +33,7 @@ def evaluate(
     *,
     accuracy_weight: float,
     explain: Literal["predicted", "label"],
+    unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
@@ -43,7 +43,7 @@ def evaluate(
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    with closing(_scored(model, loader, judge, regularizers, explain, accelerator)) as batches:
+    with closing(_scored(model, loader, judge, regularizers, explain, unpack, accelerator)) as batches:
         for output, target, scores in batches:
             n_examples = _n_examples(output, target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
@@ -62,10 +62,11 @@ def example_scores(
     regularizers: Iterable[Regularizer],
     *,
     explain: Literal["predicted", "label"],
+    unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Return the scores per example; see `ExplanationRegularizedTrainer.example_scores`."""
-    batches = [scores for _, _, scores in _scored(model, loader, judge, regularizers, explain, accelerator)]
+    batches = [scores for _, _, scores in _scored(model, loader, judge, regularizers, explain, unpack, accelerator)]
     names = [name for name in batches[0] if all(name in scores for scores in batches)]
     return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in names}
 
@@ -76,6 +77,7 @@ def _scored(
     judge: InsertionDeletion | None,
     regularizers: Iterable[Regularizer],
     explain: Literal["predicted", "label"],
+    unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
     """Yield outputs, targets and scores per example, batch by batch, of all processes."""
@@ -91,11 +93,12 @@ def _scored(
     same_numbers = seeded(torch.initial_seed(), accelerator.device, generators)
     with as_in_first_pass(loader), left(loader), eval_mode(model), same_numbers:
         for batch in loader:
-            inputs, target, _ = unpack_batch(send_to_device(batch, accelerator.device))
+            batch = send_to_device(unpacked(batch, unpack), accelerator.device)
+            target = batch.target
             with failing_together(accelerator):
-                output = call_model(model, inputs)
-                scores = {} if judge is None else _judge_batch(judge, inputs, target if explain == "label" else None)
-                predicted = _predicted(model, inputs, output, judge, announced)
+                output = call_model(model, batch)
+                scores = {} if judge is None else _judge_batch(judge, batch, explain)
+                predicted = _predicted(model, batch, output, judge, announced)
                 scores = scores if predicted is None else {"predicted": predicted, **scores}
             # Gathered without the examples that fill up the last batch, before anything is averaged or decided.
             output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
@@ -117,11 +120,14 @@ def _n_examples(output: Any, target: Any) -> int:
     return int(find_batch_size(target)) if of_tensors else len(target)
 
 
-def _judge_batch(judge: InsertionDeletion, inputs: Tensors, target: TargetType) -> dict[str, Tensor]:
+def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str) -> dict[str, Tensor]:
     """Return hard scores per example, ``(B,)``."""
-    result = judge.scores(inputs, target)
+    needs_target = explain == "label" or is_raw(judge.outputs)
+    result = judge.scores(
+        batch.inputs, batch.target if needs_target else None, additional_forward_args=batch.additional_forward_args
+    )
     scores = {"insertion": result.insertion, "deletion": result.deletion}
-    return scores if judge.outputs == "raw" else {**scores, "one_minus_deletion": 1 - result.deletion}
+    return scores if is_raw(judge.outputs) else {**scores, "one_minus_deletion": 1 - result.deletion}
 
 
 def _is_column(output: object) -> bool:
@@ -130,31 +136,52 @@ def _is_column(output: object) -> bool:
 
 
 def _predicted(
-    model: nn.Module, inputs: Any, output: object, judge: InsertionDeletion | None, announced: list[Regularizer]
+    model: nn.Module, batch: Batch, output: object, judge: InsertionDeletion | None, announced: list[Regularizer]
 ) -> Tensor | None:
-    """The class predicted for each example ``(B,)``; None where outputs are no classes'. No value decides which.
+    """Return the predicted class per example ``(B,)``, or which labels are predicted ``(B, L)``.
+
+    It is None if the outputs are not announced as those of classes or labels. No value decides which they are.
 
     Args:
-        announced: the judge and the regularizers, which say what their forward functions return.
+        model: the model.
+        batch: what it was called with.
+        output: what it returned.
+        judge, announced: the judge, and with it the regularizers, whose `outputs` announce what forward functions
+            return.
     """
     if not isinstance(output, Tensor) or output.dim() not in (1, 2):
-        return None  # what only the loss can read
-    said = [a.outputs for a in announced if module_of(a.forward_func) is model]
-    if judge is not None and judge.outputs == "raw":
         return None
+    said = [each.outputs for each in announced if module_of(each.forward_func) is model]
+    if judge is not None and is_raw(judge.outputs):
+        return None
+    if "multilabel" in said or (judge is not None and judge.outputs == "multilabel"):
+        return output > 0
     if _is_column(output):
-        if judge is None and "raw" in said:
+        if judge is None and any(map(is_raw, said)):
             return None
         if judge is not None and not said and judge.model is model:
-            return judge.predicted_class(inputs)  # whatever the model's column is, this is made of it
-    return predicted_class(output, next((kind for kind in said if kind != "raw"), "logits"))
+            # The judge's forward function makes classes of the model's column.
+            return judge.predicted_class(batch.inputs, additional_forward_args=batch.additional_forward_args)
+    return predicted_class(output, next((kind for kind in said if not is_raw(kind)), "logits"))
 
 
 def _accuracy(predicted: Tensor | None, target: Any, of_classes: bool, is_column: bool) -> dict[str, Tensor]:
-    """Return which examples are classified right, ``(B,)`` of 0 and 1; nothing if the target holds no labels."""
-    # Zeros and ones are labels where classes are spoken of; else floats are a regression's, whole numbers or not.
-    labels = class_labels(target) if of_classes else target
-    if predicted is None or not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+    """Return which examples are classified right, ``(B,)`` of 0 and 1; nothing if the target holds no labels.
+
+    Of several labels the accuracy is the share of the right ones, beside the examples in which all are right.
+    """
+    if predicted is None or not isinstance(target, Tensor):
+        return {}
+    if predicted.dim() == 2:
+        if target.shape != predicted.shape:
+            return {}
+        right = predicted == (target > 0.5)
+        return {"accuracy": right.float().mean(dim=1), "exact_match": right.all(dim=1).float()}
+    # Zeros and ones are labels where classes are announced. Otherwise floats are the targets of a regression.
+    labels = soft_classes(target) if of_classes else None
+    if labels is None:
+        labels = class_labels(target) if of_classes else target
+    if labels.dim() != 1 or labels.is_floating_point():
         return {}
     if is_column and not bool(((labels == 0) | (labels == 1)).all()):
         return {}  # a regression of whole numbers

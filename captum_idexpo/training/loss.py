@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from captum_idexpo._core.errors import NonFiniteError
+from captum_idexpo._core.batch import Batch, Unpack, unpacked
+from captum_idexpo._core.errors import InputTypeError, NonFiniteError
 from captum_idexpo._core.rng import share_of_batch
 from captum_idexpo.regularizers import Regularizer
 
@@ -22,11 +23,13 @@ class ExplanationRegularizedLoss(nn.Module):
     """Task loss and regularizers of one batch, in one forward pass: the module that DDP wraps.
 
     Args:
-        model: called with the batch's inputs (a tuple is spread over its positional arguments, a mapping over its
-            keyword arguments).
+        model: called with the batch's inputs, then its additional arguments (a tuple of inputs is spread over
+            positional arguments, a mapping over keyword arguments).
         regularizers: a `captum_idexpo.regularizers.Regularizer` each, or any module that is called as
             ``regularizer(inputs, target, annotations)`` and returns weighted terms by name.
         loss_fn: (model output, target) -> scalar.
+        unpack: a function that returns the `captum_idexpo.Batch` of what the loader yields. None: the loader yields
+            (inputs, target), (inputs, target, annotations), a `Batch`, or a mapping with the names of its fields.
 
     Attributes:
         regularizer_factor: factor on all terms of the regularizers.
@@ -54,6 +57,8 @@ class ExplanationRegularizedLoss(nn.Module):
         model: nn.Module,
         regularizers: Iterable[nn.Module] = (),
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
+        *,
+        unpack: Unpack | None = None,
     ) -> None:
         super().__init__()
         if isinstance(regularizers, nn.Module) and not isinstance(regularizers, nn.ModuleList):
@@ -65,6 +70,7 @@ class ExplanationRegularizedLoss(nn.Module):
         self.model = model
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn
+        self.unpack = unpack
         self.regularizer_factor = 1.0
         self.seconds: dict[str, float] = {}
 
@@ -73,8 +79,8 @@ class ExplanationRegularizedLoss(nn.Module):
         """Those of the regularizers that are a `Regularizer`, and so have more to tell than their terms."""
         return [regularizer for regularizer in self.regularizers if isinstance(regularizer, Regularizer)]
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch (inputs, target) or (inputs, target, annotations).
+    def forward(self, batch: object) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch, in a form that `unpack` names.
 
         Returns:
             The scalar loss, and its parts by name, detached: "task", then the terms of each regularizer. A name that
@@ -88,20 +94,21 @@ class ExplanationRegularizedLoss(nn.Module):
         loss = torch.stack([term.to(terms["task"].dtype) for term in terms.values()]).sum()
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def terms(self, batch: Any) -> dict[str, Tensor]:
+    def terms(self, batch: object) -> dict[str, Tensor]:
         """Return the loss's parts by name, with their graphs; errors as for `forward`."""
-        inputs, target, annotations = unpack_batch(batch)
+        read = unpacked(batch, self.unpack)
+        target = read.target
         if isinstance(target, Tensor) and not target.numel():
             raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
         started = time.perf_counter()
-        task = self.loss_fn(call_model(self.model, inputs), target)
+        task = self.loss_fn(call_model(self.model, read), target)
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
         terms, self.seconds = {"task": task}, {"task": time.perf_counter() - started}
         with share_of_batch():
             for regularizer in self.regularizers:
                 started = time.perf_counter()
-                for name, term in _regularize(regularizer, inputs, target, annotations, task).items():
+                for name, term in _regularize(regularizer, read, task).items():
                     terms[unused(name, (*terms, *_ROW))] = (
                         term if self.regularizer_factor == 1 else self.regularizer_factor * term
                     )
@@ -115,40 +122,38 @@ class ExplanationRegularizedLoss(nn.Module):
             self.seconds[name] = self.seconds.get(name, 0.0) + part
 
 
-def unpack_batch(batch: Any) -> tuple[Any, Any, Any]:
-    """Return inputs, target and annotations (or None) of what a loader yields; a list of inputs becomes a tuple.
+def call_model(model: Callable[..., Any], batch: Batch) -> Any:
+    """Return the model's output for the inputs and additional arguments of a batch.
 
     Raises:
-        TypeError: the loader yields something else than (inputs, target) or (inputs, target, annotations).
+        InputTypeError: a mapping of inputs beside additional arguments.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
-        raise TypeError(
-            f"The loader must yield (inputs, target) or (inputs, target, annotations); it yielded {given}. "
-            "A dataset of tuples, such as TensorDataset(inputs, targets), does."
-        )
-    inputs, target, annotations = (*batch, None)[:3]
-    return tuple(inputs) if isinstance(inputs, list) else inputs, target, annotations
-
-
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Return the model's output for a tensor, a tuple of positional or a mapping of keyword arguments."""
-    # The model may write into its input, which the regularizers need as it was.
-    if isinstance(inputs, Mapping):
-        return model(**{name: _copied(value) for name, value in inputs.items()})
-    return model(*map(_copied, inputs)) if isinstance(inputs, tuple) else model(_copied(inputs))
+    # The model may write into its inputs, which the regularizers need unchanged.
+    if isinstance(batch.inputs, Mapping):
+        if batch.additional_forward_args is not None:
+            raise InputTypeError(
+                "The inputs are a mapping, for keyword arguments, and additional_forward_args are for positional ones: "
+                "give tensors as inputs, and wrap the model in captum_idexpo.KeywordModel."
+            )
+        return model(**{name: _copied(value) for name, value in batch.inputs.items()})
+    inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
+    side = batch.additional_forward_args
+    side = () if side is None else side if isinstance(side, tuple) else (side,)
+    return model(*map(_copied, (*inputs, *side)))
 
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _regularize(regularizer: nn.Module, inputs: Any, target: Any, annotations: Any, task: Tensor) -> dict[str, Tensor]:
+def _regularize(regularizer: nn.Module, batch: Batch, task: Tensor) -> dict[str, Tensor]:
     """Return a regularizer's terms; an error about NaN names the term in which it arose."""
+    inputs, target, annotations, side = batch
+    more = {} if side is None else {"additional_forward_args": side}
     try:
         if isinstance(regularizer, Regularizer):
-            regularizer.calibrate(task, inputs, target, annotations)
-        terms = regularizer(inputs, target, annotations)
+            regularizer.calibrate(task, inputs, target, annotations, **more)
+        terms = regularizer(inputs, target, annotations, **more)
     except NonFiniteError as error:
         term = type(regularizer).__name__ if bool(task.isfinite()) else "task"
         raise NonFiniteError(f"The loss term {term!r} is not finite: {error}") from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.errors import NonFiniteError, warn
 from captum_idexpo._core.inputs import check_count, check_optional_count
 from captum_idexpo._core.modes import Snapshot, is_compiled, no_graph, training_mode
@@ -36,7 +37,7 @@ from captum_idexpo.training.fsdp import (
 )
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loaders import failing_together, is_its_own, start_workers
-from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unpack_batch, unused
+from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unused
 from captum_idexpo.training.run import Run
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ExplanationRegularizedTrainer:
         optimizer: a torch optimizer of the model's parameters whose step needs no closure (unlike that of LBFGS).
         regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; without any the task alone is trained.
         loss_fn: (model output, target) -> scalar, the task loss.
+        unpack: a function that returns the `captum_idexpo.Batch` of what a loader yields; see
+            `ExplanationRegularizedLoss`.
         scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
         accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
             `gradient_accumulation_steps` is read once, here.
@@ -116,6 +119,7 @@ class ExplanationRegularizedTrainer:
         regularizers: Iterable[nn.Module] = (),
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
         *,
+        unpack: Unpack | None = None,
         scheduler: Any = None,
         accelerator: Accelerator | None = None,
         evaluation: InsertionDeletion | None = None,
@@ -134,7 +138,7 @@ class ExplanationRegularizedTrainer:
         _check_trainable(model, optimizer)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, given: {max_grad_norm}.")
-        loss = ExplanationRegularizedLoss(model, regularizers, loss_fn)
+        loss = ExplanationRegularizedLoss(model, regularizers, loss_fn, unpack=unpack)
         check_differentiable_twice(model, loss.regularizers)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
@@ -143,6 +147,7 @@ class ExplanationRegularizedTrainer:
         check_sharding(model, freeze_batch_norm=freeze_batch_norm)
         self.scheduler = scheduler
         self.loss_fn = loss_fn
+        self.unpack = unpack
         judges = [regularizer for regularizer in loss.regularizers if isinstance(regularizer, InsertionDeletion)]
         self.evaluation = evaluation if evaluation is not None else next(iter(judges), None)
         self._judges = judges if evaluation is None else [*judges, evaluation]
@@ -166,9 +171,9 @@ class ExplanationRegularizedTrainer:
         """Train, and keep the weights of the epoch with the best validation score.
 
         Args:
-            train_loader: yields (inputs, target) or (inputs, target, annotations); inputs are a tensor, a tuple or,
-                where no regularizer explains them, a mapping.
-            val_loader: yields (inputs, target), for selection and early stopping; None: the last weights are kept.
+            train_loader: yields (inputs, target), (inputs, target, annotations) or whatever `unpack` takes; inputs are
+                a tensor, a tuple or, where no regularizer explains them, a mapping.
+            val_loader: yields the same, for selection and early stopping; None: the last weights are kept.
             epochs: passes over the training data at most; after `resume`, in all.
 
         Returns:
@@ -187,7 +192,7 @@ class ExplanationRegularizedTrainer:
         """
         check_count("epochs", epochs)
         for regularizer in (*self._unwrapped.known_regularizers, *self._judges):
-            regularizer.prepare(train_loader)
+            regularizer.prepare(self._unpacked(train_loader))
         train_loader = self._prepare(train_loader)
         val_loader = None if val_loader is None else self._prepare(val_loader)
         # Every accelerator of a process shares this number: one that was made since may have changed it.
@@ -330,6 +335,7 @@ class ExplanationRegularizedTrainer:
                 self.evaluation,
                 self._unwrapped.known_regularizers,
                 explain=explain,
+                unpack=self.unpack,
                 accelerator=self.accelerator,
             )
 
@@ -423,6 +429,7 @@ class ExplanationRegularizedTrainer:
                 self._unwrapped.known_regularizers,
                 accuracy_weight=self.accuracy_weight,
                 explain=explain,
+                unpack=self.unpack,
                 accelerator=self.accelerator,
             )
 
@@ -473,7 +480,7 @@ class ExplanationRegularizedTrainer:
         """Train on one batch and return the loss and its parts, means over processes."""
         from accelerate.utils import send_to_device
 
-        batch = send_to_device(batch, self.accelerator.device)
+        batch = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
         norms = self._gradient_norms(batch, run)
@@ -585,8 +592,8 @@ class ExplanationRegularizedTrainer:
         from accelerate.utils import send_to_device
 
         with self._without_trace(run), self.accelerator.autocast(), gathered(self.model):
-            inputs, target, _ = unpack_batch(send_to_device(batch, self.accelerator.device))
-            finite = self.loss_fn(call_model(self.model, inputs), target).isfinite().all()
+            read = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
+            finite = self.loss_fn(call_model(self.model, read), read.target).isfinite().all()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
 
     def _training_mode(self) -> Any:
@@ -599,6 +606,11 @@ class ExplanationRegularizedTrainer:
             with warnings.catch_warnings():  # the updates before it may have been those of a run that is resumed
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self.scheduler.step()
+
+    def _unpacked(self, loader: Iterable[Any]) -> Iterator[Batch]:
+        """Yield the batches of a loader, whose pass begins when the first one is asked for."""
+        for batch in loader:
+            yield unpacked(batch, self.unpack)
 
     def _prepare(self, loader: Iterable[Any]) -> Any:
         if not isinstance(loader, DataLoader) or is_its_own(loader, self.accelerator):

@@ -173,9 +173,20 @@ def test_one_column_detection_counts_the_columns_of_the_explained_function():
 
 
 @pytest.mark.parametrize("make", [SaliencyGuided, lambda model: Sparsity(InputXGradient(model))])
-def test_soft_labels_raise_an_error_that_recommends_argmax(make):
-    with pytest.raises(TypeError, match=r"float64 of shape \(8, 3\)\. Pass target\.argmax\(dim=1\)"):
-        make(smooth_net())(X, torch.full((8, 3), 1 / 3).double())
+def test_soft_labels_are_explained_by_their_largest_class(make):
+    soft = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(1)
+    values = []
+    for target in (soft, soft.argmax(1)):
+        torch.manual_seed(0)
+        values.append(make(smooth_net())(X, target))
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("target", [torch.eye(3, dtype=torch.long).repeat(3, 1)[:8], torch.full((8, 3), 0.7)])
+@pytest.mark.parametrize("make", [SaliencyGuided, lambda model: Sparsity(InputXGradient(model))])
+def test_target_of_several_columns_is_refused_with_the_ways_out(make, target):
+    with pytest.raises(TypeError, match=r"shape \(8, 3\).*target\.argmax\(dim=1\).*outputs='multilabel'"):
+        make(smooth_net())(X, target)
 
 
 def test_automatic_weight_is_set_by_the_loss_and_saved_in_its_state_dict():
