@@ -8,15 +8,26 @@ from typing import Any
 from torch import Tensor
 
 from captum_idexpo._core.batch import unpacked
+from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.inputs import Tensors, as_tuple
 
 
-def mean_inputs(loader: Iterable[Any]) -> Tensors:
-    """Return the mean of a loader's inputs, as baselines: for each tensor ``(1, C, 1, ...)``, or ``(1, D)`` for rows.
+def mean_inputs(loader: Iterable[Any], *, axes: tuple[int, ...] | None = None) -> Tensors:
+    """Return the mean of a loader's inputs, as baselines.
+
+    Args:
+        loader: yields (inputs, target), with annotations third, or `captum_idexpo.Batch`.
+        axes: axes that the mean is taken over, 0 (the examples) among them. None: for rows ``(B, D)`` the examples, for
+            images and volumes ``(B, C, h, w)`` the examples and the positions. Of three axes nothing says which one has
+            the channels: pass ``(0, 2)`` for series ``(B, C, T)`` and ``(0, 1)`` for ``(B, T, F)``.
+
+    Returns:
+        For each tensor its mean, with axes of size 1 in place of those that the mean is taken over: ``(1, D)`` for
+        rows, ``(1, C, 1, 1)`` for images.
 
     Raises:
-        ValueError: the loader yields no batch.
-        TypeError: its inputs are neither tensors nor tuples of them.
+        ValueError: the loader yields no batch; inputs of three axes without ``axes``; axes that the inputs do not have.
+        TypeError: the inputs are neither tensors nor tuples of them.
 
     Example:
         >>> import torch
@@ -28,10 +39,10 @@ def mean_inputs(loader: Iterable[Any]) -> Tensors:
     n_examples, is_tuple = 0, False
     for batch in loader:
         inputs = unpacked(batch, None).inputs
-        is_tuple = isinstance(inputs, (tuple, list))
-        tensors = as_tuple(tuple(inputs) if is_tuple else inputs, "inputs")
-        channels = [_channel_means(tensor.double()) for tensor in tensors]
-        totals = [channel.sum(dim=0, keepdim=True) for channel in channels]
+        is_tuple = isinstance(inputs, tuple)
+        tensors = as_tuple(inputs, "inputs")
+        means = [_means_per_example(tensor.double(), axes) for tensor in tensors]
+        totals = [mean.sum(dim=0, keepdim=True) for mean in means]
         sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
         n_examples += len(tensors[0])
     if not n_examples:
@@ -40,6 +51,19 @@ def mean_inputs(loader: Iterable[Any]) -> Tensors:
     return baselines if is_tuple else baselines[0]
 
 
-def _channel_means(tensor: Tensor) -> Tensor:
-    """Return means over all axes behind the first two."""
-    return tensor.mean(dim=tuple(range(2, tensor.dim())), keepdim=True) if tensor.dim() > 2 else tensor
+def _means_per_example(tensor: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    if axes is None:
+        if tensor.dim() == 3:
+            raise InputError(
+                f"The axes of inputs of shape {tuple(tensor.shape)} cannot be told apart, so their mean may mix unlike "
+                "columns. Say over which axes it is taken: mean_inputs(loader, axes=(0, 1)) for (B, T, F), axes=(0, 2) "
+                "for (B, C, T); pass the result as baselines."
+            )
+        axes = (0, *range(2, tensor.dim()))
+    if 0 not in axes or not all(0 <= axis < tensor.dim() for axis in axes):
+        raise InputError(
+            f"axes must be those of the inputs {tuple(tensor.shape)} that the mean is taken over, 0 among them; given: "
+            f"{axes}."
+        )
+    others = tuple(axis for axis in axes if axis)
+    return tensor.mean(dim=others, keepdim=True) if others else tensor

@@ -15,17 +15,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import captum_idexpo
-from captum_idexpo import ExplanationRegularizedTrainer, training
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, training
 from captum_idexpo.attr import (
     LRP,
     GradientShap,
     KernelShap,
+    LayerActivation,
     LayerFeatureAblation,
     LayerGradCam,
     Lime,
     Saliency,
 )
 from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.baselines import mean_inputs
 from captum_idexpo.metrics import insertion
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, RightForTheRightReasons, Sparsity
 
@@ -54,6 +56,11 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.last(self.layer(self.layer(x)))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(dim=1)
 
 
 def trainer_of(model, regularizers=(), optimizer=torch.optim.SGD, **settings):
@@ -146,6 +153,13 @@ RAISED = {
     "Random numbers that are not torch": lambda _: train((model := net()), bounded(jittered(model), model)),
     "Soft labels": lambda _: insertion(net(), X, X, target=torch.rand(4, 3).softmax(1)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
+    "Several labels per example": lambda _: Sparsity(Saliency(net()))(X, torch.ones(4, 3).long()),
+    "A layer of steps": lambda _: Sparsity(LayerActivation(steps := nn.Sequential(net(), Mean()), steps[0]))(
+        torch.randn(4, 5, 6), Y
+    ),
+    "The mean of series": lambda _: mean_inputs([(torch.randn(4, 5, 6), Y)]),
+    "Side inputs": lambda _: Sparsity(Saliency(net()))(X, Y, additional_forward_args=torch.ones(2)),
+    "Batches of another form": lambda _: ExplanationRegularizedLoss(net())({"image": X, "label": Y}),
     "A feature mask of booleans": lambda _: insertion(net(), X, X, target=1, feature_mask=X > 0),
     "A mapping": lambda _: insertion(net(), {"x": X}, X, target=1),
     "Attributions in another shape": lambda _: insertion(

@@ -15,9 +15,9 @@ from captum._utils.common import _run_forward as run_forward
 from captum._utils.common import _select_targets as select_targets
 from captum._utils.common import _verify_select_neuron as verify_select_neuron
 
-# Activations of layers, and gradients of neurons.
+# Activations of layers, and gradients of layers and neurons.
 from captum._utils.gradient import _forward_layer_eval as forward_layer_eval
-from captum._utils.gradient import construct_neuron_grad_fn
+from captum._utils.gradient import compute_layer_gradients_and_eval, construct_neuron_grad_fn
 
 # The surrogates that users pass to Captum's LIME. They are replaced by those of `attr.surrogates`.
 from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
@@ -70,6 +70,7 @@ __all__ = [
     "SkLearnRidge",
     "TargetType",
     "approximation_parameters",
+    "compute_layer_gradients_and_eval",
     "construct_neuron_grad_fn",
     "default_perturb_func",
     "expand_additional_forward_args",

@@ -28,11 +28,11 @@ def as_tuple(tensors: object, name: str) -> tuple[Tensor, ...]:
     for tensor in formatted:
         if isinstance(tensor, Mapping):
             keys = ", ".join(map(str, tensor))
+            names = ", ".join(repr(str(key)) for key in tensor)
             raise InputTypeError(
                 f"{name} must be a tensor or a tuple of tensors, given: a mapping of {keys}. Let the loader yield the "
-                "tensors that are explained, and wrap the model in a module whose forward method takes these, such "
-                f"as\n    def forward(self, {keys}):\n"
-                f"        return self.model({', '.join(f'{key}={key}' for key in tensor)})"
+                "tensors that are explained, and wrap the model in a module that takes tensors: "
+                f"captum_idexpo.KeywordModel(model, {names})."
             )
         if not isinstance(tensor, Tensor):
             cure = " Leave it out, or give it to the forward function by a lambda." if tensor is None else ""

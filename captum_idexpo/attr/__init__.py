@@ -17,6 +17,7 @@ from captum_idexpo.attr.layer import (
     LayerGradientXActivation,
     LayerIntegratedGradients,
 )
+from captum_idexpo.attr.layouts import channels_first, steps_first, tokens_to_map
 from captum_idexpo.attr.lime import Lime, id_expo_lime
 from captum_idexpo.attr.lime_base import LimeBase
 from captum_idexpo.attr.lrp import LRP, LayerLRP
@@ -77,5 +78,8 @@ __all__ = [
     "Saliency",
     "ShapleyValueSampling",
     "ShapleyValues",
+    "channels_first",
     "id_expo_lime",
+    "steps_first",
+    "tokens_to_map",
 ]

@@ -12,6 +12,9 @@ from captum_idexpo.attr.ablation import FeaturePermutation as FeaturePermutation
 from captum_idexpo.attr.ablation import Occlusion as Occlusion
 from captum_idexpo.attr.dataloader import DataLoaderAttribution as DataLoaderAttribution
 from captum_idexpo.attr.kernel_shap import KernelShap as KernelShap
+from captum_idexpo.attr.layouts import channels_first as channels_first
+from captum_idexpo.attr.layouts import steps_first as steps_first
+from captum_idexpo.attr.layouts import tokens_to_map as tokens_to_map
 from captum_idexpo.attr.lime import Lime as Lime
 from captum_idexpo.attr.lime import id_expo_lime as id_expo_lime
 from captum_idexpo.attr.lime_base import LimeBase as LimeBase
@@ -62,7 +65,10 @@ __all__ = [
     "Saliency",
     "ShapleyValueSampling",
     "ShapleyValues",
+    "channels_first",
     "id_expo_lime",
+    "steps_first",
+    "tokens_to_map",
 ]
 
 TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_idexpo.attr._hooks import change_gradient
 from captum_idexpo.attr._trainable import Trainable
 from captum_idexpo.attr.layer import LayerGradCam
+from captum_idexpo.attr.layouts import ReshapeTransform
 
 
 class ModifiedRelu(Trainable):
@@ -91,6 +92,7 @@ class GuidedGradCam(Trainable, captum.GuidedGradCam):
         model: a module with ReLU modules.
         layer: the convolution whose map is used.
         device_ids: for DataParallel, as in Captum.
+        reshape_transform: where the channels of the layer are, see `LayerGradCam`.
 
     Example:
         >>> import torch
@@ -111,9 +113,16 @@ class GuidedGradCam(Trainable, captum.GuidedGradCam):
     _modules_only = True
     _of_inputs = True
 
-    def __init__(self, model: nn.Module, layer: nn.Module, device_ids: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+    ) -> None:
         super().__init__(model, layer, device_ids)
-        self.grad_cam = LayerGradCam(model, layer, device_ids)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, reshape_transform=reshape_transform)
         self.guided_backprop = GuidedBackprop(model)
 
     @contextmanager

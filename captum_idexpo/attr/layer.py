@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import captum.attr as captum
-from torch import nn
+from torch import Tensor, nn
 
 from captum_idexpo._core.captum import (
     LayerInputBaselineXGradient,
+    compute_layer_gradients_and_eval,
     format_additional_forward_args,
     format_output,
     format_tensor_into_tuples,
@@ -23,6 +24,7 @@ from captum_idexpo.attr._graph import keeps_graph
 from captum_idexpo.attr._trainable import Tap, Trainable, part
 from captum_idexpo.attr.ablation import FeatureAblation, FeaturePermutation
 from captum_idexpo.attr.gradients import OF_A_DISTRIBUTION, InSteps, IntegratedGradients, smoothed_over_baselines
+from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 
 Layers = nn.Module | list[nn.Module]
 PER_ACTIVATION = "One value per activation, a tuple if the layer has several tensors, a list for a list of layers."
@@ -100,6 +102,10 @@ class LayerGradCam(OfLayer, captum.LayerGradCam):
         forward_func: takes the inputs and the additional arguments, returns outputs ``(B, ...)``.
         layer: the module whose output (or input) is explained.
         device_ids: for DataParallel, as in Captum.
+        reshape_transform: a function that brings the layer's tensor to ``(B, C, h, w)`` or ``(B, C, T)``, for layers
+            whose channels are not second: `tokens_to_map`, `channels_first`, `steps_first`, or your own. It is applied
+            to activations and gradients before the channel weights. Of the last block of a vision transformer take the
+            first normalisation: behind it, only the class token has a gradient.
 
     Example:
         >>> import torch
@@ -116,6 +122,48 @@ class LayerGradCam(OfLayer, captum.LayerGradCam):
 
     _summary = "Return the layer's activations, weighted by the mean gradient of the target over each channel."
     _returns = "``(B, 1, h, w)`` for a layer of ``(B, C, h, w)``, a tuple if the layer has several tensors."
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module,
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+        self.reshape_transform = reshape_transform
+
+    def _compute(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
+        if self.reshape_transform is None:
+            return super()._compute(inputs, arguments)
+        gradients, activations = compute_layer_gradients_and_eval(
+            self.forward_func,
+            self.layer,
+            format_tensor_into_tuples(inputs),
+            arguments["target"],
+            format_additional_forward_args(arguments["additional_forward_args"]),
+            device_ids=self.device_ids,
+            attribute_to_layer_input=arguments["attribute_to_layer_input"],
+            grad_kwargs=arguments["grad_kwargs"],
+        )
+        maps = [
+            _grad_cam(
+                reshaped(gradient, self.reshape_transform),
+                reshaped(activation, self.reshape_transform),
+                arguments["attr_dim_summation"],
+                arguments["relu_attributions"],
+            )
+            for gradient, activation in zip(gradients, activations, strict=True)
+        ]
+        return tuple(maps) if len(maps) > 1 else maps[0]
+
+
+def _grad_cam(gradient: Tensor, activation: Tensor, sum_channels: bool, relu: bool) -> Tensor:
+    """Return Grad-CAM's map of activations ``(B, C, ...)``."""
+    weighted = gradient.mean(dim=tuple(range(2, gradient.dim())), keepdim=True) * activation
+    map = weighted.sum(dim=1, keepdim=True) if sum_channels else weighted
+    return map.relu() if relu else map
 
 
 class LayerGradientXActivation(OfLayer, captum.LayerGradientXActivation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,21 @@ class Locations:
     present: Tensor | None
 
     @classmethod
-    def of(cls, attributions: object, inputs: tuple[Tensor, ...], groups: FeatureLayout | None) -> Locations:
+    def of(
+        cls,
+        attributions: object,
+        inputs: tuple[Tensor, ...],
+        groups: FeatureLayout | None,
+        group_reduction: Literal["mean", "sum"] = "mean",
+    ) -> Locations:
         """Return the groups of a feature mask as locations; without a mask, the positions of the attributions.
 
         Raises:
-            ValueError: an attribution's shape fits neither the inputs nor their locations.
+            ValueError: an attribution's shape fits neither the inputs nor their locations; an unknown reduction.
             TypeError: the attributions are not floating-point tensors.
         """
+        if group_reduction not in ("mean", "sum"):
+            raise ValueError(f"group_reduction must be 'mean' or 'sum', given: {group_reduction!r}.")
         maps = as_tuple(attributions, "attributions")
         if len(maps) != len(inputs):
             raise ValueError(f"There are {len(maps)} attributions for {len(inputs)} input tensors: give one a tensor.")
@@ -48,8 +57,10 @@ class Locations:
             map.expand(torch.broadcast_shapes(map.shape, (1, *shape)))
             for map, shape in zip(wide, groups.shapes, strict=True)
         ]
-        count = groups.sums([torch.ones_like(map) for map in spread])
-        values = (groups.sums(spread) / count.clamp_min(1)).to(maps[0].dtype)
+        values = groups.sums(spread)
+        if group_reduction == "mean":
+            values = values / groups.sums([torch.ones_like(map) for map in spread]).clamp_min(1)
+        values = values.to(maps[0].dtype)
         present = groups.present()
         return cls(groups, values, present if present is None else present.expand(values.shape))
 

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.rng import drawn_for, source
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
@@ -171,18 +172,19 @@ class Masking:
         *,
         baselines: BaselineType,
         feature_mask: Tensors | None,
+        group_reduction: Literal["mean", "sum"],
         additional_forward_args: object,
-        target: TargetType,
+        target: Any,
         fraction: float,
         step_size: int | None,
         temperature: float | str | None,
-        outputs: str,
+        outputs: Outputs,
         max_examples_per_batch: int | None,
         check_finite: bool,
     ) -> Masking:
         """Check a metric's arguments and prepare the masking."""
         tensors, aligned = check_inputs(inputs, baselines, check_finite)
-        locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
+        locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors), group_reduction)
         if check_finite:
             require_finite((locations.values,), "attributions")
         check_temperature(temperature)

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.inputs import Tensors
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._masking import InsertionDeletionScores, Masking
 
 
@@ -31,12 +32,13 @@ def insertion_deletion(
     *,
     baselines: BaselineType = None,
     feature_mask: Tensors | None = None,
+    group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
-    target: TargetType = None,
+    target: Any = None,
     fraction: float = 1.0,
     step_size: int | None = None,
     temperature: float | Literal["auto"] | None = None,
-    outputs: str = "logits",
+    outputs: Outputs = "logits",
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> InsertionDeletionScores:
@@ -51,8 +53,8 @@ def insertion_deletion(
             or ``(B, 1, H, W)`` (a location is a pixel; all its channels are masked together).
         baselines: values of deleted locations, and of locations that are not inserted yet: None (zero), numbers, or
             tensors that broadcast.
-        feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it. A
-            group's attribution is the mean over its positions.
+        feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it.
+        group_reduction: a group's attribution is the "mean" or the "sum" over its positions.
         additional_forward_args: passed to the forward function after the inputs.
         target: the class: an integer, ``(B,)`` integers, or tuples for outputs with more axes. None if there is one
             output per row.
@@ -62,8 +64,10 @@ def insertion_deletion(
         temperature: None: the hard metric (ties are ordered by position). "auto": the soft metric at the paper's
             temperature. A positive number: the soft metric at that multiple of the paper's temperature.
         outputs: what the forward function returns: "logits", "log_probabilities", "probabilities" (classes along the
-            last axis), or "raw" (regression: the scores are means of outputs). A single column is class 1, and its
-            complement is class 0. The attribution explains the column; for class 0 its sign is flipped.
+            last axis), "multilabel" (logits of labels along the last axis, each with a sigmoid of its own), or "raw"
+            (regression: the scores are means of outputs). A single column is class 1, and its complement is class 0.
+            The attribution explains the column; for class 0 its sign is flipped. Or a function (output, target) ->
+            ``(n_rows,)``, whose value is the score; the tensors of the target follow their examples.
         max_examples_per_batch: rows per forward pass; it changes the result by rounding only. None: chosen from the
             model's largest layer output and the device.
         check_finite: check for NaN and infinity, which costs a synchronisation on an accelerator.
@@ -97,6 +101,7 @@ def insertion_deletion(
         attributions,
         baselines=baselines,
         feature_mask=feature_mask,
+        group_reduction=group_reduction,
         additional_forward_args=additional_forward_args,
         target=target,
         fraction=fraction,
@@ -116,12 +121,13 @@ def insertion(
     *,
     baselines: BaselineType = None,
     feature_mask: Tensors | None = None,
+    group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
-    target: TargetType = None,
+    target: Any = None,
     fraction: float = 1.0,
     step_size: int | None = None,
     temperature: float | Literal["auto"] | None = None,
-    outputs: str = "logits",
+    outputs: Outputs = "logits",
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
@@ -144,6 +150,7 @@ def insertion(
         attributions,
         baselines=baselines,
         feature_mask=feature_mask,
+        group_reduction=group_reduction,
         additional_forward_args=additional_forward_args,
         target=target,
         fraction=fraction,
@@ -163,12 +170,13 @@ def deletion(
     *,
     baselines: BaselineType = None,
     feature_mask: Tensors | None = None,
+    group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
-    target: TargetType = None,
+    target: Any = None,
     fraction: float = 1.0,
     step_size: int | None = None,
     temperature: float | Literal["auto"] | None = None,
-    outputs: str = "logits",
+    outputs: Outputs = "logits",
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
@@ -191,6 +199,7 @@ def deletion(
         attributions,
         baselines=baselines,
         feature_mask=feature_mask,
+        group_reduction=group_reduction,
         additional_forward_args=additional_forward_args,
         target=target,
         fraction=fraction,

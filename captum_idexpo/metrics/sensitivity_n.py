@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
 from captum_idexpo._core.rng import source
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._scoring import TargetScorer
 
@@ -25,10 +26,11 @@ def sensitivity_n(
     *,
     baselines: BaselineType = None,
     feature_mask: Tensors | None = None,
+    group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
-    target: TargetType = None,
+    target: Any = None,
     n_samples: int = 100,
-    outputs: str = "logits",
+    outputs: Outputs = "logits",
     generator: Generator | None = None,
     max_examples_per_batch: int | None = None,
     check_finite: bool = True,
@@ -62,7 +64,7 @@ def sensitivity_n(
     if check_count("n_samples", n_samples) < 2:
         raise ValueError(f"n_samples must be at least 2 for a correlation, given: {n_samples}.")
     tensors, aligned = check_inputs(inputs, baselines, check_finite)
-    locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors))
+    locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors), group_reduction)
     if check_finite:
         require_finite((locations.values,), "attributions")
     smallest = int(locations.counts.min())

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_idexpo._core.captum import BaselineType, TargetType
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import no_graph
+from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion
 
 try:
@@ -41,10 +42,11 @@ class _Accumulated(Metric):
         forward_func: Callable[..., Any],
         *,
         baselines: BaselineType = None,
+        group_reduction: Literal["mean", "sum"] = "mean",
         fraction: float = 1.0,
         step_size: int | None = None,
         temperature: float | Literal["auto"] | None = None,
-        outputs: str = "logits",
+        outputs: Outputs = "logits",
         max_examples_per_batch: int | None = None,
         check_finite: bool = True,
         metric_kwargs: dict[str, Any] | None = None,
@@ -53,6 +55,7 @@ class _Accumulated(Metric):
         self.__dict__["forward_func"] = forward_func  # so that a module does not become the metric's submodule
         self.baselines = baselines
         self.options: dict[str, Any] = {
+            "group_reduction": group_reduction,
             "fraction": fraction,
             "step_size": step_size,
             "temperature": temperature,
@@ -78,7 +81,7 @@ class _Accumulated(Metric):
         self,
         inputs: Tensors,
         attributions: Tensors,
-        target: TargetType = None,
+        target: Any = None,
         *,
         feature_mask: Tensors | None = None,
         additional_forward_args: object = None,
@@ -107,9 +110,9 @@ class Insertion(_Accumulated):
 
     Args:
         forward_func: the model to score; switch it to eval mode first.
-        baselines, fraction, step_size, temperature, outputs, max_examples_per_batch, check_finite: as for
-            `captum_idexpo.metrics.insertion_deletion`. ``fraction`` defaults to 1.0 (all locations), not to 0.5 as in
-            `captum_idexpo.regularizers.InsertionDeletion`.
+        baselines, group_reduction, fraction, step_size, temperature, outputs, max_examples_per_batch, check_finite: as
+            for `captum_idexpo.metrics.insertion_deletion`. ``fraction`` defaults to 1.0 (all locations), where
+            `captum_idexpo.regularizers.InsertionDeletion` has 0.5.
         metric_kwargs: keyword arguments of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
 
     Example:

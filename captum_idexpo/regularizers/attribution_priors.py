@@ -10,7 +10,9 @@ from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.batch import Batch
+from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.targets import Outputs
+from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.regularizers._explaining import require_attribution
 from captum_idexpo.regularizers.base import Penalty, Weight
 
@@ -28,6 +30,7 @@ class AttributionPrior(Penalty):
         weight: Weight = 1.0,
         ratio: float = 1.0,
         attribute_kwargs: Mapping[str, Any] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         outputs: Outputs = "logits",
         eval_mode: bool = True,
@@ -43,6 +46,7 @@ class AttributionPrior(Penalty):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
             target_transform=target_transform,
             generator=generator,
         )
@@ -51,15 +55,18 @@ class AttributionPrior(Penalty):
 class Smoothness(AttributionPrior):
     r"""Penalises differences of neighbouring attributions: total variation (Erion et al. 2021, sec. 2.2.1).
 
-    :math:`\operatorname{mean}_x \sum |\phi_{i+1,j} - \phi_{i,j}| + |\phi_{i,j+1} - \phi_{i,j}|` along all axes but the
-    first two; of rows ``(B, D)`` along the columns. The term is named "smoothness".
+    :math:`\operatorname{mean}_x \sum |\phi_{i+1,j} - \phi_{i,j}| + |\phi_{i,j+1} - \phi_{i,j}|` along the spatial axes
+    of images and volumes ``(B, C, h, w)``, and along the columns of rows ``(B, D)``. The term is named "smoothness".
 
     Args:
         explainer: an attribution of `captum_idexpo.attr`; expected gradients are `GradientShap`.
+        axes: axes of the attribution along which neighbours are compared; None: as above. Of three axes nothing says
+            which one has the steps: pass ``(2,)`` for series ``(B, C, T)`` and ``(1,)`` for ``(B, T, F)``.
         model: the module held in eval mode; None: the explainer's forward function, if it is a module or its method.
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        reshape_transform: where the channels of an explained layer are, see `Regularizer`.
         target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: explain in eval mode (BatchNorm, dropout).
@@ -81,14 +88,53 @@ class Smoothness(AttributionPrior):
 
     _term = "smoothness"
 
+    def __init__(
+        self,
+        explainer: Attribution,
+        *,
+        axes: tuple[int, ...] | None = None,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        attribute_kwargs: Mapping[str, Any] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__(
+            explainer,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
+            target_transform=target_transform,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            generator=generator,
+        )
+        self.axes = axes
+
     def penalty(self, batch: Batch) -> Tensor:
         """Return the total variation, summed over positions and averaged over the batch."""
         variations = [
-            map.diff(dim=axis).abs().flatten(1).sum(1)
-            for map in self.explain(batch)
-            for axis in range(min(2, map.dim() - 1), map.dim())
+            map.diff(dim=axis).abs().flatten(1).sum(1) for map in self.explain(batch) for axis in self._axes_of(map)
         ]
         return torch.stack(variations).sum(dim=0).mean()
+
+    def _axes_of(self, map: Tensor) -> tuple[int, ...]:
+        if self.axes is None:
+            if map.dim() == 3 and map.shape[1] > 1:
+                raise InputError(
+                    f"The axes of the attribution {tuple(map.shape)} cannot be told apart. Say along which axes it has "
+                    "to be smooth: Smoothness(explainer, axes=(2,)) for series (B, C, T), axes=(1,) for (B, T, F)."
+                )
+            return tuple(range(min(2, map.dim() - 1), map.dim()))
+        if not all(0 < axis < map.dim() for axis in self.axes):
+            raise InputError(f"axes={self.axes} are not those of the attribution {tuple(map.shape)}; 0 is the batch.")
+        return self.axes
 
 
 class Sparsity(AttributionPrior):
@@ -103,6 +149,7 @@ class Sparsity(AttributionPrior):
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        reshape_transform: where the channels of an explained layer are, see `Regularizer`.
         target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: explain in eval mode (BatchNorm, dropout).

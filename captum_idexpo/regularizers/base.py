@@ -23,6 +23,7 @@ from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams
 from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
+from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._scoring import check_outputs, is_raw
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row
 
@@ -51,6 +52,8 @@ class Regularizer(nn.Module):
         eval_mode: hold the model in eval mode while the terms are computed.
         explainer: an attribution of `captum_idexpo.attr` that the terms use, see `explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``.
+        reshape_transform: a function that brings the attribution of a layer to ``(B, C, h, w)`` or ``(B, C, T)``, such
+            as `captum_idexpo.attr.steps_first`; needed where the axes of a layer cannot be told apart.
         target_transform: a function of the loader's target that returns the target of explainer and score; None: the
             rules of `outputs`. Soft labels are explained by their largest class. Multi-hot targets of
             ``outputs="multilabel"`` by one of the true labels, drawn per example and call; an example without a true
@@ -92,6 +95,7 @@ class Regularizer(nn.Module):
         eval_mode: bool = True,
         explainer: Attribution | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         generator: Generator | None = None,
     ) -> None:
@@ -110,6 +114,7 @@ class Regularizer(nn.Module):
             raise ValueError("attribute_kwargs belong to an explainer: pass explainer= as well.")
         self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
         self._explains_one_column: bool | None = None
+        self.reshape_transform = reshape_transform
         self.target_transform = target_transform
         self.generator = generator
         self.explainer_seconds = 0.0
@@ -178,7 +183,8 @@ class Regularizer(nn.Module):
         side = batch.additional_forward_args
         more = {} if side is None else {"additional_forward_args": side}
         maps = self._explaining(batch.inputs, torch.is_grad_enabled(), target=target, **more)
-        maps = (layer_cells(maps, tensors)[0],) if self._explaining.of_layer else maps
+        if self._explaining.of_layer:
+            maps = (self._cells(maps, tensors)[0],)
         return maps if explained.contributes is None else tuple(per_row(m, explained.contributes) * m for m in maps)
 
     def explained(self, batch: Batch) -> Explained:
@@ -261,6 +267,12 @@ class Regularizer(nn.Module):
                 "classes: pass outputs='raw', or integer labels."
             )
 
+    def _cells(self, maps: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return a layer's attribution at the locations of the input, and at its own cells."""
+        assert self._explaining is not None
+        known = self._explaining.channels_are_second
+        return layer_cells(maps, tensors, self.reshape_transform, channels_are_second=known)
+
     def _has_one_column(self, batch: Batch, tensors: tuple[Tensor, ...]) -> bool:
         """Return True if a single column is explained, so that the explainer takes no target."""
         assert self._explaining is not None
@@ -287,8 +299,7 @@ class Penalty(Regularizer):
         eval_mode: hold the model in eval mode while the penalty is computed.
         explainer: an attribution of `captum_idexpo.attr` that the penalty uses, see `Regularizer.explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``.
-        target_transform: a function of the loader's target that returns the target of explainer and score, see
-            `Regularizer`.
+        reshape_transform, target_transform: as for `Regularizer`.
         generator: source of random numbers that the penalty draws; None: torch's global generator.
 
     Raises:
@@ -310,6 +321,7 @@ class Penalty(Regularizer):
         eval_mode: bool = True,
         explainer: Attribution | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         generator: Generator | None = None,
     ) -> None:
@@ -320,6 +332,7 @@ class Penalty(Regularizer):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
             target_transform=target_transform,
             generator=generator,
         )

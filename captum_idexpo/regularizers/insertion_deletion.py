@@ -37,6 +37,7 @@ from captum_idexpo._core.inputs import (
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import Outputs, positive_labels
+from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.baselines import mean_inputs
 from captum_idexpo.metrics._locations import Locations, groups_of
 from captum_idexpo.metrics._masking import (
@@ -47,7 +48,7 @@ from captum_idexpo.metrics._masking import (
     make_masks,
 )
 from captum_idexpo.metrics._scoring import TargetScorer, is_raw, predicted_class
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
+from captum_idexpo.regularizers._explaining import Explaining, per_row, require_attribution
 from captum_idexpo.regularizers.base import Regularizer
 
 DELETION_FORMS = ("ratio", "log", "complement")
@@ -82,6 +83,7 @@ class InsertionDeletion(Regularizer):
         step_size, outputs, max_examples_per_batch: as for `captum_idexpo.metrics.insertion_deletion`. With
             ``outputs="multilabel"`` one of the true labels of a multi-hot target is explained, drawn per example and
             call. With a function as ``outputs`` the explainer explains its own forward function, without a target.
+        reshape_transform: where the channels of an explained layer are, see `Regularizer`.
         target_transform: a function of the loader's target that returns the target of explainer and score: labels of
             another form, or the column of several regression outputs; see `Regularizer`.
         temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
@@ -95,6 +97,8 @@ class InsertionDeletion(Regularizer):
             None: no floor. `floor_share` is the share of copies at the floor in the last call.
         feature_mask: a Captum feature mask, or a callable of the inputs that returns one (superpixels). Explainers that
             take a feature mask get the same.
+        group_reduction: rank the groups of the feature mask by the "mean" of the attribution over their positions, or
+            by its "sum".
         attribute_kwargs: further arguments of ``explainer.attribute``, such as n_samples; those that it needs and that
             are not listed here (a neuron_selector, a distribution of baselines) have to be given.
             ``additional_forward_args`` also go to the forward function.
@@ -143,8 +147,10 @@ class InsertionDeletion(Regularizer):
         deletion_floor: float | None = 1e-6,
         temperature: float | Literal["auto"] | None = "auto",
         outputs: Outputs = "logits",
+        reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         feature_mask: Tensors | Callable[[Any], Tensors] | None = None,
+        group_reduction: Literal["mean", "sum"] = "mean",
         attribute_kwargs: Mapping[str, Any] | None = None,
         eval_mode: bool = True,
         generator: Generator | None = None,
@@ -158,6 +164,7 @@ class InsertionDeletion(Regularizer):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
             target_transform=target_transform,
             generator=generator,
         )
@@ -173,6 +180,7 @@ class InsertionDeletion(Regularizer):
         self.deletion_floor = deletion_floor
         self.temperature = temperature
         self.feature_mask = feature_mask
+        self.group_reduction = group_reduction
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
         self.memory_budget = memory_budget
         self._floor_reported = False
@@ -327,7 +335,7 @@ class InsertionDeletion(Regularizer):
         if side is not None:
             offered["additional_forward_args"] = side
         maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
-        locations = Locations.of(maps, tensors, groups)
+        locations = Locations.of(maps, tensors, groups, self.group_reduction)
         require_finite((locations.values.detach(),), "attributions")
         if cells is None:
             cells = locations.values
@@ -358,7 +366,9 @@ class InsertionDeletion(Regularizer):
             offered = {**offered, "generator": self.generator}
         maps = self._explaining(inputs, create_graph, target=target, **offered)
         if self._explaining.of_layer:
-            expanded, cells = layer_cells(maps, tensors)
+            expanded, cells = self._cells(maps, tensors)
+            if expanded.dim() == 3 and expanded.shape[1] > 1:  # of a series whose steps come first: an element each
+                expanded = expanded.expand_as(tensors[0])
             return (expanded,), cells
         average = self.feature_mask is None
         return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None

@@ -24,6 +24,7 @@ from captum_idexpo._core.inputs import as_batch, check_count, require_real
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr import Saliency
+from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._explaining import widened
 from captum_idexpo.regularizers.base import Penalty, Weight
@@ -46,6 +47,7 @@ class RightForTheRightReasons(Penalty):
         annotates: what an annotation of 1 marks: "wrong" evidence, which must not matter, or "right" evidence, outside
             of which nothing may matter.
         ratio: of the term to the task loss, for an automatic weight.
+        reshape_transform: where the channels of an explained layer are, see `Regularizer`.
         target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         outputs: what the model returns: "logits", "log_probabilities", "probabilities", "multilabel" (the gradient is
             that of the log probabilities of both outcomes of every label) or, for regression, "raw" (the gradient is
@@ -80,6 +82,7 @@ class RightForTheRightReasons(Penalty):
         attribute_kwargs: Mapping[str, Any] | None = None,
         annotates: Literal["wrong", "right"] = "wrong",
         ratio: float = 1.0,
+        reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         outputs: Outputs = "logits",
         eval_mode: bool = True,
@@ -95,6 +98,7 @@ class RightForTheRightReasons(Penalty):
             eval_mode=eval_mode,
             explainer=explainer,
             attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
             target_transform=target_transform,
             generator=generator,
         )

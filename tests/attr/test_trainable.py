@@ -68,7 +68,9 @@ def test_trainable_subclasses_may_have_other_constructors():
 def test_trainable_signatures_are_captums_plus_create_graph():
     theirs = list(inspect.signature(captum.attr.LayerGradCam.attribute).parameters)
     assert list(inspect.signature(attr.LayerGradCam.attribute).parameters) == [*theirs, "create_graph"]
-    assert inspect.signature(attr.LayerGradCam) == inspect.signature(captum.attr.LayerGradCam)
+    assert inspect.signature(attr.LayerConductance) == inspect.signature(captum.attr.LayerConductance)
+    own = list(inspect.signature(attr.LayerGradCam).parameters)
+    assert own == [*inspect.signature(captum.attr.LayerGradCam).parameters, "reshape_transform"]
     with pytest.raises(TypeError, match="unexpected keyword argument 'targt'"):
         attr.Saliency(smooth_net()).attribute(X, targt=1)
 
