@@ -140,6 +140,9 @@ class Trainable:
             raise self._no_gradient(tensors)
         if "target" in arguments:
             arguments["target"] = captum_target(arguments["target"])
+        additional = arguments.get("additional_forward_args")
+        if additional is not None and not isinstance(additional, tuple):
+            arguments["additional_forward_args"] = (additional,)  # Captum's DeepLiftShap takes a tensor for a tuple
 
     def _no_gradient(self, inputs: Tensors) -> InputTypeError:
         dtypes = [str(tensor.dtype) for tensor in as_tuple(inputs, "inputs")]

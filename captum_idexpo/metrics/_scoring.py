@@ -16,6 +16,7 @@ from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.targets import Outputs, target_indices
 
+_ENOUGH_LOGITS = 20
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "multilabel", "raw")
 Score = Literal["probability", "log_probability", "log_complement"]
 """p_y, log p_y or log(1 - p_y). For raw outputs each of them is the output itself."""
@@ -287,7 +288,9 @@ def _check_values(output: Tensor, outputs: Outputs) -> None:
             "Each row of the forward function's output already sums to one: these look like probabilities, but "
             "outputs='logits' takes their softmax again. Pass outputs='probabilities' if that is what they are.",
         )
-    if outputs == "multilabel" and bool(((output >= 0) & (output <= 1)).all()):
+    # Fewer logits than this may lie in [0, 1] by chance.
+    enough = output.numel() >= _ENOUGH_LOGITS
+    if outputs == "multilabel" and enough and bool(((output >= 0) & (output <= 1)).all()):
         warn(
             "All outputs lie in [0, 1]: these look like probabilities, but outputs='multilabel' takes their sigmoid "
             "again. Let the forward function return logits.",

@@ -199,7 +199,7 @@ def test_multilabel_targets_of_another_form_are_refused(make, target, message):
 def test_multilabel_outputs_that_look_like_probabilities_are_warned_of():
     probabilities = nn.Sequential(smooth_net(), nn.Sigmoid())
     with pytest.warns(UserWarning, match="look like probabilities, but outputs='multilabel'"):
-        insertion_deletion(probabilities, X, X, target=1, outputs="multilabel")
+        insertion_deletion(probabilities, X.repeat(2, 1), X.repeat(2, 1), target=1, outputs="multilabel")
 
 
 # --- transformed targets, columns, scores ----------------------------------------------------------------------------
