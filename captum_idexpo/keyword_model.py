@@ -48,6 +48,8 @@ class KeywordModel(nn.Module):
                 f"names must be the keyword arguments of the model, each once, given: {names}. Example: "
                 "KeywordModel(model, 'inputs_embeds', 'attention_mask')."
             )
+        if not isinstance(output, (str, int)):
+            raise InputTypeError(f"output must be a name or an index, given: {output!r}. Example: output='logits'.")
         self.model = model
         self.names = names
         self.output = output
@@ -84,7 +86,7 @@ def _parts(output: object) -> str:
     if isinstance(output, Mapping):
         found = [repr(name) for name, part in output.items() if isinstance(part, Tensor)]
     elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        found = [repr(name) for name in output._fields]
+        found = [repr(name) for name in output._fields if isinstance(getattr(output, name), Tensor)]
     elif isinstance(output, (tuple, list)):
         found = [str(index) for index, part in enumerate(output) if isinstance(part, Tensor)]
     else:

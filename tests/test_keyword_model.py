@@ -103,3 +103,5 @@ def test_keyword_model_refuses_parts_that_are_no_tensors_and_bad_names():
     for names in ((), ("a", "a"), ("a", 1)):
         with pytest.raises(ValueError, match="each once"):
             KeywordModel(nn.Identity(), *names)
+    with pytest.raises(TypeError, match="a name or an index, given: None"):
+        KeywordModel(nn.Identity(), "x", output=None)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from captum_idexpo._core.errors import InputError, InputTypeError
 
@@ -59,7 +60,12 @@ def unpacked(batch: object, unpack: Unpack | None) -> Batch:
             "The loader must yield (inputs, target), (inputs, target, annotations) or a mapping with the names of "
             "captum_idexpo.Batch's fields",
         )
-    return batch._replace(inputs=tuple(batch.inputs)) if isinstance(batch.inputs, list) else batch
+    # A DataLoader makes lists of tuples.
+    if isinstance(batch.inputs, list):
+        batch = batch._replace(inputs=tuple(batch.inputs))
+    if isinstance(batch.additional_forward_args, list):
+        batch = batch._replace(additional_forward_args=tuple(batch.additional_forward_args))
+    return batch
 
 
 def _as_batch(batch: object, needed: str) -> Batch:
@@ -82,11 +88,17 @@ def as_side_inputs(additional_forward_args: object, n_examples: int) -> tuple[ob
 
     Raises:
         InputError: a tensor that has not one row per example.
+        InputTypeError: tensors inside another object, which cannot follow their examples.
     """
     if additional_forward_args is None:
         return ()
     given = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     for number, argument in enumerate(given):
+        if not isinstance(argument, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(argument)):
+            raise InputTypeError(
+                f"additional_forward_args[{number}] is a {type(argument).__name__} of tensors, which cannot follow "
+                "their examples: pass each tensor by itself, additional_forward_args=(first, second)."
+            )
         if isinstance(argument, Tensor) and (not argument.dim() or len(argument) != n_examples):
             raise InputError(
                 f"additional_forward_args[{number}] of shape {tuple(argument.shape)} must have one row for each of the "

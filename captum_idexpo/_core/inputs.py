@@ -31,8 +31,9 @@ def as_tuple(tensors: object, name: str) -> tuple[Tensor, ...]:
             names = ", ".join(repr(str(key)) for key in tensor)
             raise InputTypeError(
                 f"{name} must be a tensor or a tuple of tensors, given: a mapping of {keys}. Let the loader yield the "
-                "tensors that are explained, and wrap the model in a module that takes tensors: "
-                f"captum_idexpo.KeywordModel(model, {names})."
+                f"tensors that are explained, and wrap the model: captum_idexpo.KeywordModel(model, {names}), or a "
+                f"module with a forward method such as\n    def forward(self, {keys}):\n"
+                f"        return self.model({', '.join(f'{key}={key}' for key in tensor)})"
             )
         if not isinstance(tensor, Tensor):
             cure = " Leave it out, or give it to the forward function by a lambda." if tensor is None else ""

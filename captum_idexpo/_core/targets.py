@@ -20,7 +20,8 @@ Outputs = str | Callable[[Tensor, Any], Tensor]
 def explained_class(target: Any, outputs: Outputs) -> Any:
     """Return a loader's target as the class that is explained; None where the outputs are not those of classes.
 
-    Soft labels, rows of fractions that sum to 1, are explained by the class of the largest.
+    Soft labels are explained by their largest class: rows of fractions ``(B, C)`` that sum to 1, and fractions of class
+    1 ``(B,)`` or ``(B, 1)``.
 
     Raises:
         InputTypeError: a tensor ``(B, L > 1)`` that holds no soft labels.
@@ -36,7 +37,10 @@ def explained_class(target: Any, outputs: Outputs) -> Any:
             "target.argmax(dim=1) for classes that are coded as columns of 0 and 1, or outputs='multilabel' if several "
             "labels of an example can be true."
         )
-    return class_labels(target)
+    labels = class_labels(target)
+    if outputs != "raw" and isinstance(labels, Tensor) and labels.is_floating_point():
+        return (labels > 0.5).long() if bool(((labels >= 0) & (labels <= 1)).all()) else labels
+    return labels
 
 
 def class_labels(target: Any) -> Any:
@@ -51,7 +55,7 @@ def class_labels(target: Any) -> Any:
 
 
 def positive_labels(target: object) -> Tensor | None:
-    """Return which labels of a multi-hot target ``(B, L)`` are true, as booleans; None for indices of labels ``(B,)``.
+    """Return which labels of a multi-hot target ``(B, L)`` are true, as booleans; None for indices of labels.
 
     Raises:
         InputTypeError: neither; a multi-hot target that holds other values than 0 and 1.
@@ -64,6 +68,8 @@ def positive_labels(target: object) -> Tensor | None:
             "target_transform=lambda target: (target > 0.5).float() for smoothed labels."
         )
     if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
+        return None
+    if _is_integer(target) or (isinstance(target, list) and all(map(_is_integer, target))):
         return None
     given = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
     raise InputTypeError(

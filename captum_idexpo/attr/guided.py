@@ -11,6 +11,8 @@ from typing import Any
 import captum.attr as captum
 from torch import Tensor, nn
 
+from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.inputs import as_tuple
 from captum_idexpo.attr._hooks import change_gradient
 from captum_idexpo.attr._trainable import Trainable
 from captum_idexpo.attr.layer import LayerGradCam
@@ -128,3 +130,12 @@ class GuidedGradCam(Trainable, captum.GuidedGradCam):
     @contextmanager
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[Any]:
         yield copy.copy(self)  # the two parts copy themselves in their own calls
+
+    def _read(self, arguments: dict[str, Any]) -> None:
+        super()._read(arguments)
+        tensors = as_tuple(arguments["inputs"], "inputs")
+        if self.grad_cam.reshape_transform is not None and any(tensor.dim() == 3 for tensor in tensors):
+            raise InputError(
+                "GuidedGradCam enlarges the map along the last axis of the input, where the steps of a series may not "
+                "be: multiply GuidedBackprop and LayerGradCam(..., reshape_transform=...) on the axis of the steps."
+            )

@@ -41,8 +41,7 @@ class Locations:
             ValueError: an attribution's shape fits neither the inputs nor their locations; an unknown reduction.
             TypeError: the attributions are not floating-point tensors.
         """
-        if group_reduction not in ("mean", "sum"):
-            raise ValueError(f"group_reduction must be 'mean' or 'sum', given: {group_reduction!r}.")
+        check_group_reduction(group_reduction)
         maps = as_tuple(attributions, "attributions")
         if len(maps) != len(inputs):
             raise ValueError(f"There are {len(maps)} attributions for {len(inputs)} input tensors: give one a tensor.")
@@ -73,19 +72,30 @@ class Locations:
         return counts[:1] if bool((counts == counts[0]).all()) else counts
 
 
+def check_group_reduction(group_reduction: Literal["mean", "sum"]) -> Literal["mean", "sum"]:
+    """Return a reduction; ValueError for an unknown one."""
+    if group_reduction not in ("mean", "sum"):
+        raise ValueError(f"group_reduction must be 'mean' or 'sum', given: {group_reduction!r}.")
+    return group_reduction
+
+
 def groups_of(feature_mask: object, inputs: tuple[Tensor, ...]) -> FeatureLayout | None:
     """Return the groups of a feature mask; None without a mask. It raises the errors of `FeatureLayout.of_mask`."""
     return None if feature_mask is None else FeatureLayout.of_mask(feature_mask, inputs)
 
 
 def _aligned(map: Tensor, tensor: Tensor) -> Tensor:
-    """Return an attribution with as many axes as its input: of the input's shape, or with one channel."""
+    """Return an attribution with as many axes as its input: of the input's shape, or with one channel.
+
+    A series ``(B, T, F)`` may also have one value per step, ``(B, T, 1)``.
+    """
     if not map.is_floating_point():
         raise TypeError(f"attributions must be floating point, given: {map.dtype}.")
     if map.device != tensor.device:
         raise ValueError(f"attributions lie on {map.device}, the inputs on {tensor.device}: move one of them.")
     per_location = (*tensor.shape[:1], 1, *tensor.shape[2:]) if tensor.dim() > 2 else None
-    if map.shape == tensor.shape or map.shape == per_location:
+    per_step = (*tensor.shape[:2], 1) if tensor.dim() == 3 else None
+    if map.shape in (tensor.shape, per_location, per_step):
         return map
     if per_location is not None and map.shape == (*tensor.shape[:1], *tensor.shape[2:]):
         return map.unsqueeze(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_idexpo._core.chunks import look
-from captum_idexpo._core.errors import NonFiniteError, all_finite, warn
+from captum_idexpo._core.errors import InputTypeError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_for_chunks
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.targets import Outputs, target_indices
@@ -73,6 +73,11 @@ class TargetScorer:
         check_outputs(outputs)
         self.outputs = outputs
         n_examples = len(inputs[0])
+        if outputs == "multilabel" and isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] > 1:
+            raise InputTypeError(
+                f"An attribution explains one label per example, given: a target of shape {tuple(target.shape)}. Pass "
+                "the index of that label, (B,)."
+            )
         self._target = None if callable(outputs) else target_indices(target, n_examples, inputs[0].device)
         self._repeated_target = repeated_for_chunks(target if callable(outputs) else self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)
@@ -153,7 +158,8 @@ class TargetScorer:
             if self.n_columns != 1:
                 raise ValueError(
                     f"target is missing: the forward function returns {tuple(output.shape[1:])} values an example; "
-                    "pass target= (labels, or predictions: model(inputs).argmax(1))."
+                    "pass target= (labels, or predictions: model(inputs).argmax(1)), or a regularizer's "
+                    "target_transform=, which chooses the column."
                 )
         elif self._target.shape[1] != len(sizes):
             raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import captum.attr as captum
 import torch
@@ -22,7 +23,7 @@ from captum_idexpo._core.inputs import Tensors
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._trainable import require_trainable
 from captum_idexpo.attr.layer import LayerGradCam
-from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
+from captum_idexpo.attr.layouts import ReshapeTransform
 
 
 class Explaining:
@@ -50,6 +51,7 @@ class Explaining:
         if self.arguments.get("return_convergence_delta"):
             raise ValueError("A convergence delta is no attribution: leave return_convergence_delta out.")
         self.seconds = 0.0
+        self.layer_shape: torch.Size | None = None
 
     def __call__(self, inputs: Tensors, create_graph: bool, **offered: Any) -> tuple[Tensor, ...]:
         """Return the attribution, one map per tensor, in single precision at least.
@@ -61,7 +63,8 @@ class Explaining:
         """
         started = time.perf_counter()
         arguments = {name: value for name, value in offered.items() if name in self.takes}
-        attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
+        with self._layer_noted():
+            attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
         self.seconds = time.perf_counter() - started
         return widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
 
@@ -71,24 +74,55 @@ class Explaining:
         given = self.arguments.get("generator")
         return [] if given is None else [given]
 
-    def of_one_column(self, tensors: tuple[Tensor, ...], additional_forward_args: object = None) -> bool:
-        """Return True if the explained output is a single (binary) logit."""
+    def n_columns(self, tensors: tuple[Tensor, ...], additional_forward_args: object = None) -> int:
+        """Return how many columns the explained output has."""
         arguments = additional_forward_args
         forward, first = BatchForward(self.explainer.forward_func, arguments, len(tensors[0])), slice(0, 1)
         with no_graph(), eval_mode(module_of(self.explainer.forward_func)):  # a single row has no statistics
-            return bool(forward(tuple(tensor[first].clone() for tensor in tensors), first).numel() == 1)
+            return int(forward(tuple(tensor[first].clone() for tensor in tensors), first).numel())
 
     @property
     def of_layer(self) -> bool:
         """True if a layer is explained, in its own shape; also under a NoiseTunnel."""
         return isinstance(self._method, LayerAttribution)
 
-    @property
-    def channels_are_second(self) -> bool:
-        """True if the explained layer is known to have channels on its second axis, or was brought to that layout."""
+    @contextmanager
+    def _layer_noted(self) -> Iterator[None]:
+        """Note the shape of the explained layer's own tensor, which tells more than a map without its channels."""
         layer = getattr(self._method, "layer", None)
-        laid_out = isinstance(self._method, LayerGradCam) and self._method.reshape_transform is not None
-        return laid_out or isinstance(layer, _CHANNELS_SECOND)
+        if not self.of_layer or not isinstance(layer, nn.Module):
+            yield
+            return
+
+        def note(_module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
+            explained = arguments if self.arguments.get("attribute_to_layer_input") else output
+            tensor = explained[0] if isinstance(explained, (tuple, list)) and explained else explained
+            self.layer_shape = tensor.shape if isinstance(tensor, Tensor) else None
+
+        handle = layer.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check_transform(self, transform: ReshapeTransform | None) -> None:
+        """Refuse a layout transform of a regularizer whose explainer cannot use it; ValueError."""
+        if transform is None:
+            return
+        if not self.of_layer:
+            raise ValueError("reshape_transform is for explainers of a layer: this explainer explains the inputs.")
+        if isinstance(self._method, LayerGradCam) and self._method.reshape_transform is None:
+            raise ValueError(
+                "LayerGradCam averages gradients over positions, so it has to know the layout before: pass "
+                "LayerGradCam(forward_func, layer, reshape_transform=...)."
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """Where the channels of the explained layer's attribution are."""
+        if isinstance(self._method, LayerGradCam) and self._method.reshape_transform is not None:
+            return "named"
+        return "known" if isinstance(getattr(self._method, "layer", None), _CHANNELS_SECOND) else "unknown"
 
     @property
     def signed_for_target(self) -> bool:
@@ -145,12 +179,16 @@ _CHANNELS_SECOND = (
 """Modules of PyTorch whose output is ``(B, C, ...)``."""
 
 
+Layout = Literal["placed", "named", "known", "unknown"]
+"""Channels are second because a transform of the regularizer or of the explainer put them there, because of the kind of
+layer, or maybe not."""
+
+
 def layer_cells(
     maps: tuple[Tensor, ...],
     tensors: tuple[Tensor, ...],
-    transform: ReshapeTransform | None = None,
-    *,
-    channels_are_second: bool = False,
+    layout: Layout,
+    layer_shape: torch.Size | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return a layer's attribution at the locations of the input, and at its own cells ``(B, n_cells)``.
 
@@ -161,8 +199,8 @@ def layer_cells(
     Args:
         maps: the attribution.
         tensors: the inputs.
-        transform: brings the attribution to ``(B, C, h, w)`` or ``(B, C, T)``.
-        channels_are_second: the attribution is known to be ``(B, C, ...)``.
+        layout: where its channels are.
+        layer_shape: that of the layer's own tensor; None: that of the attribution.
 
     Raises:
         ValueError: several layer outputs or inputs; a shape that has no place in the input's; axes that cannot be told
@@ -171,57 +209,72 @@ def layer_cells(
     if len(maps) != 1 or len(tensors) != 1:
         raise ValueError("A layer attribution can be ranked where the layer has one output and the model one input.")
     map, tensor = maps[0], tensors[0]
-    if transform is not None:
-        map = reshaped(map, transform)
-    no_place = ValueError(
-        f"The layer's attribution {tuple(map.shape)} has no place in the input {tuple(tensor.shape)}: choose a layer "
-        "with the input's spatial axes, or one with a row for each of its columns, such as an embedding; or bring it "
-        "to (B, C, h, w) or (B, C, T) by reshape_transform=, such as captum_idexpo.attr.tokens_to_map(height, width)."
-    )
     if tensor.dim() == 2:
-        cells = map if map.dim() == 2 else map.mean(1) if transform is not None else map.flatten(2).mean(2)
-        if cells.shape[1:] != tensor.shape[1:]:
-            raise no_place
-        return cells, cells
+        return _of_columns(map, tensor, layout)
     if map.dim() != tensor.dim():
-        raise no_place
-    if transform is None and not channels_are_second:
-        _require_known_axes(map, tensor)
+        raise _no_place(map, tensor)
+    if layout == "unknown":
+        _require_known_axes(map.shape if layer_shape is None else layer_shape, tensor)
     cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
-    if tensor.dim() == 3:
-        return (cells if _axis_of_steps(cells, tensor) == 2 else cells.mT), cells.flatten(1)
+    if tensor.dim() == 3 and layout in ("named", "placed"):
+        one_channel = layout == "placed" and map.shape[1:] in ((1, tensor.shape[2]), (tensor.shape[1], 1))
+        return (map, map.flatten(1)) if one_channel else (_of_steps(cells, tensor), cells.flatten(1))
     expanded = cells if cells.shape[2:] == size else LayerAttribution.interpolate(cells, size, "nearest")
     return expanded, cells.flatten(1)
 
 
-def _axis_of_steps(cells: Tensor, tensor: Tensor) -> int:
-    """Return the axis of a series that has as many steps as the cells ``(B, 1, T)``."""
+def _no_place(map: Tensor, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"The layer's attribution {tuple(map.shape)} has no place in the input {tuple(tensor.shape)}: choose a layer "
+        "with the input's spatial axes, or one with a row for each of its columns, such as an embedding; or bring it "
+        "to (B, C, h, w) or (B, C, T) by reshape_transform=, such as captum_idexpo.attr.tokens_to_map(height, width)."
+    )
+
+
+def _of_columns(map: Tensor, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return the cells of rows ``(B, T)``: of maps ``(B, T)``, ``(B, T, E)``, or ``(B, C, T)`` if that is known."""
+    if map.dim() > 2:
+        map = map.flatten(2).mean(2) if layout == "unknown" else map.mean(1)
+    if map.shape[1:] != tensor.shape[1:]:
+        raise _no_place(map, tensor)
+    return map, map
+
+
+def _of_steps(cells: Tensor, tensor: Tensor) -> Tensor:
+    """Return cells ``(B, 1, T)`` on the axis of a series that has as many steps."""
     n_steps = cells.shape[2]
     fitting = [axis for axis in (1, 2) if tensor.shape[axis] == n_steps]
     if len(fitting) == 1:
-        return fitting[0]
-    found = "either" if fitting else "neither"
+        return cells if fitting[0] == 2 else cells.mT
+    if fitting:
+        raise InputError(
+            f"The axes of the input {tuple(tensor.shape)} cannot be told apart: both have {n_steps} entries, and the "
+            "layer's steps may be on either. Pass reshape_transform=lambda map: map.mean(1, keepdim=True) to the "
+            "regularizer if they are last, or lambda map: map.mean(1, keepdim=True).mT if they come first."
+        )
     raise InputError(
-        f"The axes of the input {tuple(tensor.shape)} cannot be told apart: the layer's {n_steps} steps may be on "
-        f"{found} of the last two. Bring the layer to as many steps as the input has: reshape_transform=lambda map: "
-        "torch.nn.functional.interpolate(map, n_steps) for maps (B, C, T); or explain the inputs themselves."
+        f"The axes of the input {tuple(tensor.shape)} cannot be told apart: none has as many entries as the layer has "
+        f"steps, {n_steps}. Bring the map (B, C, T) to as many steps as the input has by a reshape_transform that ends "
+        "with torch.nn.functional.interpolate(map, n_steps)."
     )
 
 
-def _require_known_axes(map: Tensor, tensor: Tensor) -> None:
-    """Refuse a map whose channels may lie elsewhere than on the second axis.
+def _require_known_axes(shape: torch.Size, tensor: Tensor) -> None:
+    """Refuse a layer whose channels may lie last.
 
-    A map of an image has the proportions of the image, up to one cell of rounding. A series has no proportions.
+    Of images and volumes the sizes tell: positions do not grow, and keep the proportions of the input up to a cell of
+    rounding. A series has no proportions.
     """
-    sizes, full = map.shape[2:], tensor.shape[2:]
-    proportional = all(
-        abs(a * d - b * c) <= max(c, d) for (a, c), (b, d) in itertools.combinations(zip(sizes, full, strict=True), 2)
-    )
-    if len(sizes) > 1 and proportional and len(set(map.shape[1:])) > 1:
-        return
+    full, sizes = tensor.shape[2:], ", ".join(map(str, shape[1:]))
+    if len(shape) == tensor.dim() > 3:
+        as_second = all(size <= whole for size, whole in zip(shape[2:], full, strict=True))
+        as_last = all(size <= whole for size, whole in zip(shape[1:-1], full, strict=True))
+        pairs = itertools.combinations(zip(shape[1:-1], full, strict=True), 2)
+        if as_second and not (as_last and all(abs(a * d - b * c) <= max(c, d) for (a, c), (b, d) in pairs)):
+            return
     raise InputError(
-        f"The axes of the layer's attribution {tuple(map.shape)} cannot be told apart for the input "
-        f"{tuple(tensor.shape)}: its channels may be second or last. Say so by reshape_transform=: "
-        "captum_idexpo.attr.steps_first for (B, T, D), channels_first for (B, h, w, C), tokens_to_map(height, width) "
-        "for the tokens of a vision transformer, or lambda tensor: tensor if the channels are second."
+        f"The axes of the layer (B, {sizes}) cannot be told apart for the input {tuple(tensor.shape)}: its channels "
+        "may be second or last. Say so by reshape_transform=, an argument of LayerGradCam or, for other explainers, of "
+        "the regularizer: lambda tensor: tensor if they are second, captum_idexpo.attr.channels_first for (B, h, w, "
+        "C), steps_first for (B, T, D), tokens_to_map(height, width) for the tokens of a vision transformer."
     )

@@ -92,7 +92,7 @@ class Smoothness(AttributionPrior):
         self,
         explainer: Attribution,
         *,
-        axes: tuple[int, ...] | None = None,
+        axes: int | tuple[int, ...] | None = None,
         model: nn.Module | None = None,
         weight: Weight = 1.0,
         ratio: float = 1.0,
@@ -115,7 +115,7 @@ class Smoothness(AttributionPrior):
             eval_mode=eval_mode,
             generator=generator,
         )
-        self.axes = axes
+        self.axes = (axes,) if isinstance(axes, int) else axes
 
     def penalty(self, batch: Batch) -> Tensor:
         """Return the total variation, summed over positions and averaged over the batch."""
@@ -126,14 +126,18 @@ class Smoothness(AttributionPrior):
 
     def _axes_of(self, map: Tensor) -> tuple[int, ...]:
         if self.axes is None:
-            if map.dim() == 3 and map.shape[1] > 1:
+            if map.dim() == 3 and 1 not in map.shape[1:]:
                 raise InputError(
                     f"The axes of the attribution {tuple(map.shape)} cannot be told apart. Say along which axes it has "
                     "to be smooth: Smoothness(explainer, axes=(2,)) for series (B, C, T), axes=(1,) for (B, T, F)."
                 )
+            if map.dim() == 3:  # one value per step
+                return (2,) if map.shape[1] == 1 else (1,)
             return tuple(range(min(2, map.dim() - 1), map.dim()))
         if not all(0 < axis < map.dim() for axis in self.axes):
             raise InputError(f"axes={self.axes} are not those of the attribution {tuple(map.shape)}; 0 is the batch.")
+        if all(map.shape[axis] == 1 for axis in self.axes):
+            raise InputError(f"The attribution {tuple(map.shape)} has no neighbours along axes={self.axes}.")
         return self.axes
 
 
@@ -175,10 +179,12 @@ class Sparsity(AttributionPrior):
 
     def penalty(self, batch: Batch) -> Tensor:
         """Return 1 minus the Gini coefficient of the features' mean magnitudes."""
-        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(batch)]
+        explained = self.explained(batch)
+        magnitudes = [map.abs().mean(dim=0).flatten() for map in self.explain(batch, explained)]
         ascending = torch.cat(magnitudes).sort().values
         n = len(ascending)
         ranks = 2 * torch.arange(1, n + 1, device=ascending.device, dtype=ascending.dtype) - n - 1
         # A model that uses nothing has no concentration to speak of, and no gradient of it.
         total = ascending.sum().clamp_min(torch.finfo(ascending.dtype).tiny)
-        return 1 - (ranks * (ascending / total)).sum() / n
+        penalty = 1 - (ranks * (ascending / total)).sum() / n
+        return penalty if explained.contributes is None else penalty * explained.contributes.amax()

@@ -23,7 +23,7 @@ from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams
 from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
-from captum_idexpo.attr.layouts import ReshapeTransform
+from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 from captum_idexpo.metrics._scoring import check_outputs, is_raw
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row
 
@@ -32,10 +32,17 @@ _HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
 
 
 class Explained(NamedTuple):
-    """What is explained and scored: a target as Captum takes it, and which examples contribute ``(B,)``; None: all."""
+    """What is explained and scored.
+
+    Attributes:
+        target: as Captum takes it.
+        contributes: 1 for examples with a label to explain, 0 for the others, ``(B,)``; None: all have one.
+        n_labels: how many labels a multi-hot target has; None: it is none.
+    """
 
     target: TargetType
     contributes: Tensor | None = None
+    n_labels: int | None = None
 
 
 class Regularizer(nn.Module):
@@ -55,7 +62,8 @@ class Regularizer(nn.Module):
         reshape_transform: a function that brings the attribution of a layer to ``(B, C, h, w)`` or ``(B, C, T)``, such
             as `captum_idexpo.attr.steps_first`; needed where the axes of a layer cannot be told apart.
         target_transform: a function of the loader's target that returns the target of explainer and score; None: the
-            rules of `outputs`. Soft labels are explained by their largest class. Multi-hot targets of
+            rules of `outputs`. With a function as `outputs` it gives the target of the explainer alone. Soft labels are
+            explained by their largest class. Multi-hot targets of
             ``outputs="multilabel"`` by one of the true labels, drawn per example and call; an example without a true
             label contributes 0.
         generator: source of random numbers that the terms draw; None: torch's global generator.
@@ -113,7 +121,9 @@ class Regularizer(nn.Module):
         if explainer is None and attribute_kwargs:
             raise ValueError("attribute_kwargs belong to an explainer: pass explainer= as well.")
         self._explaining = None if explainer is None else Explaining(explainer, attribute_kwargs)
-        self._explains_one_column: bool | None = None
+        self._n_columns: int | None = None
+        if self._explaining is not None:
+            self._explaining.check_transform(reshape_transform)
         self.reshape_transform = reshape_transform
         self.target_transform = target_transform
         self.generator = generator
@@ -178,8 +188,9 @@ class Regularizer(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no explainer: pass explainer= to Regularizer's constructor.")
         tensors = as_batch(batch.inputs)
         explained = self.explained(batch) if explained is None else explained
-        one_column = explained.target is None or self._has_one_column(batch, tensors)
-        target = None if one_column else explained.target
+        n_columns = None if explained.target is None else self._n_explained_columns(batch, tensors)
+        check_n_labels(explained.n_labels, n_columns)
+        target = explained.target if n_columns != 1 else None
         side = batch.additional_forward_args
         more = {} if side is None else {"additional_forward_args": side}
         maps = self._explaining(batch.inputs, torch.is_grad_enabled(), target=target, **more)
@@ -189,15 +200,19 @@ class Regularizer(nn.Module):
 
     def explained(self, batch: Batch) -> Explained:
         """Return what is explained and scored for the target of a batch, see `target_transform` and `outputs`."""
-        target = batch.target if self.target_transform is None else self.target_transform(batch.target)
-        if self.outputs == "multilabel":
-            positive = positive_labels(target)
-            if positive is None:
-                return Explained(target.long())
-            return Explained(drawn_label(positive, self.generator), positive.any(dim=1).float())
         if callable(self.outputs):
-            return Explained(None if self.target_transform is None else target)
-        return Explained(explained_class(target, self.outputs))
+            return Explained(None if self.target_transform is None else self.target_transform(batch.target))
+        target = self.transformed(batch.target)
+        if self.outputs != "multilabel":
+            return Explained(explained_class(target, self.outputs))
+        positive = positive_labels(target)
+        if positive is None:
+            return Explained(target)
+        return Explained(drawn_label(positive, self.generator), positive.any(dim=1).float(), positive.shape[1])
+
+    def transformed(self, target: Any) -> Any:
+        """Return a loader's target after `target_transform`."""
+        return target if self.target_transform is None else self.target_transform(target)
 
     def held_in_eval_mode(self) -> AbstractContextManager[None]:
         """Hold the model in eval mode inside a ``with`` statement, unless `eval_mode` is False."""
@@ -258,7 +273,8 @@ class Regularizer(nn.Module):
         return Batch(inputs, target, annotations, as_side_inputs(side_inputs, len(as_batch(inputs)[0])))
 
     def _check_target(self, target: Any) -> None:
-        if is_raw(self.outputs) or self.target_transform is not None:
+        """Refuse a target that contradicts `outputs`, also where nothing reads it: the outputs would be misread."""
+        if target is None or is_raw(self.outputs) or self.target_transform is not None:
             return
         real = isinstance(target, Tensor) and target.is_floating_point()
         if real and not bool(((target >= 0) & (target <= 1)).all()):
@@ -266,21 +282,35 @@ class Regularizer(nn.Module):
                 f"The targets are real numbers, as those of a regression, but outputs={self.outputs!r} announces "
                 "classes: pass outputs='raw', or integer labels."
             )
+        if self.outputs == "multilabel":
+            positive_labels(target)
+        else:
+            explained_class(target, self.outputs)
 
     def _cells(self, maps: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return a layer's attribution at the locations of the input, and at its own cells."""
         assert self._explaining is not None
-        known = self._explaining.channels_are_second
-        return layer_cells(maps, tensors, self.reshape_transform, channels_are_second=known)
+        if self.reshape_transform is None:
+            return layer_cells(maps, tensors, self._explaining.layout, self._explaining.layer_shape)
+        return layer_cells(tuple(reshaped(map, self.reshape_transform) for map in maps), tensors, "placed")
 
-    def _has_one_column(self, batch: Batch, tensors: tuple[Tensor, ...]) -> bool:
-        """Return True if a single column is explained, so that the explainer takes no target."""
+    def _n_explained_columns(self, batch: Batch, tensors: tuple[Tensor, ...]) -> int:
+        """Return how many columns the explained output has; of a single one the explainer takes no target."""
         assert self._explaining is not None
-        if self._explains_one_column is None:
+        if self._n_columns is None:
             # Looked at once, and without a trace in random streams: a run that is resumed looks again.
             with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(*self.models):
-                self._explains_one_column = self._explaining.of_one_column(tensors, batch.additional_forward_args)
-        return self._explains_one_column
+                self._n_columns = self._explaining.n_columns(tensors, batch.additional_forward_args)
+        return self._n_columns
+
+
+def check_n_labels(n_labels: int | None, n_columns: int | None) -> None:
+    """Raise InputError for a multi-hot target that has not one column for each output."""
+    if n_labels is not None and n_columns is not None and n_labels != n_columns:
+        raise InputError(
+            f"The multi-hot target has {n_labels} labels, the output {n_columns} columns: give one for each, or the "
+            "indices (B,) of the labels to explain."
+        )
 
 
 class Penalty(Regularizer):

@@ -39,7 +39,7 @@ from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import Outputs, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.baselines import mean_inputs
-from captum_idexpo.metrics._locations import Locations, groups_of
+from captum_idexpo.metrics._locations import Locations, check_group_reduction, groups_of
 from captum_idexpo.metrics._masking import (
     InsertionDeletionScores,
     Masking,
@@ -49,7 +49,7 @@ from captum_idexpo.metrics._masking import (
 )
 from captum_idexpo.metrics._scoring import TargetScorer, is_raw, predicted_class
 from captum_idexpo.regularizers._explaining import Explaining, per_row, require_attribution
-from captum_idexpo.regularizers.base import Regularizer
+from captum_idexpo.regularizers.base import Regularizer, check_n_labels
 
 DELETION_FORMS = ("ratio", "log", "complement")
 _FLOOR_SHARE = "deletion_floor_share"
@@ -180,7 +180,7 @@ class InsertionDeletion(Regularizer):
         self.deletion_floor = deletion_floor
         self.temperature = temperature
         self.feature_mask = feature_mask
-        self.group_reduction = group_reduction
+        self.group_reduction = check_group_reduction(group_reduction)
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
         self.memory_budget = memory_budget
         self._floor_reported = False
@@ -207,6 +207,7 @@ class InsertionDeletion(Regularizer):
         create_graph, explained = torch.is_grad_enabled(), self.explained(batch)
         memory = MemoryBudget.of(self.memory_budget, create_graph, *self.models)
         masking, cells = self._masking(batch, explained.target, self.temperature, create_graph, memory)
+        check_n_labels(explained.n_labels, masking.scorer.n_columns)
         steps, weights = self._draw_steps(masking.schedule, len(cells), cells.dtype)
         if explained.contributes is not None:  # an example without a label to explain counts 0
             weights = weights * explained.contributes[:, None]
@@ -241,7 +242,7 @@ class InsertionDeletion(Regularizer):
             if target is None and not is_raw(self.outputs):
                 return self._hard_scores(batch, self._predicted_class(batch))
             if self.outputs == "multilabel":
-                labels = target if self.target_transform is None else self.target_transform(target)
+                labels = self.transformed(target)
                 positive = positive_labels(labels)
                 return self._hard_scores(batch, labels) if positive is None else self._label_means(batch, positive)
             return self._hard_scores(batch, self.explained(batch).target)
@@ -277,15 +278,26 @@ class InsertionDeletion(Regularizer):
         with self.held_in_eval_mode():
             return self._predicted_class(batch)
 
+    @no_graph()
+    def predicted_labels(self, inputs: Tensors, *, additional_forward_args: object = None) -> Tensor:
+        """Return which labels of ``outputs="multilabel"`` are more probable than not, booleans ``(B, L)``."""
+        batch = self._read(inputs, None, None, additional_forward_args)
+        with self.held_in_eval_mode():
+            return self._evaluated(batch, lambda output: output > 0)
+
     def _predicted_class(self, batch: Batch) -> Tensor:
+        return self._evaluated(batch, lambda output: predicted_class(output, self.outputs))
+
+    def _evaluated(self, batch: Batch, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a function reads from the output on each example."""
         tensors, _ = check_inputs(batch.inputs, None, check_finite=True)
         forward = BatchForward(self.forward_func, batch.additional_forward_args, len(tensors[0]))
 
-        def classes(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
-            return predicted_class(forward(rows, examples, n_copies), self.outputs)
+        def evaluate(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            return read(forward(rows, examples, n_copies))
 
         max_rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
-        return evaluate_given(classes, tuple(tensor[None].clone() for tensor in tensors), max_rows)[:, 0]
+        return evaluate_given(evaluate, tuple(tensor[None].clone() for tensor in tensors), max_rows)[:, 0]
 
     def _hard_scores(self, batch: Batch, target: TargetType) -> InsertionDeletionScores:
         masking, _ = self._masking(batch, target, None, create_graph=False)
@@ -351,7 +363,7 @@ class InsertionDeletion(Regularizer):
         """Return True if the explainer explains a single column, so that it takes no target."""
         if self._explaining.explainer.forward_func is self.forward_func:
             return scorer.n_columns == 1
-        return self._explaining.of_one_column(tensors, side)
+        return self._explaining.n_columns(tensors, side) == 1
 
     def _located(
         self,
@@ -367,8 +379,6 @@ class InsertionDeletion(Regularizer):
         maps = self._explaining(inputs, create_graph, target=target, **offered)
         if self._explaining.of_layer:
             expanded, cells = self._cells(maps, tensors)
-            if expanded.dim() == 3 and expanded.shape[1] > 1:  # of a series whose steps come first: an element each
-                expanded = expanded.expand_as(tensors[0])
             return (expanded,), cells
         average = self.feature_mask is None
         return tuple(m.mean(1, keepdim=True) if average and m.dim() > 3 else m for m in maps), None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo._core.rng import seeded
-from captum_idexpo._core.targets import class_labels, soft_classes
+from captum_idexpo._core.targets import class_labels, positive_labels, soft_classes
 from captum_idexpo.metrics._scoring import is_raw, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion, Regularizer
 from captum_idexpo.training.loaders import as_in_first_pass, failing_together, gathered_examples, left
@@ -87,6 +87,7 @@ def _scored(
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
     judges = [] if judge is None else [judge]
     announced = [*judges, *regularizers]
+    of_classes = [each for each in announced if not is_raw(each.outputs)]
     n_examples = 0
     # Every evaluation draws the same masks, from the seeds that the user has set.
     generators = [generator for judge in judges for generator in judge.generators]
@@ -104,7 +105,8 @@ def _scored(
             output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
             n_examples += _n_examples(output, target)
             predicted = scores.pop("predicted", None)
-            yield output, target, {**_accuracy(predicted, target, bool(announced), _is_column(output)), **scores}
+            labels = of_classes[0].transformed(target) if of_classes else target
+            yield output, target, {**_accuracy(predicted, labels, bool(of_classes), _is_column(output)), **scores}
     if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
 
@@ -127,7 +129,14 @@ def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str) -> dict[s
         batch.inputs, batch.target if needs_target else None, additional_forward_args=batch.additional_forward_args
     )
     scores = {"insertion": result.insertion, "deletion": result.deletion}
-    return scores if is_raw(judge.outputs) else {**scores, "one_minus_deletion": 1 - result.deletion}
+    if is_raw(judge.outputs):
+        return scores
+    kept = 1 - result.deletion
+    if explain == "label" and judge.outputs == "multilabel":
+        positive = positive_labels(judge.transformed(batch.target))
+        if positive is not None:  # an example without a true label counts 0 in each score
+            kept = kept * positive.any(dim=1)
+    return {**scores, "one_minus_deletion": kept}
 
 
 def _is_column(output: object) -> bool:
@@ -154,12 +163,15 @@ def _predicted(
     said = [each.outputs for each in announced if module_of(each.forward_func) is model]
     if judge is not None and is_raw(judge.outputs):
         return None
-    if "multilabel" in said or (judge is not None and judge.outputs == "multilabel"):
+    if "multilabel" in said:
         return output > 0
+    of_judge = judge is not None and not said and judge.model is model
+    if judge is not None and of_judge and judge.outputs == "multilabel":
+        return judge.predicted_labels(batch.inputs, additional_forward_args=batch.additional_forward_args)
     if _is_column(output):
         if judge is None and any(map(is_raw, said)):
             return None
-        if judge is not None and not said and judge.model is model:
+        if judge is not None and of_judge:
             # The judge's forward function makes classes of the model's column.
             return judge.predicted_class(batch.inputs, additional_forward_args=batch.additional_forward_args)
     return predicted_class(output, next((kind for kind in said if not is_raw(kind)), "logits"))

@@ -26,7 +26,8 @@ class ExplanationRegularizedLoss(nn.Module):
         model: called with the batch's inputs, then its additional arguments (a tuple of inputs is spread over
             positional arguments, a mapping over keyword arguments).
         regularizers: a `captum_idexpo.regularizers.Regularizer` each, or any module that is called as
-            ``regularizer(inputs, target, annotations)`` and returns weighted terms by name.
+            ``regularizer(inputs, target, annotations)`` and returns weighted terms by name. Where the batch has
+            additional arguments, it also gets ``additional_forward_args=``.
         loss_fn: (model output, target) -> scalar.
         unpack: a function that returns the `captum_idexpo.Batch` of what the loader yields. None: the loader yields
             (inputs, target), (inputs, target, annotations), a `Batch`, or a mapping with the names of its fields.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from captum_idexpo import Batch
 from captum_idexpo._core.batch import as_side_inputs, unpacked
@@ -71,3 +72,26 @@ def test_side_inputs_of_another_length_are_refused_and_partial_is_named(tensor):
         ValueError, match=r"additional_forward_args\[1\].*one row for each of the 3.*functools\.partial"
     ):
         as_side_inputs((A, tensor), 3)
+
+
+@pytest.mark.parametrize("nested", [[A, A], {"mask": A}, (A,)])
+def test_side_inputs_inside_other_objects_are_refused(nested):
+    with pytest.raises(TypeError, match=rf"\[0\] is a {type(nested).__name__} of tensors.*pass each tensor by itself"):
+        as_side_inputs((nested,), 3)
+
+
+class Examples(Dataset):
+    def __getitem__(self, index):
+        return Batch(X[index], Y[index], A[index], (A[index], Y[index]))
+
+    def __len__(self):
+        return 3
+
+
+def test_batch_is_collated_by_a_data_loader():
+    """Which makes a list of a tuple of side inputs."""
+    (batch,) = [unpacked(batch, None) for batch in DataLoader(Examples(), batch_size=3)]
+    assert torch.equal(batch.inputs, X)
+    mask, number = as_side_inputs(batch.additional_forward_args, 3)
+    assert torch.equal(mask, A)
+    assert torch.equal(number, Y)

@@ -152,3 +152,9 @@ def test_reshape_transform_of_another_size_is_refused(transform, message):
 def test_steps_first_needs_three_axes():
     with pytest.raises(ValueError, match=r"steps_first needs a tensor \(B, T, D\), given: \(3, 2, 8, 8\)"):
         steps_first(IMAGES)
+
+
+def test_guided_grad_cam_refuses_series_with_a_reshape_transform():
+    model = Steps()
+    with pytest.raises(ValueError, match=r"last axis of the input.*multiply GuidedBackprop and LayerGradCam"):
+        GuidedGradCam(model, model.layer, reshape_transform=steps_first).attribute(SERIES, target=Y)

@@ -181,19 +181,94 @@ def test_trainer_reports_accuracy_per_label_and_exact_match_of_several_labels():
     )
 
 
+def trained_by(model, regularizers, loss_fn, **settings):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return ExplanationRegularizedTrainer(model, optimizer, regularizers, loss_fn, show_progress=False, **settings)
+
+
+def test_accuracy_of_several_labels_is_read_from_the_judges_logits_of_a_model_of_probabilities():
+    model = nn.Sequential(smooth_net(), nn.Sigmoid())
+
+    def logits(x):
+        return model(x).logit()
+
+    judge = InsertionDeletion(InputXGradient(logits), baselines=0.0, outputs="multilabel", model=model)
+    scores = trained_by(model, [judge], nn.BCELoss()).evaluate([(X, SEVERAL)])
+    assert scores["accuracy"] == pytest.approx(float(((model(X) > 0.5) == SEVERAL.bool()).double().mean()))
+
+
+def test_an_example_without_a_true_label_counts_zero_in_each_score():
+    model = smooth_net()
+    trainer = trained_by(model, [id_expo(model)], nn.BCEWithLogitsLoss())
+    scores = trainer.example_scores([(X, SEVERAL)], explain="label")
+    for name in ("insertion", "deletion", "one_minus_deletion"):
+        assert scores[name][1] == 0
+        assert bool((scores[name][[0, 2, 3, 4]] > 0).all())
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("make", [id_expo, lambda model: Sparsity(Saliency(model), outputs="multilabel")])
+def test_multi_hot_target_has_one_column_for_each_output(make, width):
+    with pytest.raises((ValueError, IndexError), match=rf"has {width} labels, the output 3 columns|out of range"):
+        make(smooth_net())(X, torch.ones(5, width))
+
+
+def test_sparsity_of_a_batch_without_any_true_label_is_zero():
+    model = smooth_net()
+    assert Sparsity(InputXGradient(model), outputs="multilabel")(X, torch.zeros(5, 3))["sparsity"] == 0
+
+
+def test_proportions_of_a_regression_are_no_soft_labels():
+    model, target = smooth_net(), torch.randn(5, 3).double().softmax(1)
+    scores = trained_by(model, [Stability(model, outputs="raw")], nn.MSELoss()).evaluate([(X, target)])
+    assert set(scores) == {"loss", "valscore"}
+
+
+def test_accuracy_follows_target_transform():
+    model = smooth_net()
+    target = model(X).argmax(1) + 1  # numbered from 1
+    judge = InsertionDeletion(InputXGradient(model), baselines=0.0, target_transform=lambda target: target - 1)
+    trainer = trained_by(model, [judge], lambda output, target: nn.functional.cross_entropy(output, target - 1))
+    assert trainer.evaluate([(X, target)])["accuracy"] == 1
+
+
+def test_smoothed_labels_of_one_column_are_explained_by_the_more_probable_class():
+    model = smooth_net(n_classes=1)
+    smoothed = torch.tensor([[0.05], [0.95], [0.05], [0.95], [0.95]]).double()
+    regularizer = InsertionDeletion(InputXGradient(model), **SETTINGS)
+    for target in (smoothed, smoothed[:, 0]):
+        torch.testing.assert_close(regularizer(X, target), regularizer(X, (smoothed[:, 0] > 0.5).long()))
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         (torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]), r"multi-hot target \(B, L\).*float32 of shape \(5,\)"),
         (0.9 * LABELS + 0.05, r"zeros and ones, given: 0\.05 to 0\.95.*target_transform"),
         (LABELS[:, :, None], r"multi-hot target \(B, L\).*shape \(5, 3, 1\)"),
-        (1, "given: int"),
+        ("cat", "given: str"),
     ],
 )
 @pytest.mark.parametrize("make", [id_expo, lambda model: Sparsity(Saliency(model), outputs="multilabel")])
 def test_multilabel_targets_of_another_form_are_refused(make, target, message):
     with pytest.raises(TypeError, match=message):
         make(smooth_net())(X, target)
+
+
+@pytest.mark.parametrize(
+    "make", [RightForTheRightReasons, Fidelity, SaliencyGuided, lambda model: Sparsity(Saliency(model))]
+)
+@pytest.mark.parametrize("target", [SEVERAL, SEVERAL.long()])
+def test_several_labels_without_their_outputs_are_refused_also_where_no_target_is_read(make, target):
+    model = smooth_net()
+    loss = ExplanationRegularizedLoss(model, [make(model)], lambda output, _: output.mean())
+    with pytest.raises(TypeError, match=r"target\.argmax\(dim=1\).*outputs='multilabel'"):
+        loss((X, target, torch.ones(5, 6).double() * torch.arange(6).gt(2)))
+
+
+def test_multilabel_metrics_take_one_label_per_example():
+    with pytest.raises(TypeError, match=r"one label per example.*\(5, 3\).*index of that label"):
+        insertion_deletion(smooth_net(), X, X, target=SEVERAL, outputs="multilabel")
 
 
 def test_multilabel_outputs_that_look_like_probabilities_are_warned_of():

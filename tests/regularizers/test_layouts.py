@@ -56,34 +56,97 @@ def test_insertion_deletion_ranks_the_steps_of_a_layer(steps_come_first):
     series = SERIES if steps_come_first else SERIES.mT
     model = Steps() if steps_come_first else transposed(Steps())
     layer = model.layer if steps_come_first else model[1].layer
-    steps = torch.arange(7)[:, None] if steps_come_first else torch.arange(7)[None]
     explainer = LayerGradCam(model, layer, reshape_transform=steps_first)
-    regularizer = InsertionDeletion(explainer, feature_mask=steps, step_size=1, fraction=1.0, **SETTINGS)
-    map = explainer.attribute(series, target=Y).flatten(1)  # one value per step
-    maps = map[:, :, None].expand_as(series) if steps_come_first else map[:, None].expand_as(series)
-    expected = insertion(model, series, maps, baselines=0.1, feature_mask=steps, target=Y, step_size=1)
+    regularizer = InsertionDeletion(explainer, step_size=1, **SETTINGS)
+    map = explainer.attribute(series, target=Y)  # (B, 1, 7): one value per step
+    map = map.mT if steps_come_first else map
+    expected = insertion(model, series, map, baselines=0.1, target=Y, step_size=1, fraction=0.5)
     torch.testing.assert_close(regularizer.scores(series, Y).insertion, expected.detach())
+    assert regularizer.scores(series, Y).fractions.shape == (3,)  # of 7 steps the half, not of 28 values
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 5), (3, 4, 6)])
-def test_series_whose_axes_do_not_tell_where_the_steps_are_is_refused(shape):
-    class Wide(nn.Module):
+class Wide(nn.Module):
+    """A convolution of five steps over series of any size."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv1d(1, 2, 1).double()
+
+    def forward(self, x):
+        return self.layer(x.mean(1, keepdim=True)[:, :, :5]).square().flatten(1)[:, :3]
+
+
+def test_a_series_of_which_both_axes_have_as_many_steps_is_refused_until_one_is_named():
+    model, x = Wide(), torch.randn(3, 5, 5).double()
+    explainer = LayerGradCam(model, model.layer, reshape_transform=lambda tensor: tensor)
+    with pytest.raises(ValueError, match=r"axes of the input.*cannot be told apart: both have 5 entries.*\.mT"):
+        Sparsity(explainer)(x, Y)
+    last = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.mean(1, keepdim=True))
+    first = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.mean(1, keepdim=True).mT)
+    (map,) = last.explain(last._read(x, Y, None, None))
+    assert map.shape == (3, 1, 5)
+    (map,) = first.explain(first._read(x, Y, None, None))
+    assert map.shape == (3, 5, 1)
+
+
+def test_a_layer_with_other_steps_than_the_series_is_brought_to_them_by_the_transform():
+    model, x = Wide(), torch.randn(3, 4, 10).double()
+    explainer = LayerGradientXActivation(model, model.layer)
+    with pytest.raises(ValueError, match=r"none has as many entries as the layer has steps, 5.*interpolate"):
+        Sparsity(explainer, reshape_transform=lambda map: map)(x, Y)
+    longer = Sparsity(explainer, reshape_transform=lambda map: nn.functional.interpolate(map, 10))
+    assert longer(x, Y)["sparsity"].isfinite()
+
+
+@pytest.mark.parametrize("n_channels", [2, 16])
+def test_a_strided_convolution_over_series_is_enlarged_along_the_steps(n_channels):
+    """Also if it happens to have as many steps as the series has channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(n_channels, 5, 5, stride=4, padding=2), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
+    x, layer = torch.randn(3, n_channels, 64).double(), model.double()[0]
+    map = LayerGradCam(model, layer).attribute(x, target=Y)
+    (ranked,) = InsertionDeletion(LayerGradCam(model, layer), **SETTINGS).attribution(x, Y)
+    torch.testing.assert_close(ranked, map.repeat_interleave(4, dim=2))
+
+
+def test_a_convolution_over_rows_is_averaged_over_its_channels():
+    class Rows(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Conv1d(1, 2, 1)
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv1d(1, 16, 3, padding=1).double(), nn.Linear(16, 3).double()
 
         def forward(self, x):
-            return self.layer(x.mean(1, keepdim=True)[:, :, :5]).flatten(1)[:, :3]
+            return self.head(self.conv(x[:, None]).square().mean(2))
 
-    model, x = Wide().double(), torch.randn(*shape).double()
-    with pytest.raises(ValueError, match=r"axes of the input.*cannot be told apart.*5 steps.*interpolate"):
-        Sparsity(LayerGradCam(model, model.layer))(x, Y)
-    if shape[1] != shape[2]:
-        longer = Sparsity(
-            LayerGradientXActivation(model, model.layer),
-            reshape_transform=lambda map: nn.functional.interpolate(map, 6),
-        )
-        assert longer(x, Y)["sparsity"].isfinite()
+    model = Rows()
+    for n_columns in (10, 16):
+        x = torch.randn(3, n_columns).double()
+        explainer = LayerGradientXActivation(model, model.conv)
+        (ranked,) = InsertionDeletion(explainer, **SETTINGS).attribution(x, Y)
+        torch.testing.assert_close(ranked, explainer.attribute(x, target=Y).mean(1))
+
+
+def test_grad_cam_of_token_steps_has_a_place_in_token_ids():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(9, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).tanh().mean(1))
+
+    model, tokens = Reader(), torch.randint(9, (3, 7))
+    explainer = LayerGradCam(model, model.embedding, reshape_transform=steps_first)
+    (map,) = Sparsity(explainer).explain(Sparsity(explainer)._read(tokens, Y, None, None))
+    torch.testing.assert_close(map, explainer.attribute(tokens, target=Y, create_graph=True)[:, 0])
+
+
+def test_reshape_transform_of_a_regularizer_is_refused_if_the_inputs_are_explained():
+    with pytest.raises(ValueError, match="this explainer explains the inputs"):
+        Sparsity(InputXGradient(Steps()), reshape_transform=channels_first)
 
 
 @pytest.mark.parametrize("explainer", [LayerGradientXActivation, LayerGradCam, LayerActivation])
@@ -101,7 +164,7 @@ def test_a_layer_of_steps_is_refused_unless_its_axes_are_named(make, explainer):
     layer = explainer(model, model[1].layer)
     annotations = torch.ones(3, 4, 7).double()
     annotations[:, :, 0] = 0
-    with pytest.raises(ValueError, match=r"axes of the layer's attribution.*cannot be told apart.*steps_first"):
+    with pytest.raises(ValueError, match=r"axes of the layer \(B, 7, 5\) cannot be told apart.*steps_first"):
         make(layer)(SERIES.mT, Y, annotations)
     if explainer is LayerGradCam:
         named = make(LayerGradCam(model, model[1].layer, reshape_transform=steps_first))
@@ -117,14 +180,18 @@ def test_a_convolution_over_series_needs_no_transform():
     assert terms["insertion"].isfinite()
     with pytest.raises(ValueError, match="cannot be told apart"):
         InsertionDeletion(LayerGradCam(model, model[1]), **SETTINGS)(SERIES.mT, Y)
-    said = InsertionDeletion(LayerGradCam(model, model[1]), reshape_transform=lambda map: map, **SETTINGS)
+    with pytest.raises(
+        ValueError, match=r"LayerGradCam averages.*LayerGradCam\(forward_func, layer, reshape_transform"
+    ):
+        InsertionDeletion(LayerGradCam(model, model[1]), reshape_transform=lambda map: map, **SETTINGS)
+    said = InsertionDeletion(LayerGradCam(model, model[1], reshape_transform=lambda map: map), **SETTINGS)
     assert said(SERIES.mT, Y)["insertion"].isfinite()
 
 
 @pytest.mark.parametrize("explainer", [LayerGradientXActivation, LayerIntegratedGradients])
 def test_a_channels_last_map_is_refused_unless_its_axes_are_named(explainer):
     model = ChannelsLast()
-    with pytest.raises(ValueError, match=r"\(3, 8, 8, 5\) cannot be told apart.*channels_first"):
+    with pytest.raises(ValueError, match=r"\(B, 8, 8, 5\) cannot be told apart.*channels_first"):
         Sparsity(explainer(model, model.block))(IMAGES, Y)
     regularizer = Sparsity(explainer(model, model.block), reshape_transform=channels_first)
     (map,) = regularizer.explain(regularizer._read(IMAGES, Y, None, None))
@@ -144,25 +211,45 @@ def test_tokens_of_a_vision_transformer_are_trained_at_their_patches():
         InsertionDeletion(LayerActivation(model, model.norm), **SETTINGS)(IMAGES, Y)
 
 
-@pytest.mark.parametrize(("size", "known"), [((7, 7), True), ((4, 4), True), ((3, 7), False), ((14, 7), False)])
-def test_maps_of_images_have_the_proportions_of_the_image(size, known):
-    class Pool(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-            self.pool, self.same = nn.AdaptiveAvgPool2d(size), nn.Identity()
+class Pool(nn.Module):
+    """An unknown layer of any size."""
 
-        def forward(self, x):
-            return self.scale * self.same(self.pool(x)).flatten(1)[:, :3] ** 2
+    def __init__(self, size, dimensions):
+        super().__init__()
+        pool = (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 2]
+        self.scale = nn.Parameter(torch.ones(size[0], *[1] * dimensions, dtype=torch.float64))
+        self.pool, self.same = pool(size[1:]), nn.Identity()
 
-    model, images = Pool(), torch.randn(3, 2, 15, 14).double()
-    regularizer = Sparsity(LayerGradientXActivation(model, model.same), eval_mode=False)
+    def forward(self, x):
+        return self.same(self.scale * self.pool(x)).flatten(1)[:, :3].square()
+
+
+@pytest.mark.parametrize("explainer", [LayerGradientXActivation, LayerGradCam])
+@pytest.mark.parametrize(
+    ("image", "layer", "known"),
+    [
+        ((224, 224), (512, 7, 7), True),
+        ((32, 32), (16, 32, 32), True),
+        ((32, 32), (512, 1, 1), True),
+        ((32, 100), (64, 1, 25), True),
+        ((16, 112, 112), (64, 16, 56, 56), True),
+        ((8, 8), (8, 8, 8), False),
+        ((32, 32), (8, 8, 9), False),
+        ((64, 128), (16, 32, 64), False),
+        ((224, 224), (7, 7, 768), False),
+    ],
+)
+def test_a_layer_of_an_image_is_refused_if_its_channels_could_be_last(image, layer, known, explainer):
+    model, images = Pool(layer, len(image)), torch.randn(3, 1, *image).double()
+    regularizer = Sparsity(explainer(model, model.same))
+    if layer == (7, 7, 768):  # larger than the image: made by hand
+        model.forward = lambda x: model.same(model.scale.expand(3, 7, 7, 768) * x.mean()).flatten(1)[:, :3]
+        model.scale = nn.Parameter(torch.ones(7, 1, 1, dtype=torch.float64))
     if known:
         assert regularizer(images, Y)["sparsity"].isfinite()
     else:
-        with pytest.raises(ValueError, match="cannot be told apart"):
+        with pytest.raises(ValueError, match=r"cannot be told apart.*channels_first"):
             regularizer(images, Y)
-    assert Sparsity(LayerGradientXActivation(model, model.pool))(images, Y)["sparsity"].isfinite()
 
 
 def test_mean_inputs_of_three_axes_are_refused_unless_the_axes_are_named():
@@ -177,6 +264,15 @@ def test_mean_inputs_of_three_axes_are_refused_unless_the_axes_are_named():
     regularizer = InsertionDeletion(InputXGradient(nn.Flatten()), baselines="mean")
     with pytest.raises(ValueError, match="cannot be told apart"):
         regularizer.prepare(loader)
+    several = [((torch.zeros(2, 5, 3), torch.tensor([[1.0, 100.0], [3.0, 300.0]])), 0)]
+    assert mean_inputs(several, axes=((0, 1), None))[1].tolist() == [[2.0, 200.0]]
+    with pytest.raises(ValueError, match="one tuple of axes, or None, for each"):
+        mean_inputs(several, axes=(0, 1))
+    with pytest.raises(ValueError, match=r"must be a tuple, given: 1"):
+        mean_inputs(loader, axes=1)
+    assert mean_inputs([(torch.ones(2, 1, 4), 0)]).shape == (1, 1, 1)
+    by_name = mean_inputs([{"x": torch.ones(2, 4)}], unpack=lambda batch: (batch["x"], None))
+    assert by_name.shape == (1, 4)
     for axes in ((1,), (0, 3), (0, -1)):
         with pytest.raises(ValueError, match="0 among them"):
             mean_inputs(loader, axes=axes)
