@@ -292,6 +292,11 @@ class Regularizer(nn.Module):
         assert self._explaining is not None
         if self.reshape_transform is None:
             return layer_cells(maps, tensors, self._explaining.layout, self._explaining.layer_shape)
+        if self._explaining.layout == "named" and tensors[0].dim() > 3:
+            raise ValueError(
+                "reshape_transform is given to LayerGradCam and to the regularizer: leave it out of the regularizer, "
+                "since the map is (B, 1, h, w) already."
+            )
         return layer_cells(tuple(reshaped(map, self.reshape_transform) for map in maps), tensors, "placed")
 
     def _n_explained_columns(self, batch: Batch, tensors: tuple[Tensor, ...]) -> int:

@@ -144,6 +144,13 @@ def test_grad_cam_of_token_steps_has_a_place_in_token_ids():
     torch.testing.assert_close(map, explainer.attribute(tokens, target=Y, create_graph=True)[:, 0])
 
 
+def test_reshape_transform_of_images_is_given_once():
+    model = ChannelsLast()
+    explainer = LayerGradCam(model, model.block, reshape_transform=channels_first)
+    with pytest.raises(ValueError, match="leave it out of the regularizer"):
+        Sparsity(explainer, reshape_transform=channels_first)(IMAGES, Y)
+
+
 def test_reshape_transform_of_a_regularizer_is_refused_if_the_inputs_are_explained():
     with pytest.raises(ValueError, match="this explainer explains the inputs"):
         Sparsity(InputXGradient(Steps()), reshape_transform=channels_first)
