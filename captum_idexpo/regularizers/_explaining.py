@@ -88,9 +88,9 @@ class Explaining:
 
     @contextmanager
     def _layer_noted(self) -> Iterator[None]:
-        """Note the shape of the explained layer's own tensor, which tells more than a map without its channels."""
+        """Note the shape of the layer's own tensor, since a Grad-CAM has no channels."""
         layer = getattr(self._method, "layer", None)
-        if not self.of_layer or not isinstance(layer, nn.Module):
+        if not isinstance(self._method, LayerGradCam) or not isinstance(layer, nn.Module):
             yield
             return
 
@@ -200,7 +200,7 @@ def layer_cells(
         maps: the attribution.
         tensors: the inputs.
         layout: where its channels are.
-        layer_shape: that of the layer's own tensor; None: that of the attribution.
+        layer_shape: that of the layer's own tensor, if the map is a Grad-CAM, which has no channels.
 
     Raises:
         ValueError: several layer outputs or inputs; a shape that has no place in the input's; axes that cannot be told
@@ -214,7 +214,7 @@ def layer_cells(
     if map.dim() != tensor.dim():
         raise _no_place(map, tensor)
     if layout == "unknown":
-        _require_known_axes(map.shape if layer_shape is None else layer_shape, tensor)
+        _require_known_axes(layer_shape or map.shape, tensor, by_definition=layer_shape is not None)
     cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
     if tensor.dim() == 3 and layout in ("named", "placed"):
         one_channel = layout == "placed" and map.shape[1:] in ((1, tensor.shape[2]), (tensor.shape[1], 1))
@@ -259,18 +259,16 @@ def _of_steps(cells: Tensor, tensor: Tensor) -> Tensor:
     )
 
 
-def _require_known_axes(shape: torch.Size, tensor: Tensor) -> None:
+def _require_known_axes(shape: torch.Size, tensor: Tensor, by_definition: bool) -> None:
     """Refuse a layer whose channels may lie last.
 
     Of images and volumes the sizes tell: positions do not grow, and keep the proportions of the input up to a cell of
-    rounding. A series has no proportions.
+    rounding. Where both readings fit, Grad-CAM's definition has the channels second. A series has no proportions.
     """
     full, sizes = tensor.shape[2:], ", ".join(map(str, shape[1:]))
-    if len(shape) == tensor.dim() > 3:
-        as_second = all(size <= whole for size, whole in zip(shape[2:], full, strict=True))
-        as_last = all(size <= whole for size, whole in zip(shape[1:-1], full, strict=True))
-        pairs = itertools.combinations(zip(shape[1:-1], full, strict=True), 2)
-        if as_second and not (as_last and all(abs(a * d - b * c) <= max(c, d) for (a, c), (b, d) in pairs)):
+    if len(shape) == tensor.dim() > 3 and _fits(shape[2:], full):
+        could_be_last = _fits(shape[1:-1], full) and _is_proportional(shape[1:-1], full)
+        if not could_be_last or (by_definition and _is_proportional(shape[2:], full)):
             return
     raise InputError(
         f"The axes of the layer (B, {sizes}) cannot be told apart for the input {tuple(tensor.shape)}: its channels "
@@ -278,3 +276,12 @@ def _require_known_axes(shape: torch.Size, tensor: Tensor) -> None:
         "the regularizer: lambda tensor: tensor if they are second, captum_idexpo.attr.channels_first for (B, h, w, "
         "C), steps_first for (B, T, D), tokens_to_map(height, width) for the tokens of a vision transformer."
     )
+
+
+def _fits(sizes: torch.Size, full: torch.Size) -> bool:
+    return all(size <= whole for size, whole in zip(sizes, full, strict=True))
+
+
+def _is_proportional(sizes: torch.Size, full: torch.Size) -> bool:
+    pairs = itertools.combinations(zip(sizes, full, strict=True), 2)
+    return all(abs(a * d - b * c) <= max(c, d) for (a, c), (b, d) in pairs)
