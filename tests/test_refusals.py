@@ -151,7 +151,6 @@ RAISED = {
     ),
     "A second derivative": lambda _: train((model := net()), bounded(model, model), create_graph=True),
     "Random numbers that are not torch": lambda _: train((model := net()), bounded(jittered(model), model)),
-    "Soft labels": lambda _: insertion(net(), X, X, target=torch.rand(4, 3).softmax(1)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
     "Several labels per example": lambda _: Sparsity(Saliency(net()))(X, torch.ones(4, 3).long()),
     "A layer of steps": lambda _: Sparsity(LayerActivation(steps := nn.Sequential(net(), Mean()), steps[0]))(

@@ -14,7 +14,7 @@ from captum_idexpo._core.chunks import look
 from captum_idexpo._core.errors import InputTypeError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.forward import BatchForward, evaluate_copies, repeated_for_chunks
 from captum_idexpo._core.memory import MemoryBudget
-from captum_idexpo._core.targets import Outputs, target_indices
+from captum_idexpo._core.targets import Outputs, explained_class, target_indices
 
 _ENOUGH_LOGITS = 20
 OUTPUTS = ("logits", "log_probabilities", "probabilities", "multilabel", "raw")
@@ -33,6 +33,16 @@ def check_outputs(outputs: Outputs) -> None:
 def is_raw(outputs: Outputs) -> bool:
     """Return True if the scores are numbers of any size, which have no logarithm and no complement."""
     return callable(outputs) or outputs == "raw"
+
+
+def _one_class(target: Tensor, outputs: Outputs) -> Tensor:
+    """Return the class or label of each example that a target ``(B, L > 1)`` stands for."""
+    if outputs == "multilabel":
+        raise InputTypeError(
+            f"An attribution explains one label per example, given: a target of shape {tuple(target.shape)}. Pass the "
+            "index of that label, (B,)."
+        )
+    return target if is_raw(outputs) else explained_class(target, outputs)
 
 
 class TargetScorer:
@@ -73,11 +83,8 @@ class TargetScorer:
         check_outputs(outputs)
         self.outputs = outputs
         n_examples = len(inputs[0])
-        if outputs == "multilabel" and isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] > 1:
-            raise InputTypeError(
-                f"An attribution explains one label per example, given: a target of shape {tuple(target.shape)}. Pass "
-                "the index of that label, (B,)."
-            )
+        if isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] > 1:
+            target = _one_class(target, outputs)
         self._target = None if callable(outputs) else target_indices(target, n_examples, inputs[0].device)
         self._repeated_target = repeated_for_chunks(target if callable(outputs) else self._target, n_examples)
         self._forward = BatchForward(forward_func, additional_forward_args, n_examples)

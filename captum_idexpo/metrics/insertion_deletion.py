@@ -57,7 +57,7 @@ def insertion_deletion(
         group_reduction: a group's attribution is the "mean" or the "sum" over its positions.
         additional_forward_args: passed to the forward function after the inputs.
         target: the class: an integer, ``(B,)`` integers, or tuples for outputs with more axes. None if there is one
-            output per row.
+            output per row. Soft labels ``(B, C)`` stand for their largest class.
         fraction: share of the locations that is inserted or deleted, in (0, 1]. The default is 1.0 (all locations)
             here. In `captum_idexpo.regularizers.InsertionDeletion` it is 0.5, as in ID-ExpO's training.
         step_size: locations per step. None: the smallest number that gives at most 32 steps.

@@ -271,6 +271,15 @@ def test_multilabel_metrics_take_one_label_per_example():
         insertion_deletion(smooth_net(), X, X, target=SEVERAL, outputs="multilabel")
 
 
+def test_metrics_explain_the_largest_class_of_soft_labels():
+    model, soft = smooth_net(), torch.randn(5, 3).softmax(1)
+    ours = insertion_deletion(model, X, X, target=soft)
+    torch.testing.assert_close(ours.insertion, insertion_deletion(model, X, X, target=soft.argmax(1)).insertion)
+    for target in (SEVERAL, SEVERAL.long()):
+        with pytest.raises(TypeError, match=r"target\.argmax\(dim=1\).*outputs='multilabel'"):
+            insertion_deletion(model, X, X, target=target)
+
+
 def test_multilabel_outputs_that_look_like_probabilities_are_warned_of():
     probabilities = nn.Sequential(smooth_net(), nn.Sigmoid())
     with pytest.warns(UserWarning, match="look like probabilities, but outputs='multilabel'"):
