@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import captum_idexpo.attr
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo._core.rng import accelerators, kept_streams, seeded
+from captum_idexpo._core.rng import accelerators, kept_streams, random_state, seeded, set_random_state
 from captum_idexpo.attr import (
     FeatureAblation,
     KernelShap,
@@ -57,7 +57,6 @@ from captum_idexpo.regularizers import (
     Stability,
 )
 from captum_idexpo.testing import assert_trainable
-from captum_idexpo.training import checkpoint
 from tests.attr.cases import CASES
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -203,25 +202,25 @@ def test_forward_function_that_returns_a_number_is_explained_on_the_device(expla
 
 def test_random_state_of_the_device_is_restored(device):
     generator = torch.Generator(device).manual_seed(3)
-    state = checkpoint.random_state([generator], device)
+    state = random_state(device, [generator])
 
     def draw():
         return [torch.rand(3, device=device), torch.rand(3, device=device, generator=generator), torch.rand(3)]
 
     first = draw()
-    checkpoint.set_random_state(state, [generator], device)
+    set_random_state(state, device, [generator])
     with kept_streams(accelerators(device)):
         draw()
-    with seeded(5, accelerators(device)):
+    with seeded(5, device):
         other = draw()
-    with seeded(5, []):  # of a model on the CPU
+    with seeded(5, CPU):  # of a model on the CPU
         pass
     generator.set_state(state["generators"][0][1])
     for ours, expected in zip(draw(), first, strict=True):
         assert torch.equal(ours, expected)
     assert not torch.equal(other[0], first[0])
     with pytest.warns(UserWarning, match="this one draws them on cpu"):
-        checkpoint.set_random_state(state, [torch.Generator()], CPU)
+        set_random_state(state, CPU, [torch.Generator()])
 
 
 def test_dropout_on_the_device_is_the_same_in_the_second_pass(device):

@@ -153,7 +153,8 @@ def seeded(seed: int, device: torch.device, generators: Iterable[Generator] = ()
     torch.default_generator.manual_seed(seed)
     if accelerators(device):
         module = _module(device)
-        getattr(module, "manual_seed_all", module.manual_seed)(seed)  # there is one MPS device
+        seed_all = module.manual_seed if device.type == "mps" else module.manual_seed_all
+        seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     for generator in generators:

@@ -39,10 +39,10 @@ def id_expo(model, **more):
     return InsertionDeletion(InputXGradient(model), outputs="multilabel", **SETTINGS, **more)
 
 
-def of_one_column(model, label, row):
+def of_one_column(model, label, row, **more):
     """ID-ExpO's terms of one example for class 1 of a model of one label."""
     explainer = InputXGradient(one_label(model, label))
-    terms = InsertionDeletion(explainer, **SETTINGS, eval_mode=False)(X[[row]], torch.tensor([1]))
+    terms = InsertionDeletion(explainer, **SETTINGS, eval_mode=False, **more)(X[[row]], torch.tensor([1]))
     return torch.stack([terms[name] for name in ("insertion", "deletion", "l2")])
 
 
@@ -65,6 +65,13 @@ def test_multilabel_metrics_equal_those_of_a_model_of_one_label(temperature):
         torch.testing.assert_close(ours.deletion_curve[row], single.deletion_curve[0])
     drawn = {"n_samples": 20, "target": target, "outputs": "multilabel"}
     assert sensitivity_n(model, X, maps, 2, generator=torch.Generator().manual_seed(0), **drawn).shape == (5,)
+
+
+@pytest.mark.parametrize("deletion_form", ["ratio", "log", "complement"])
+def test_deletion_of_one_true_label_equals_a_model_of_one_label_in_every_form(deletion_form):
+    model, more = smooth_net(), {"deletion_form": deletion_form}
+    singles = [of_one_column(model, label, row, **more) for row, label in enumerate(LABELS.argmax(1).tolist())]
+    torch.testing.assert_close(in_order(id_expo(model, **more)(X, LABELS)), torch.stack(singles).mean(0))
 
 
 @pytest.mark.parametrize("target", [LABELS, LABELS.long(), LABELS.bool(), LABELS.argmax(1)])
