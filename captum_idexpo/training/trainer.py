@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
@@ -43,6 +45,7 @@ from captum_idexpo.training.run import Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Callback = Callable[["ExplanationRegularizedTrainer", dict[str, float]], None]
 _DWARFS = 10  # times the task's gradient
 
 
@@ -56,7 +59,10 @@ class ExplanationRegularizedTrainer:
         loss_fn: (model output, target) -> scalar, the task loss.
         unpack: a function that returns the `captum_idexpo.Batch` of what a loader yields; see
             `ExplanationRegularizedLoss`.
-        scheduler: a torch learning-rate scheduler, stepped after each epoch (`ReduceLROnPlateau` with the mean loss).
+        scheduler: a torch learning-rate scheduler. The history shows "learning_rate", that of the first group of
+            parameters, as mean over the epoch.
+        scheduler_interval: "epoch" steps the scheduler after each epoch (`ReduceLROnPlateau` with the mean loss);
+            "update" after each update, which schedulers need whose length is a number of updates.
         accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
@@ -74,7 +80,12 @@ class ExplanationRegularizedTrainer:
         checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. Resuming from an older
             checkpoint deletes the newer ones.
         checkpoint_every: write a checkpoint after so many updates, too, and not only after each epoch.
+        averaged_model: weights averaged over time, ``torch.optim.swa_utils.AveragedModel(model, ...)``. It is updated
+            after each update. `fit` evaluates and selects the averaged weights, and the model has them in the end. An
+            average with ``use_buffers=False`` has the model's own BatchNorm statistics.
         callbacks: called after each epoch with the trainer and the row of the history.
+        update_callbacks: called after each update with the trainer and a row of that update: "epoch", "update" (their
+            number so far), "loss" and its parts for the update's last batch.
         generators: random generators that the data set, the model or the loss draw from, of torch, NumPy or Python.
             Checkpoints restore them, as they do the global streams and the generators of loaders, samplers and
             regularizers, which the trainer finds itself.
@@ -87,8 +98,9 @@ class ExplanationRegularizedTrainer:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
         ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the optimizer is
             LBFGS; the model is compiled and has regularizers; the model is sharded in a way that cannot be trained
-            (FSDP1, layers only, with statistics of its own in each process); an argument is out of range.
-        TypeError: a generator of an unknown kind.
+            (FSDP1, layers only, with statistics of its own in each process); `averaged_model` belongs to another model;
+            `scheduler_interval` is "update" for ReduceLROnPlateau; an argument is out of range.
+        TypeError: a generator of an unknown kind; `averaged_model` is no AveragedModel.
 
     Example:
         >>> import torch
@@ -121,6 +133,7 @@ class ExplanationRegularizedTrainer:
         *,
         unpack: Unpack | None = None,
         scheduler: Any = None,
+        scheduler_interval: Literal["epoch", "update"] = "epoch",
         accelerator: Accelerator | None = None,
         evaluation: InsertionDeletion | None = None,
         freeze_batch_norm: bool = True,
@@ -131,7 +144,9 @@ class ExplanationRegularizedTrainer:
         gradient_norms_every: int | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int | None = None,
-        callbacks: Iterable[Callable[[ExplanationRegularizedTrainer, dict[str, float]], None]] = (),
+        averaged_model: AveragedModel | None = None,
+        callbacks: Iterable[Callback] = (),
+        update_callbacks: Iterable[Callback] = (),
         generators: Iterable[AnyGenerator] = (),
         show_progress: bool = True,
     ) -> None:
@@ -146,6 +161,7 @@ class ExplanationRegularizedTrainer:
         self._loss, self.optimizer = prepare(self.accelerator, loss, optimizer)
         check_sharding(model, freeze_batch_norm=freeze_batch_norm)
         self.scheduler = scheduler
+        self.scheduler_interval = _checked_interval(scheduler_interval, scheduler)
         self.loss_fn = loss_fn
         self.unpack = unpack
         judges = [regularizer for regularizer in loss.regularizers if isinstance(regularizer, InsertionDeletion)]
@@ -159,7 +175,9 @@ class ExplanationRegularizedTrainer:
         self.gradient_norms_every = check_optional_count("gradient_norms_every", gradient_norms_every)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every = check_optional_count("checkpoint_every", checkpoint_every)
+        self.averaged_model = _checked_average(averaged_model, model, self.accelerator.device)
         self.callbacks = list(callbacks)
+        self.update_callbacks = list(update_callbacks)
         self.generators = checkpoint.checked_generators(generators)
         self.show_progress = show_progress
         self.history = History()
@@ -180,13 +198,14 @@ class ExplanationRegularizedTrainer:
             One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the seconds of these spent
             on the task, the explainers, the metrics and the backward pass. With a val_loader also the scores of
             `evaluate` with the prefix "val" ("val_accuracy"), and "valscore". Automatic weights are "<term>_weight",
-            gradient norms "<term>_gradient_norm", and "deletion_floor_share" is the share of masked copies at the
-            deletion floor.
+            gradient norms "<term>_gradient_norm". "learning_rate" is there with a scheduler, and
+            "deletion_floor_share" is the share of masked copies at the deletion floor.
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
-                model then has the last weights whose task loss was finite on the batch before. If a validation score
-                turned NaN, it has the best weights so far. `history` holds the epochs before.
+                model then has the last weights whose task loss was finite on the batch before; `averaged_model` is left
+                as it is. If a validation score turned NaN, the model has the best weights so far. `history` holds the
+                epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
@@ -203,9 +222,12 @@ class ExplanationRegularizedTrainer:
             row: dict[str, float] = {"epoch": run.epoch, **self._train_epoch(train_loader, run, epochs)}
             row.update(self._automatic_weights())
             run.history.append(row)
-            self._step_scheduler(row["loss"])
+            if self.scheduler_interval == "epoch":
+                self._step_scheduler(row["loss"])
             if val_loader is not None:
-                self._select(run, row, self._evaluate(val_loader, "predicted"))
+                with self._averaged_weights():
+                    scores = self._evaluate(val_loader, "predicted")
+                self._select(run, row, scores)
             self.accelerator.log(row, step=run.epoch)
             for callback in self.callbacks:
                 callback(self, row)
@@ -213,6 +235,8 @@ class ExplanationRegularizedTrainer:
             self._save(run)
         if run.best_weights is not None:
             load_weights(self.model, run.best_weights)
+        elif self.averaged_model is not None:
+            load_weights(self.model, weights_of(self.averaged_model.module))
         return run.history
 
     def resume(self, path: str | Path | None = None) -> None:
@@ -261,6 +285,7 @@ class ExplanationRegularizedTrainer:
             "list of regularizers": [type(regularizer).__name__ for regularizer in self._unwrapped.regularizers],
             "number of judges": len(self._judges),
             "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "averaged_model": None if self.averaged_model is None else type(self.averaged_model).__name__,
             "loss_fn": type(self.loss_fn).__name__ if has_state else None,
         }
 
@@ -285,6 +310,8 @@ class ExplanationRegularizedTrainer:
             if state["kinds"].get(part) != kinds:
                 raise ValueError(f"its {part} is {state['kinds'].get(part)}, this one's {kinds}.")
         load_weights(self.model, state["model"])
+        if self.averaged_model is not None:
+            self.averaged_model.load_state_dict(state["averaged_model"])
         if isinstance(self.loss_fn, nn.Module):
             self.loss_fn.load_state_dict(state["loss_fn"])
         for regularizer, own in zip(self._unwrapped.regularizers, state["regularizers"], strict=True):
@@ -388,7 +415,7 @@ class ExplanationRegularizedTrainer:
         row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
         if row["valscore"] > run.best_score:
             run.best_score, run.best_epoch = row["valscore"], run.epoch
-            run.best_weights = weights_of(self.model)
+            run.best_weights = weights_of(self.model if self.averaged_model is None else self.averaged_model.module)
         elif run.epoch - run.best_epoch >= self.patience:
             run.finished = True
 
@@ -406,6 +433,7 @@ class ExplanationRegularizedTrainer:
         if self.accelerator.is_main_process:
             state = {
                 "model": weights,
+                "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
                 "optimizer": optimizer,
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
@@ -457,6 +485,8 @@ class ExplanationRegularizedTrainer:
                 parts["seconds_per_step"] = time.perf_counter() - started
                 last_batch = batch
                 run.add(parts)
+                if self.accelerator.sync_gradients:
+                    self._finish_update({"epoch": run.epoch, "update": run.updates, **parts})
                 bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items() if name in run.shown})
                 if self._checkpoint_is_due(run):
                     self._save(run)
@@ -484,6 +514,7 @@ class ExplanationRegularizedTrainer:
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
         norms = self._gradient_norms(batch, run)
+        rate = {} if self.scheduler is None else {"learning_rate": float(self.optimizer.param_groups[0]["lr"])}
         if is_last:  # of the epoch: the update is made of fewer passes
             self.accelerator.step = self.accelerator.gradient_accumulation_steps - 1
         # FSDP averages the gradients of each pass; DDP waits until the last one.
@@ -503,7 +534,30 @@ class ExplanationRegularizedTrainer:
             if self.accelerator.sync_gradients:
                 self._drop_gradients()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
-        return {**named, **norms, **self._measurements(named), **shares}
+        return {**rate, **named, **norms, **self._measurements(named), **shares}
+
+    def _finish_update(self, row: dict[str, float]) -> None:
+        """Do what follows each update of the weights."""
+        if not self.optimizer.step_was_skipped:  # by the scaler of half precision
+            if self.averaged_model is not None:
+                self.averaged_model.update_parameters(self.model)
+            if self.scheduler_interval == "update":
+                self._step_scheduler(row["loss"])
+        for callback in self.update_callbacks:
+            callback(self, row)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, if there are any."""
+        if self.averaged_model is None:
+            yield
+            return
+        own = weights_of(self.model)
+        load_weights(self.model, self.averaged_model.module.state_dict())
+        try:
+            yield
+        finally:
+            load_weights(self.model, own)
 
     def _backward(self, batch: Any, where: str) -> dict[str, float]:
         """Compute the gradient of a batch and return the loss and its parts, means over processes."""
@@ -600,7 +654,7 @@ class ExplanationRegularizedTrainer:
         return training_mode(self._loss, freeze_batch_norm=self.freeze_batch_norm)
 
     def _step_scheduler(self, loss: float) -> None:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
         elif self.scheduler is not None:
             with warnings.catch_warnings():  # the updates before it may have been those of a run that is resumed
@@ -631,6 +685,40 @@ def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Modul
             "torch.compile has no double backward, which explanation regularizers need: train the module that was "
             "given to torch.compile (and leave model.compile() out), and compile it afterwards."
         )
+
+
+def _checked_interval(interval: str, scheduler: Any) -> str:
+    if interval not in ("epoch", "update"):
+        raise ValueError(f"scheduler_interval must be 'epoch' or 'update', given: {interval!r}.")
+    if interval == "update" and isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau compares the losses of epochs: leave scheduler_interval='update' out, or choose a "
+            "scheduler that follows the number of updates."
+        )
+    return interval
+
+
+def _checked_average(averaged: AveragedModel | None, model: nn.Module, device: torch.device) -> AveragedModel | None:
+    if averaged is None:
+        return None
+    if not isinstance(averaged, AveragedModel):
+        raise TypeError(
+            f"averaged_model must be a torch.optim.swa_utils.AveragedModel, given: {type(averaged).__name__}. Average "
+            "in another way in update_callbacks."
+        )
+    if is_sharded(model):
+        raise ValueError("averaged_model needs the whole model in each process: leave it out for a sharded model.")
+    shapes, expected = _shapes(averaged.module), _shapes(model)
+    if shapes != expected:
+        differ = sorted(dict(shapes ^ expected))
+        raise ValueError(
+            f"averaged_model must average the model that is trained, AveragedModel(model): they differ in {differ[:3]}."
+        )
+    return averaged.to(device)
+
+
+def _shapes(model: nn.Module) -> set[tuple[str, torch.Size]]:
+    return {(name, value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
@@ -112,6 +113,27 @@ def test_resume_ends_bit_for_bit_as_an_uninterrupted_run(tmp_path, killed_at, ki
     assert without_times(history) == without_times(expected)
     for (name, ours), theirs in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("killed_at", [2, 4, 6])
+def test_resume_continues_schedules_of_updates_and_averaged_weights(tmp_path, killed_at, killed):
+    def averaging(folder):
+        average = AveragedModel(smooth_conv_net(), multi_avg_fn=get_ema_multi_avg_fn(0.7))
+        return trainer_of(folder, scheduler_interval="update", checkpoint_every=1, averaged_model=average)
+
+    whole, loaders = averaging(None)
+    expected = whole.fit(*loaders, epochs=2)
+    trainer, loaders = averaging(tmp_path)
+    killed(trainer, *loaders, epochs=2, after=killed_at)
+    resumed, loaders = averaging(tmp_path)
+    resumed.resume()
+    assert without_times(resumed.fit(*loaders, epochs=2)) == without_times(expected)
+    for ours, theirs in ((resumed.model, whole.model), (resumed.averaged_model, whole.averaged_model)):
+        for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(value, other), name
+    plain, _ = trainer_of(tmp_path)
+    with pytest.raises(CheckpointError, match="its averaged_model is AveragedModel, this one's None"):
+        plain.resume()
 
 
 class Noisy(Dataset):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
@@ -252,6 +253,113 @@ def test_scheduler_steps_once_per_epoch():
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1, threshold=10.0)
     ExplanationRegularizedTrainer(net, optimizer, scheduler=plateau, show_progress=False).fit(batches(), epochs=3)
     assert optimizer.param_groups[0]["lr"] < 0.125
+
+
+def warm_up(optimizer):
+    return torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+
+
+def ema(net):
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.6), use_buffers=True)
+
+
+def test_scheduler_of_updates_averaged_weights_and_callbacks_equal_a_plain_loop():
+    net, twin, rows = net_without_dropout().train(), net_without_dropout().train(), []
+    optimizer, of_twin = (torch.optim.SGD(model.parameters(), lr=0.5) for model in (net, twin))
+    averaged, average_of_twin = ema(net), ema(twin)
+    trainer = ExplanationRegularizedTrainer(
+        net,
+        optimizer,
+        scheduler=warm_up(optimizer),
+        scheduler_interval="update",
+        averaged_model=averaged,
+        update_callbacks=[lambda _, row: rows.append(row)],
+        freeze_batch_norm=False,
+        show_progress=False,
+    )
+    history = trainer.fit(batches(), epochs=2)
+    schedule, losses, rates = warm_up(of_twin), [], []
+    for _ in range(2):
+        for x, y in batches():
+            loss = cross_entropy(twin(x), y)
+            of_twin.zero_grad()
+            loss.backward()
+            rates.append(of_twin.param_groups[0]["lr"])
+            of_twin.step()
+            average_of_twin.update_parameters(twin)
+            schedule.step()
+            losses.append(float(loss.detach()))
+    assert rates[0] == pytest.approx(0.1 * rates[-1])
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    assert [row["loss"] for row in rows] == pytest.approx(losses)
+    assert [(row["epoch"], row["update"]) for row in rows] == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
+    assert history[0]["learning_rate"] == pytest.approx(sum(rates[:3]) / 3)
+    expected = average_of_twin.module.state_dict()
+    for name, ours in net.state_dict().items():  # without validation the model has the last average
+        torch.testing.assert_close(ours, expected[name])
+        assert torch.equal(averaged.module.state_dict()[name], ours)
+    assert not torch.allclose(net[0].weight, twin[0].weight)  # the average is another network than the last
+
+
+def test_averaged_weights_are_evaluated_and_selected():
+    net, plain = net_without_dropout(), net_without_dropout()
+    of_epochs = []
+
+    def scores_of_the_average(trainer, row):
+        copied = copy.deepcopy(averaged.module)
+        of_epochs.append((row, copied.state_dict(), make(copied).evaluate(batches())))
+
+    averaged = ema(net)
+    trainer = make(net, averaged_model=averaged, callbacks=[scores_of_the_average], lr=0.3)
+    history = trainer.fit(batches(), batches(), epochs=4)
+    alone = make(plain, lr=0.3).fit(batches(), epochs=4)
+    assert [row["loss"] for row in history] == pytest.approx(
+        [row["loss"] for row in alone]
+    )  # training goes its own way
+    for row, _, scores in of_epochs:
+        assert row["val_accuracy"] == pytest.approx(scores["accuracy"])
+        assert row["val_insertion"] == pytest.approx(scores["insertion"])
+        assert row["val_loss"] == pytest.approx(scores["loss"])
+    _, best, _ = max(of_epochs, key=lambda epoch: epoch[0]["valscore"])
+    for name, ours in net.state_dict().items():
+        assert torch.equal(ours, best[name])
+
+
+def test_updates_count_once_for_accumulated_batches():
+    from accelerate import Accelerator
+
+    net, updates = net_without_dropout(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    trainer = ExplanationRegularizedTrainer(
+        net,
+        optimizer,
+        accelerator=Accelerator(gradient_accumulation_steps=2),
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        scheduler_interval="update",
+        averaged_model=AveragedModel(net),
+        update_callbacks=[lambda _, row: updates.append(row["update"])],
+        show_progress=False,
+    )
+    trainer.fit(batches(), epochs=2)  # of three batches: the last update of an epoch has one
+    assert updates == [1, 2, 3, 4]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 16)
+    assert int(trainer.averaged_model.n_averaged) == 4
+
+
+def test_trainer_refuses_averages_of_other_models_and_intervals_that_do_not_fit():
+    def net_of(width):
+        return nn.Sequential(nn.Linear(3, width, bias=False), nn.ReLU(), nn.Linear(width, 2, bias=False))
+
+    net = smooth_conv_net()
+    with pytest.raises(TypeError, match="AveragedModel, given: Sequential"):
+        make(net, averaged_model=net)
+    with pytest.raises(ValueError, match=r"they differ in \['0.weight', '2.weight'\]"):
+        make(net_of(3), regularized=False, averaged_model=AveragedModel(net_of(4)))
+    with pytest.raises(ValueError, match="scheduler_interval must be 'epoch' or 'update', given: 'step'"):
+        make(net, scheduler_interval="step")
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(net.parameters(), lr=1.0))
+    with pytest.raises(ValueError, match="compares the losses of epochs"):
+        make(net, scheduler=plateau, scheduler_interval="update")
 
 
 def test_progress_bar_shows_the_terms(capsys):
