@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from captum.attr import LayerAttribution
 from torch.nn.utils import parameters_to_vector
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import captum_idexpo.attr
@@ -336,12 +337,14 @@ def test_training_on_the_device_ends_with_the_weights_of_the_cpu(name, device, a
         for epochs in (1, 2):
             net = net_that_draws_nothing().to(where)
             optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+            average = AveragedModel(net_that_draws_nothing(), multi_avg_fn=get_ema_multi_avg_fn(0.5))  # on the CPU
             trainer = ExplanationRegularizedTrainer(
                 net,
                 optimizer,
                 [regularizers(net)[name]],
                 accelerator=accelerator_on(where),
                 checkpoint_dir=folder,
+                averaged_model=average,
                 gradient_norms_every=1,
                 show_progress=False,
             )
@@ -349,6 +352,7 @@ def test_training_on_the_device_ends_with_the_weights_of_the_cpu(name, device, a
                 trainer.resume()
             history = trainer.fit(batches(), batches(), epochs=epochs)
         assert len(history) == 2
+        assert {parameter.device.type for parameter in average.parameters()} == {where.type}
         weights.append([value.cpu() for value in net.state_dict().values()])
     torch.testing.assert_close(*weights, atol=1e-8, rtol=1e-6)
 

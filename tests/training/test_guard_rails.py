@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
@@ -282,9 +283,11 @@ def test_half_precision_training_ends_near_that_in_single_precision(precision, a
 def test_grad_scaler_skips_an_update_that_overflows_but_not_the_next(accelerator_of):
     """The scale is the scaler's business: no failure of the loss, nor of the gradient."""
     accelerator = accelerator_of("fp16", scale=2.0**24)
-    trainer, batches = half_trainer(accelerator)
+    average = AveragedModel(smooth_conv_net().float())
+    trainer, batches = half_trainer(accelerator, averaged_model=average)
     start = flat(trainer.model)
     trainer.fit([next(iter(batches))])
+    assert int(average.n_averaged) == 0
     assert torch.equal(flat(trainer.model), start)
     assert accelerator.scaler.get_scale() == 2.0**23
     trainer.fit(batches, epochs=6)
