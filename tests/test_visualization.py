@@ -366,6 +366,8 @@ def test_plot_front_and_plot_fronts_refuse_invalid_rows():
         plot_fronts({"a": []})
     with pytest.raises(ValueError, match="rows is empty"):
         plot_front([], [])
+    with pytest.raises(ValueError, match="one text per row of the front, 4, given: 1"):
+        plot_front(ROWS, ROWS.front(), labels=["a"])
     with pytest.raises(ValueError, match="A row has no 'insertions'; it has: 'accuracy', 'insertion', 'error'"):
         plot_fronts({"a": ROWS}, y="insertions")
     with pytest.raises(ValueError, match="A row has no 'sem'"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,59 @@ Row = dict[str, Any]
 
 
 class Sweep(list[Row]):
-    """One row per setting: what was set and the scores it led to."""
+    """One row per setting: what was set and the scores it led to.
+
+    Args:
+        rows: settings and scores by name.
+        settings: the names of the settings; the others are scores.
+
+    Example:
+        >>> from captum_idexpo.training import Sweep
+        >>> rows = [{"weight": 0.1, "seed": seed, "accuracy": 0.8 + 0.1 * seed} for seed in (0, 1)]
+        >>> (row,) = Sweep(rows, settings=("weight", "seed")).mean(over="seed")
+        >>> [f"{name} {value:.2f}" for name, value in row.items()]
+        ['weight 0.10', 'n_runs 2.00', 'accuracy 0.85', 'accuracy_standard_error 0.05']
+    """
+
+    def __init__(self, rows: Iterable[Row] = (), settings: Iterable[str] = ()) -> None:
+        super().__init__(rows)
+        self.settings = tuple(settings)
+
+    def mean(self, over: str = "seed") -> Sweep:
+        """Return the mean scores over one setting, with their standard errors.
+
+        Args:
+            over: the setting whose runs repeat the others.
+
+        Returns:
+            One row per combination of the other settings: these, "n_runs", and for each score that all of its runs have
+            the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs).
+
+        Raises:
+            ValueError: there is no such setting, or a combination has fewer than two runs.
+        """
+        if over not in self.settings:
+            raise ValueError(f"over must be one of the settings {list(self.settings)}, given: {over!r}.")
+        others = [name for name in self.settings if name != over]
+        groups: dict[str, list[Row]] = {}
+        for row in self:
+            groups.setdefault(_key({name: row[name] for name in others}), []).append(row)
+        return Sweep([self._mean(runs, others, over) for runs in groups.values()], others)
+
+    def _mean(self, runs: list[Row], others: list[str], over: str) -> Row:
+        """Return the row of runs that differ in one setting alone."""
+        first = {name: runs[0][name] for name in others}
+        if len(runs) < 2:
+            raise ValueError(
+                f"A standard error needs two runs; {first} has one: give the grid two or more values of {over!r}."
+            )
+        row: Row = {**first, "n_runs": len(runs)}
+        for score in runs[0]:
+            if score not in self.settings and all(score in run for run in runs):
+                values = [run[score] for run in runs]
+                row[score] = float(np.mean(values))
+                row[f"{score}_standard_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        return row
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
         """Return the rows that no other row beats in both scores, by descending x; none whose score is NaN."""
@@ -38,10 +90,18 @@ class Sweep(list[Row]):
         return "\n".join(lines)
 
     def plot(self, x: str = "accuracy", y: str = "insertion") -> Any:
-        """Return a matplotlib figure of all settings and the front; ImportError without matplotlib."""
+        """Return a matplotlib figure of all settings, with the standard errors of `mean`, and the front.
+
+        The points of the front are labelled with the settings that vary. Raises ImportError without matplotlib.
+        """
         from captum_idexpo.visualization import plot_front
 
-        return plot_front(self, self.front(x, y), x, y)
+        front = self.front(x, y)
+        varied = [name for name in self.settings if any(row[name] != self[0][name] for row in self)]
+        labels = [", ".join(f"{name} {row[name]}" for name in varied) for row in front] if varied else []
+        errors = (f"{name}_standard_error" for name in (x, y))
+        x_error, y_error = (name if all(name in row for row in self) else None for name in errors)
+        return plot_front(self, front, x, y, x_error=x_error, y_error=y_error, labels=labels)
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame; ImportError without pandas."""
@@ -104,7 +164,7 @@ def sweep(
         _append(path, row)
         done[_key(settings)] = row
     rows = [done[_key(settings)] for settings in combinations]
-    return Sweep({**row["settings"], **row["scores"]} for row in rows)
+    return Sweep(({**row["settings"], **row["scores"]} for row in rows), settings=grid)
 
 
 def _read(path: Path) -> dict[str, Row]:

@@ -59,7 +59,14 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def plot_front(
-    rows: Sequence[Mapping[str, float]], front: Sequence[Mapping[str, float]], x: str = "accuracy", y: str = "insertion"
+    rows: Sequence[Mapping[str, float]],
+    front: Sequence[Mapping[str, float]],
+    x: str = "accuracy",
+    y: str = "insertion",
+    *,
+    x_error: str | None = None,
+    y_error: str | None = None,
+    labels: Sequence[str] = (),
 ) -> Figure:
     """Plot the settings of a sweep by two scores, and join the settings on the front by a line.
 
@@ -67,12 +74,14 @@ def plot_front(
         rows: the scores of each setting.
         front: the rows on the front.
         x, y: names of the scores; higher is better.
+        x_error, y_error: names of the scores' standard errors, drawn as bars; None: no bars.
+        labels: texts beside the points of the front, one each; empty: none.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: there are no rows, or scores are missing, NaN or infinite.
+        ValueError: there are no rows; scores are missing, NaN or infinite; labels and front differ in number.
 
     Example:
         >>> from captum_idexpo.visualization import plot_front
@@ -80,10 +89,18 @@ def plot_front(
         >>> figure = plot_front(rows, rows[:1])
     """
     require_some(rows, "rows", f'{{"{x}": 0.9, "{y}": 0.5}}')
+    if labels and len(labels) != len(front):
+        raise ValueError(f"labels must be one text per row of the front, {len(front)}, given: {len(labels)}.")
     axis = one_axis(None, (5, 3.5))
+    errors = (("xerr", x_error), ("yerr", y_error))
+    bars: dict[str, Any] = {side: _column(rows, name) for side, name in errors if name is not None}
+    axis.errorbar(_column(rows, x), _column(rows, y), **bars, fmt="none", ecolor="0.7", elinewidth=1)
     axis.plot(_column(rows, x), _column(rows, y), "o", color=COLORS[0], fillstyle="none", label="settings")
     points = sorted(zip(_column(front, x), _column(front, y), strict=True))
     axis.plot([a for a, _ in points], [b for _, b in points], "o-", color=COLORS[1], label="front")
+    for row, text in zip(front, labels, strict=False):
+        axis.annotate(text, (row[x], row[y]), (5, 5), textcoords="offset points", fontsize=7)
+    axis.margins(x=0.2 if labels else 0.05)
     _name_axes(axis, x, y)
     axis.legend(frameon=False, fontsize=8)
     return figure_of(axis)

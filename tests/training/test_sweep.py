@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -96,3 +97,31 @@ def test_sweep_front_excludes_a_run_with_a_nan_score():
     found = Sweep([{"accuracy": math.nan, "insertion": 0.9}, {"accuracy": 0.8, "insertion": 0.5}])
     assert found.front() == [found[1]]
     assert [line.split("|")[-2].strip() for line in found.table().splitlines()[2:]] == ["", "yes"]
+
+
+def test_sweep_mean_over_seeds_has_standard_errors_and_its_front():
+    def score(weight, seed, size):
+        return {"accuracy": 0.9 - weight + 0.01 * seed, "insertion": weight * size + seed * seed / 10}
+
+    grid = {"weight": [0.0, 0.5], "seed": [0, 1, 3], "size": [1]}
+    rows = [{**dict(zip(grid, own, strict=True)), **score(*own)} for own in itertools.product(*grid.values())]
+    means = Sweep(rows, settings=grid).mean(over="seed")
+    assert means.settings == ("weight", "size")
+    assert [(row["weight"], row["n_runs"]) for row in means] == [(0.0, 3), (0.5, 3)]
+    for row in means:
+        values = torch.tensor([row["weight"] + seed * seed / 10 for seed in grid["seed"]])
+        assert row["insertion"] == pytest.approx(float(values.mean()))
+        assert row["insertion_standard_error"] == pytest.approx(float(values.std()) / math.sqrt(3))
+    assert means.front() == [means[0], means[1]]
+    (axis,) = means.plot().axes
+    assert [text.get_text() for text in axis.texts] == ["weight 0.0", "weight 0.5"]
+    upper = axis.collections[1].get_segments()[0][1, 1]  # of the first vertical bar
+    assert upper == pytest.approx(means[0]["insertion"] + means[0]["insertion_standard_error"])
+
+
+def test_sweep_mean_refuses_unknown_settings_and_single_runs(tmp_path):
+    found = sweep(lambda weight, seed: {"accuracy": 1.0}, {"weight": [0, 1], "seed": [0]}, tmp_path / "sweep.jsonl")
+    with pytest.raises(ValueError, match=r"over must be one of the settings \['weight', 'seed'\], given: 'accuracy'"):
+        found.mean(over="accuracy")
+    with pytest.raises(ValueError, match=r"\{'weight': 0\} has one: give the grid two or more values of 'seed'"):
+        found.mean()
