@@ -47,7 +47,8 @@ class Sweep(list[Row]):
             the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs).
 
         Raises:
-            ValueError: there is no such setting, or a combination has fewer than two runs.
+            ValueError: there is no such setting; a combination has one run, or two with the same value of it; the rows
+                are means already, or scores have the names that are to be added.
         """
         if over not in self.settings:
             raise ValueError(f"over must be one of the settings {list(self.settings)}, given: {over!r}.")
@@ -60,10 +61,15 @@ class Sweep(list[Row]):
     def _mean(self, runs: list[Row], others: list[str], over: str) -> Row:
         """Return the row of runs that differ in one setting alone."""
         first = {name: runs[0][name] for name in others}
-        if len(runs) < 2:
+        n_values = len({_key({over: run[over]}) for run in runs})
+        if n_values < max(2, len(runs)):
             raise ValueError(
-                f"A standard error needs two runs; {first} has one: give the grid two or more values of {over!r}."
+                f"A standard error needs two runs or more, each with another {over!r}; {first} has {len(runs)} runs "
+                f"with {n_values} values: give the grid two or more different values of {over!r}."
             )
+        taken = [name for name in runs[0] if name == "n_runs" or name.endswith("_standard_error")]
+        if taken:
+            raise ValueError(f"mean takes single runs whose scores have other names than its own, given: {taken}.")
         row: Row = {**first, "n_runs": len(runs)}
         for score in runs[0]:
             if score not in self.settings and all(score in run for run in runs):
@@ -133,7 +139,7 @@ def sweep(
         A `Sweep`, in the order of the grid.
 
     Raises:
-        ValueError: an empty grid, or a setting named like a score.
+        ValueError: an empty grid, one with a value twice, or a setting named like a score.
         TypeError: a value of another type.
 
     Example:
@@ -153,6 +159,9 @@ def sweep(
     if not grid or not all(len(values) for values in grid.values()):
         raise ValueError("The grid is empty: give each setting at least one value.")
     grid = {name: [_plain(name, value) for value in values] for name, values in grid.items()}
+    for name, values in grid.items():
+        if len({_key({name: value}) for value in values}) < len(values):
+            raise ValueError(f"The grid's {name} holds a value twice: {values}. Each setting is run once.")
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     done = _read(path)
     missing = [settings for settings in combinations if _key(settings) not in done]

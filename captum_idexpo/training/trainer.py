@@ -60,7 +60,7 @@ class ExplanationRegularizedTrainer:
         unpack: a function that returns the `captum_idexpo.Batch` of what a loader yields; see
             `ExplanationRegularizedLoss`.
         scheduler: a torch learning-rate scheduler. The history shows "learning_rate", that of the first group of
-            parameters, as mean over the epoch.
+            parameters, as mean over the batches of the epoch.
         scheduler_interval: "epoch" steps the scheduler after each epoch (`ReduceLROnPlateau` with the mean loss);
             "update" after each update, which schedulers need whose length is a number of updates.
         accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
@@ -81,11 +81,12 @@ class ExplanationRegularizedTrainer:
             checkpoint deletes the newer ones.
         checkpoint_every: write a checkpoint after so many updates, too, and not only after each epoch.
         averaged_model: weights averaged over time, ``torch.optim.swa_utils.AveragedModel(model, ...)``. It is updated
-            after each update. `fit` evaluates and selects the averaged weights, and the model has them in the end. An
-            average with ``use_buffers=False`` has the model's own BatchNorm statistics.
+            after each update. `fit` evaluates and selects the averaged weights, and the model has them in the end, from
+            where a further `fit` would start. In a callback `evaluate` judges the model's own weights. An average with
+            ``use_buffers=False`` has the model's own BatchNorm statistics.
         callbacks: called after each epoch with the trainer and the row of the history.
-        update_callbacks: called after each update with the trainer and a row of that update: "epoch", "update" (their
-            number so far), "loss" and its parts for the update's last batch.
+        update_callbacks: called after each update, before the average and the scheduler follow, with the trainer and a
+            row of that update: "epoch", "update" (their number so far), "loss" and its parts for the last batch.
         generators: random generators that the data set, the model or the loss draw from, of torch, NumPy or Python.
             Checkpoints restore them, as they do the global streams and the generators of loaders, samplers and
             regularizers, which the trainer finds itself.
@@ -182,6 +183,7 @@ class ExplanationRegularizedTrainer:
         self.show_progress = show_progress
         self.history = History()
         self._n_passes = self.accelerator.gradient_accumulation_steps
+        self._average_before: dict[str, Any] | None = None
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
 
@@ -203,9 +205,9 @@ class ExplanationRegularizedTrainer:
 
         Raises:
             NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
-                model then has the last weights whose task loss was finite on the batch before; `averaged_model` is left
-                as it is. If a validation score turned NaN, the model has the best weights so far. `history` holds the
-                epochs before.
+                model then has the last weights whose task loss was finite on the batch before, and `averaged_model`
+                their average. If a validation score turned NaN, the model has the best weights so far. `history` holds
+                the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
@@ -236,7 +238,7 @@ class ExplanationRegularizedTrainer:
         if run.best_weights is not None:
             load_weights(self.model, run.best_weights)
         elif self.averaged_model is not None:
-            load_weights(self.model, weights_of(self.averaged_model.module))
+            load_weights(self.model, self._weights_to_judge())
         return run.history
 
     def resume(self, path: str | Path | None = None) -> None:
@@ -267,11 +269,14 @@ class ExplanationRegularizedTrainer:
             )
         self._refuse_another_run(found, state["run"]["id"])
         before = Snapshot(self._unwrapped, parameters=True)
+        average = None if self.averaged_model is None else weights_of(self.averaged_model)
         optimizer = copy.deepcopy(optimizer_state_of(self.model, self.optimizer))
         try:
             self._load(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             before.restore()
+            if self.averaged_model is not None and average is not None:
+                self.averaged_model.load_state_dict(average)
             load_optimizer_state(self.model, self.optimizer, optimizer)
             raise checkpoint.CheckpointError(
                 f"{found} belongs to another model, optimizer, scheduler or set of regularizers: {error}"
@@ -284,10 +289,15 @@ class ExplanationRegularizedTrainer:
         return {
             "list of regularizers": [type(regularizer).__name__ for regularizer in self._unwrapped.regularizers],
             "number of judges": len(self._judges),
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "scheduler": self._kind_of_scheduler(),
             "averaged_model": None if self.averaged_model is None else type(self.averaged_model).__name__,
             "loss_fn": type(self.loss_fn).__name__ if has_state else None,
         }
+
+    def _kind_of_scheduler(self) -> str | None:
+        if self.scheduler is None:
+            return None
+        return type(self.scheduler).__name__ + (" by the update" if self.scheduler_interval == "update" else "")
 
     def _refuse_another_run(self, found: Path, run_id: str) -> None:
         """Refuse a folder with the checkpoints of another run, which would be deleted."""
@@ -415,7 +425,7 @@ class ExplanationRegularizedTrainer:
         row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
         if row["valscore"] > run.best_score:
             run.best_score, run.best_epoch = row["valscore"], run.epoch
-            run.best_weights = weights_of(self.model if self.averaged_model is None else self.averaged_model.module)
+            run.best_weights = self._weights_to_judge()
         elif run.epoch - run.best_epoch >= self.patience:
             run.finished = True
 
@@ -466,6 +476,7 @@ class ExplanationRegularizedTrainer:
         from tqdm.auto import tqdm
 
         weights, last_batch = Snapshot(self._unwrapped, parameters=True), None
+        self._average_before = None  # there is no update to undo
         hidden = not (self.show_progress and self.accelerator.is_local_main_process)
         description = f"epoch {run.epoch}/{epochs}"
         with (
@@ -499,7 +510,7 @@ class ExplanationRegularizedTrainer:
         with self._training_mode():
             finite = last_batch is None or self._task_loss_is_finite(last_batch, run)
         if not finite:
-            weights.restore()
+            self._undo_update(weights)
             raise NonFiniteError(
                 f"After the last step of epoch {run.epoch} the loss is NaN or infinite: lower the learning rate. The "
                 "model is left with the weights before that step."
@@ -514,7 +525,7 @@ class ExplanationRegularizedTrainer:
         module = self._unwrapped
         module.regularizer_factor = 1.0 if self.weight_schedule is None else float(self.weight_schedule(run.updates))
         norms = self._gradient_norms(batch, run)
-        rate = {} if self.scheduler is None else {"learning_rate": float(self.optimizer.param_groups[0]["lr"])}
+        rate = float(self.optimizer.param_groups[0]["lr"])
         if is_last:  # of the epoch: the update is made of fewer passes
             self.accelerator.step = self.accelerator.gradient_accumulation_steps - 1
         # FSDP averages the gradients of each pass; DDP waits until the last one.
@@ -525,7 +536,7 @@ class ExplanationRegularizedTrainer:
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
                     _check_gradients(module, where)
-            weights.keep()
+            self._keep_weights(weights)
             if self.accelerator.sync_gradients:
                 self._clip_gradients()
                 run.updates += 1
@@ -534,17 +545,19 @@ class ExplanationRegularizedTrainer:
             if self.accelerator.sync_gradients:
                 self._drop_gradients()
         shares = {f"seconds_{name}": seconds for name, seconds in module.seconds.items()}
-        return {**rate, **named, **norms, **self._measurements(named), **shares}
+        if self.scheduler is not None:
+            named[unused("learning_rate", named)] = rate
+        return {**named, **norms, **self._measurements(named), **shares}
 
     def _finish_update(self, row: dict[str, float]) -> None:
         """Do what follows each update of the weights."""
+        for callback in self.update_callbacks:
+            callback(self, row)
         if not self.optimizer.step_was_skipped:  # by the scaler of half precision
             if self.averaged_model is not None:
                 self.averaged_model.update_parameters(self.model)
             if self.scheduler_interval == "update":
                 self._step_scheduler(row["loss"])
-        for callback in self.update_callbacks:
-            callback(self, row)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -553,11 +566,32 @@ class ExplanationRegularizedTrainer:
             yield
             return
         own = weights_of(self.model)
-        load_weights(self.model, self.averaged_model.module.state_dict())
+        load_weights(self.model, self._weights_to_judge())
         try:
             yield
         finally:
             load_weights(self.model, own)
+
+    def _weights_to_judge(self) -> dict[str, Any]:
+        """Return a copy of the model's state, with the averaged weights if there are any.
+
+        What modules keep beside their tensors is the model's own, since an average does not follow it.
+        """
+        state = weights_of(self.model)
+        if self.averaged_model is not None:
+            average = weights_of(self.averaged_model.module)
+            state.update({name: value for name, value in average.items() if not name.endswith("_extra_state")})
+        return state
+
+    def _keep_weights(self, weights: Snapshot) -> None:
+        weights.keep()
+        self._average_before = None if self.averaged_model is None else weights_of(self.averaged_model)
+
+    def _undo_update(self, weights: Snapshot) -> None:
+        """Put the weights, and their average, back to what they were before the last update."""
+        weights.restore()
+        if self.averaged_model is not None and self._average_before is not None:
+            self.averaged_model.load_state_dict(self._average_before)
 
     def _backward(self, batch: Any, where: str) -> dict[str, float]:
         """Compute the gradient of a batch and return the loss and its parts, means over processes."""
@@ -638,7 +672,7 @@ class ExplanationRegularizedTrainer:
         """Undo what a failed step did to the buffers, and the update before it if that made the loss infinite."""
         weights.restore_buffers()
         if last_batch is None or not self._task_loss_is_finite(last_batch, run):
-            weights.restore()
+            self._undo_update(weights)
 
     @no_graph()
     def _task_loss_is_finite(self, batch: Any, run: Run) -> bool:

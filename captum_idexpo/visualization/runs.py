@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NO_LOSSES = ("epoch", "deletion_floor_share")
+_NO_LOSSES = ("epoch", "deletion_floor_share", "learning_rate")
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:

@@ -131,9 +131,17 @@ def test_resume_continues_schedules_of_updates_and_averaged_weights(tmp_path, ki
     for ours, theirs in ((resumed.model, whole.model), (resumed.averaged_model, whole.averaged_model)):
         for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.equal(value, other), name
-    plain, _ = trainer_of(tmp_path)
+    plain, _ = trainer_of(tmp_path, scheduler_interval="update")
     with pytest.raises(CheckpointError, match="its averaged_model is AveragedModel, this one's None"):
         plain.resume()
+    by_epoch, _ = trainer_of(tmp_path)
+    with pytest.raises(CheckpointError, match="its scheduler is StepLR by the update, this one's StepLR"):
+        by_epoch.resume()
+    other, _ = averaging(tmp_path)
+    other.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(CheckpointError, match="belongs to another"):
+        other.resume()
+    assert int(other.averaged_model.n_averaged) == 0
 
 
 class Noisy(Dataset):

@@ -86,7 +86,12 @@ def test_sweep_accepts_numpy_numbers_and_refuses_unwritable_values_first(tmp_pat
 
 @pytest.mark.parametrize(
     ("grid", "message"),
-    [({}, "empty"), ({"weight": []}, "empty"), ({"accuracy": [1]}, "share names")],
+    [
+        ({}, "empty"),
+        ({"weight": []}, "empty"),
+        ({"accuracy": [1]}, "share names"),
+        ({"weight": [1, 2, 1]}, "weight holds a value twice"),
+    ],
 )
 def test_sweep_refuses_invalid_grids(tmp_path, grid, message):
     with pytest.raises(ValueError, match=message):
@@ -123,5 +128,10 @@ def test_sweep_mean_refuses_unknown_settings_and_single_runs(tmp_path):
     found = sweep(lambda weight, seed: {"accuracy": 1.0}, {"weight": [0, 1], "seed": [0]}, tmp_path / "sweep.jsonl")
     with pytest.raises(ValueError, match=r"over must be one of the settings \['weight', 'seed'\], given: 'accuracy'"):
         found.mean(over="accuracy")
-    with pytest.raises(ValueError, match=r"\{'weight': 0\} has one: give the grid two or more values of 'seed'"):
+    with pytest.raises(ValueError, match=r"\{'weight': 0\} has 1 runs with 1 values: give the grid two or more"):
         found.mean()
+    rows = [{"seed": seed, "accuracy": accuracy, "n_runs": 2.0} for seed, accuracy in ((0, 0.5), (1, 0.6))]
+    with pytest.raises(ValueError, match=r"given: \['n_runs'\]"):
+        Sweep(rows, settings=["seed"]).mean()
+    with pytest.raises(ValueError, match="has 3 runs with 2 values"):
+        Sweep([*rows, rows[0]], settings=["seed"]).mean()

@@ -325,6 +325,49 @@ def test_averaged_weights_are_evaluated_and_selected():
         assert torch.equal(ours, best[name])
 
 
+class Counting(nn.Linear):
+    """Keeps something beside tensors that training changes."""
+
+    n_passes = 0
+
+    def forward(self, x):
+        self.n_passes += self.training
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return self.n_passes
+
+    def set_extra_state(self, state):
+        self.n_passes = state
+
+
+def test_averaged_weights_leave_what_modules_keep_beside_them():
+    net = nn.Sequential(nn.Flatten(), Counting(72, 3)).double()
+    counts = []
+    trainer = make(
+        net,
+        regularized=False,
+        averaged_model=ema(net),
+        callbacks=[lambda *_: counts.append(net[1].n_passes)],
+    )
+    trainer.fit(batches(), batches(), epochs=1)
+    assert net[1].n_passes == counts[0] >= 3
+    trainer.fit(batches())
+    assert net[1].n_passes == counts[1] >= 6
+
+
+def test_callbacks_of_updates_may_change_the_weights_that_are_averaged():
+    net = net_without_dropout()
+
+    @torch.no_grad()
+    def project(*_):
+        for parameter in net.parameters():
+            parameter.clamp_(-0.01, 0.01)
+
+    make(net, regularized=False, averaged_model=AveragedModel(net), update_callbacks=[project]).fit(batches())
+    assert max(float(parameter.detach().abs().max()) for parameter in net.parameters()) <= 0.01
+
+
 def test_updates_count_once_for_accumulated_batches():
     from accelerate import Accelerator
 
@@ -376,7 +419,10 @@ def test_history_converts_to_pandas_and_plots():
     assert frame["valscore"].tolist() == [row["valscore"] for row in history]
     assert isinstance(history, History)
     assert isinstance(history, list)
+    for row in history:
+        row["learning_rate"] = 0.1
     figure = history.plot()
+    assert "learning_rate" not in [line.get_label() for line in figure.axes[0].lines]
     assert [axis.get_title() for axis in figure.axes] == ["training loss", "validation"]
 
 
@@ -503,8 +549,11 @@ def test_binary_labels_may_be_floats_or_booleans_in_a_column(dtype):
 def test_diverging_training_keeps_the_last_good_weights(size, where):
     """Weights of 1e300 are finite, but what they give is not: those from before the step are kept."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 3)).double()
+    average = AveragedModel(net)
     with pytest.raises(NonFiniteError, match=where):
-        make(net, regularized=False, lr=1e300).fit(batches(size))
+        make(net, regularized=False, lr=1e300, averaged_model=average).fit(batches(size))
+    assert int(average.n_averaged) == 0  # the only update was undone, in the average, too
+    assert max(float(parameter.detach().abs().max()) for parameter in average.parameters()) < 10
     assert cross_entropy(net(X), Y).isfinite()
     assert max(float(parameter.detach().abs().max()) for parameter in net.parameters()) < 10
 
