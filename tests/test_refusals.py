@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import captum.attr
@@ -12,6 +13,7 @@ import torch
 from captum._utils.models.linear_model import SkLearnLinearModel
 from captum.attr._utils.lrp_rules import EpsilonRule
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import captum_idexpo
@@ -49,6 +51,21 @@ class Checkpointed(nn.Module):
         return self.last(checkpoint(self.part, x, use_reentrant=False))
 
 
+class Attending(nn.Module):
+    def __init__(self, checkpointed=True):
+        super().__init__()
+        self.first, self.last, self.checkpointed = nn.Linear(6, 6), nn.Linear(3, 3), checkpointed
+
+    def attention(self, x):
+        return scaled_dot_product_attention(x, x, x)
+
+    def forward(self, x):
+        tokens = self.first(x).reshape(-1, 1, 2, 3)
+        run = partial(checkpoint, self.attention, use_reentrant=False) if self.checkpointed else self.attention
+        attended = run(tokens)
+        return self.last(attended.mean((1, 2)))
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -67,6 +84,11 @@ def trainer_of(model, regularizers=(), optimizer=torch.optim.SGD, **settings):
     return ExplanationRegularizedTrainer(
         model, optimizer(model.parameters(), lr=0.1), regularizers, show_progress=False, **settings
     )
+
+
+def train_attention(model):
+    trainer_of(model, [RightForTheRightReasons(model)]).fit([(X, Y, (X > 0).float())], epochs=2)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def mixing(x):
@@ -126,6 +148,7 @@ def inside_a_checkpoint():
 RAISED = {
     "Rows of a forward pass influence each other": lambda _: KernelShap(mixing).attribute(X, target=1, n_samples=20),
     "BatchNorm or dropout in training mode": lambda _: Fidelity(Checkpointed(nn.Dropout()))(X, Y),
+    "The trainer: attention": lambda _: train_attention(Attending()),
     "A layer inside a part": lambda _: inside_a_checkpoint(),
     "A layer that runs several times": lambda _: LayerGradCam((twice := Twice()), twice.layer).attribute(X, target=1),
     "``create_graph=True`` under": lambda _: under(
@@ -200,3 +223,12 @@ def test_refusal_raises_the_listed_error_and_names_the_cure(name, tmp_path):
     message = str(raised.value)
     for code in re.findall(r"``(.+?)``", cure):
         assert re.split(r"[=(.\[{]", code.strip())[0].split()[-1] in message, (code, message)
+
+
+def test_attention_in_a_checkpoint_trains_as_without_one_under_the_cure_that_the_page_names():
+    trained = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            trained.append(train_attention(Attending(checkpointed)))
+    torch.testing.assert_close(*trained)

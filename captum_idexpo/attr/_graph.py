@@ -113,7 +113,7 @@ def by_gradients(
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{type(explainer).__name__} takes gradients inside, which torch.inference_mode() forbids: use "
-            "torch.no_grad() instead."
+            "torch.no_grad() instead. Lightning's Trainer(inference_mode=False) validates and tests under no_grad."
         )
     if keeps_graph():  # this is a part of another attribution, which attaches the result to the graph
         return compute(_copies(inputs, of_inputs))

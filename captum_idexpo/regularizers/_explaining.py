@@ -192,9 +192,10 @@ def layer_cells(
 ) -> tuple[Tensor, Tensor]:
     """Return a layer's attribution at the locations of the input, and at its own cells ``(B, n_cells)``.
 
-    For images and volumes ``(B, C, h, w)`` channels are averaged and cells are enlarged to the nearest. For series the
-    result is ``(B, 1, T)`` or, if the steps of the input come first, ``(B, T, 1)``. For inputs ``(B, T)``, such as
-    token ids, a further axis of the attribution is that of the embedding and is averaged.
+    The evidence of a location is the sum over its channels: attributions add up to the output (completeness), and so
+    does the sum, but not a mean. For images and volumes ``(B, C, h, w)`` cells are enlarged to the nearest. For series
+    the result is ``(B, 1, T)`` or, if the steps of the input come first, ``(B, T, 1)``. For inputs ``(B, T)``, such as
+    token ids, a further axis of the attribution is that of the embedding, over which it is summed.
 
     Args:
         maps: the attribution.
@@ -215,7 +216,7 @@ def layer_cells(
         raise _no_place(map, tensor)
     if layout == "unknown":
         _require_known_axes(layer_shape or map.shape, tensor, by_definition=layer_shape is not None)
-    cells, size = map.mean(1, keepdim=True), tuple(tensor.shape[2:])
+    cells, size = map.sum(1, keepdim=True), tuple(tensor.shape[2:])
     if tensor.dim() == 3 and layout in ("named", "placed"):
         one_channel = layout == "placed" and map.shape[1:] in ((1, tensor.shape[2]), (tensor.shape[1], 1))
         return (map, map.flatten(1)) if one_channel else (_of_steps(cells, tensor), cells.flatten(1))
@@ -234,7 +235,7 @@ def _no_place(map: Tensor, tensor: Tensor) -> ValueError:
 def _of_columns(map: Tensor, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return the cells of rows ``(B, T)``: of maps ``(B, T)``, ``(B, T, E)``, or ``(B, C, T)`` if that is known."""
     if map.dim() > 2:
-        map = map.flatten(2).mean(2) if layout == "unknown" else map.mean(1)
+        map = map.flatten(2).sum(2) if layout == "unknown" else map.sum(1)
     if map.shape[1:] != tensor.shape[1:]:
         raise _no_place(map, tensor)
     return map, map
@@ -249,8 +250,8 @@ def _of_steps(cells: Tensor, tensor: Tensor) -> Tensor:
     if fitting:
         raise InputError(
             f"The axes of the input {tuple(tensor.shape)} cannot be told apart: both have {n_steps} entries, and the "
-            "layer's steps may be on either. Pass reshape_transform=lambda map: map.mean(1, keepdim=True) to the "
-            "regularizer if they are last, or lambda map: map.mean(1, keepdim=True).mT if they come first."
+            "layer's steps may be on either. Pass reshape_transform=lambda map: map.sum(1, keepdim=True) to the "
+            "regularizer if they are last, or lambda map: map.sum(1, keepdim=True).mT if they come first."
         )
     raise InputError(
         f"The axes of the input {tuple(tensor.shape)} cannot be told apart: none has as many entries as the layer has "

@@ -13,46 +13,10 @@ from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr.layouts import ReshapeTransform
-from captum_idexpo.regularizers._explaining import require_attribution
-from captum_idexpo.regularizers.base import Penalty, Weight
+from captum_idexpo.regularizers.base import AttributionPenalty, Weight
 
 
-class AttributionPrior(Penalty):
-    """A penalty that depends on an attribution alone."""
-
-    _term: str
-
-    def __init__(
-        self,
-        explainer: Attribution,
-        *,
-        model: nn.Module | None = None,
-        weight: Weight = 1.0,
-        ratio: float = 1.0,
-        attribute_kwargs: Mapping[str, Any] | None = None,
-        reshape_transform: ReshapeTransform | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
-        outputs: Outputs = "logits",
-        eval_mode: bool = True,
-        generator: Generator | None = None,
-    ) -> None:
-        super().__init__(
-            self._term,
-            require_attribution(explainer).forward_func,
-            model=model,
-            weight=weight,
-            ratio=ratio,
-            outputs=outputs,
-            eval_mode=eval_mode,
-            explainer=explainer,
-            attribute_kwargs=attribute_kwargs,
-            reshape_transform=reshape_transform,
-            target_transform=target_transform,
-            generator=generator,
-        )
-
-
-class Smoothness(AttributionPrior):
+class Smoothness(AttributionPenalty):
     r"""Penalises differences of neighbouring attributions: total variation (Erion et al. 2021, sec. 2.2.1).
 
     :math:`\operatorname{mean}_x \sum |\phi_{i+1,j} - \phi_{i,j}| + |\phi_{i,j+1} - \phi_{i,j}|` along the spatial axes
@@ -86,8 +50,6 @@ class Smoothness(AttributionPrior):
         >>> prior(x, y)["smoothness"].backward()
     """
 
-    _term = "smoothness"
-
     def __init__(
         self,
         explainer: Attribution,
@@ -104,6 +66,7 @@ class Smoothness(AttributionPrior):
         generator: Generator | None = None,
     ) -> None:
         super().__init__(
+            "smoothness",
             explainer,
             model=model,
             weight=weight,
@@ -141,7 +104,7 @@ class Smoothness(AttributionPrior):
         return self.axes
 
 
-class Sparsity(AttributionPrior):
+class Sparsity(AttributionPenalty):
     r"""Penalises importance that is spread evenly over the features: 1 minus its Gini coefficient (Erion et al. 2021).
 
     Importance is the mean magnitude of a feature's attributions over the batch. Its Gini coefficient is 0 where all
@@ -175,7 +138,33 @@ class Sparsity(AttributionPrior):
         True
     """
 
-    _term = "sparsity"
+    def __init__(
+        self,
+        explainer: Attribution,
+        *,
+        model: nn.Module | None = None,
+        weight: Weight = 1.0,
+        ratio: float = 1.0,
+        attribute_kwargs: Mapping[str, Any] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        outputs: Outputs = "logits",
+        eval_mode: bool = True,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__(
+            "sparsity",
+            explainer,
+            model=model,
+            weight=weight,
+            ratio=ratio,
+            attribute_kwargs=attribute_kwargs,
+            reshape_transform=reshape_transform,
+            target_transform=target_transform,
+            outputs=outputs,
+            eval_mode=eval_mode,
+            generator=generator,
+        )
 
     def penalty(self, batch: Batch) -> Tensor:
         """Return 1 minus the Gini coefficient of the features' mean magnitudes."""

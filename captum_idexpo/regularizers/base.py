@@ -1,7 +1,7 @@
 """The public face of a regularizer: named, weighted terms, computed in eval mode.
 
 `Regularizer` is what the loss and the trainer know. `Penalty` is a regularizer of one term with a weight, which may be
-chosen from the first batch.
+chosen from the first batch. `AttributionPenalty` is a penalty on the attribution of an explainer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from captum_idexpo._core.rng import accelerators, kept_streams
 from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 from captum_idexpo.metrics._scoring import check_outputs, is_raw
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row
+from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
 
 Weight = float | Literal["auto"]
 _HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
@@ -460,3 +460,10 @@ class Penalty(Regularizer):
     @property
     def _in_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
+
+
+class AttributionPenalty(Penalty):
+    """A penalty on an explainer's attribution, which therefore comes first and brings the explained function along."""
+
+    def __init__(self, term: str, explainer: Attribution, **arguments: Any) -> None:
+        super().__init__(term, require_attribution(explainer).forward_func, explainer=explainer, **arguments)

@@ -65,7 +65,7 @@ class InsertionDeletion(Regularizer):
     Locations are ranked from the most positive attribution, so pass magnitudes (``abs`` of Saliency) where signs do not
     matter. For images ``(B, C, H, W)`` without a feature mask, channels are averaged and a location is a pixel. A
     layer's attribution is enlarged to the size of the inputs (to the nearest, as in the paper); that of an embedding
-    ``(B, T, E)`` of rows ``(B, T)`` is averaged over E.
+    ``(B, T, E)`` of rows ``(B, T)`` is summed over E.
 
     Args:
         explainer: an attribution of `captum_idexpo.attr`.

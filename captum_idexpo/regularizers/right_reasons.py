@@ -26,6 +26,7 @@ from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr import Saliency
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._scoring import log_probabilities
+from captum_idexpo.regularizers._annotations import averaged_like, check_annotations
 from captum_idexpo.regularizers._explaining import widened
 from captum_idexpo.regularizers.base import Penalty, Weight
 
@@ -127,7 +128,8 @@ class RightForTheRightReasons(Penalty):
         self._warn_of_full_masks(masks)
         maps = self._input_gradients(tensors, batch) if self.explainer is None else self.explain(batch)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)
-        squares = [_weighted(map, mask).square().flatten(1).sum(1) for map, mask in zip(maps, forbidden, strict=True)]
+        weighted = [map * averaged_like(mask, map) for map, mask in zip(maps, forbidden, strict=True)]
+        squares = [map.square().flatten(1).sum(1) for map in weighted]
         return torch.stack(squares).sum(dim=0).mean()
 
     def _input_gradients(self, tensors: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, ...]:
@@ -150,54 +152,6 @@ class RightForTheRightReasons(Penalty):
                 f"The annotations, of {self.annotates} evidence, leave no place where evidence may be: every gradient "
                 "is penalised. Are zeros and ones exchanged?",
             )
-
-
-def check_annotations(annotations: object, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return annotations that broadcast against their inputs, in the inputs' dtype.
-
-    Raises:
-        ValueError: they are missing, of another number or shape than the inputs, or lie outside [0, 1].
-    """
-    if annotations is None:
-        raise ValueError(
-            "annotations are missing: call regularizer(inputs, target, annotations), or let the loader yield (inputs, "
-            "target, annotations); where nothing is known zeros if they mark wrong evidence, ones if right."
-        )
-    masks = annotations if isinstance(annotations, (tuple, list)) else (annotations,)
-    if len(masks) != len(tensors):
-        raise ValueError(f"There are {len(masks)} annotations for {len(tensors)} input tensors: give one for each.")
-    return tuple(_fitting(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True))
-
-
-def _fitting(mask: object, tensor: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"annotations must be tensors, given: {type(mask).__name__}.")
-    fitting = mask.to(tensor.device, tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
-    if fitting.dim() == tensor.dim() - 1 and tensor.dim() == 4:
-        fitting = fitting[:, None]
-    try:
-        fits = fitting.dim() == tensor.dim() and torch.broadcast_shapes(fitting.shape, tensor.shape) == tensor.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"annotations of shape {tuple(mask.shape)} do not fit inputs of shape {tuple(tensor.shape)}: give one mask "
-            "an example, of the input's shape or with axes of size 1."
-        )
-    if not bool(((fitting >= 0) & (fitting <= 1)).all()):
-        raise ValueError(
-            "annotations must lie between 0 and 1 (1 where they mark something), given: "
-            f"{float(fitting.min()):g} to {float(fitting.max()):g}."
-        )
-    return fitting
-
-
-def _weighted(map: Tensor, mask: Tensor) -> Tensor:
-    """Return the attribution times the mask; where it has one value for several positions, times the mask's mean."""
-    for axis in range(1, min(map.dim(), mask.dim())):
-        if map.shape[axis] == 1 < mask.shape[axis]:
-            mask = mask.mean(axis, keepdim=True)
-    return map * mask
 
 
 class Explanation(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.data import DataLoader
 
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
@@ -603,7 +604,8 @@ class ExplanationRegularizedTrainer:
             if not math.isfinite(named[name]):
                 raise NonFiniteError(f"The loss term {name!r} turned {named[name]} in {where}.")
         started = time.perf_counter()
-        self.accelerator.backward(loss)
+        with _explained_checkpoint_errors():
+            self.accelerator.backward(loss)
         self._unwrapped.seconds["backward"] = time.perf_counter() - started
         return named
 
@@ -719,6 +721,20 @@ def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Modul
             "torch.compile has no double backward, which explanation regularizers need: train the module that was "
             "given to torch.compile (and leave model.compile() out), and compile it afterwards."
         )
+
+
+@contextmanager
+def _explained_checkpoint_errors() -> Iterator[None]:
+    """Say what to do where the backward pass computes a checkpointed part of the model in another way."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            "torch.utils.checkpoint computed a part of the model again in the backward pass, and in another way. "
+            "Attention: train inside `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`, the "
+            "kernel that explanations need for their second derivative. Stochastic depth and other layers that are "
+            "random in training mode: set their rates to 0. Or turn checkpointing off."
+        ) from error
 
 
 def _checked_interval(interval: str, scheduler: Any) -> str:

@@ -628,14 +628,14 @@ def test_insertion_deletion_attribution_of_groups_reproduces_the_scores():
     torch.testing.assert_close(scores.insertion, regularizer.scores(vectors, 1).insertion)
 
 
-def test_insertion_deletion_averages_embedding_maps_over_the_last_axis():
+def test_insertion_deletion_sums_embedding_maps_over_the_last_axis():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(20, 3)).double()
     tokens = torch.randint(1, 10, (4, 5))
     explainer = captum_idexpo.attr.LayerGradientXActivation(model, model[0])
     regularizer = InsertionDeletion(explainer, baselines=0, temperature=None)
     (ranked,) = regularizer.attribution(tokens, 1)
-    torch.testing.assert_close(ranked, explainer.attribute(tokens, target=1).mean(-1))
+    torch.testing.assert_close(ranked, explainer.attribute(tokens, target=1).sum(-1))
     assert regularizer.scores(tokens, 1).insertion.shape == (4,)
 
 

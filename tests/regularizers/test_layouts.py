@@ -48,7 +48,7 @@ def test_right_reasons_of_a_layer_of_steps_penalises_each_step_by_itself(steps_c
         annotations = torch.zeros_like(series)
         annotations.movedim(1 if steps_come_first else 2, 0)[step] = 1
         ours = regularizer(series, Y, annotations)["right_reasons"].item()
-        assert ours == pytest.approx(float(maps.mean(2)[:, step].square().mean()), rel=1e-9)
+        assert ours == pytest.approx(float(maps.sum(2)[:, step].square().mean()), rel=1e-9)
 
 
 @pytest.mark.parametrize("steps_come_first", [True, False])
@@ -82,8 +82,8 @@ def test_a_series_of_which_both_axes_have_as_many_steps_is_refused_until_one_is_
     explainer = LayerGradCam(model, model.layer, reshape_transform=lambda tensor: tensor)
     with pytest.raises(ValueError, match=r"axes of the input.*cannot be told apart: both have 5 entries.*\.mT"):
         Sparsity(explainer)(x, Y)
-    last = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.mean(1, keepdim=True))
-    first = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.mean(1, keepdim=True).mT)
+    last = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.sum(1, keepdim=True))
+    first = RightForTheRightReasons(model, explainer=explainer, reshape_transform=lambda m: m.sum(1, keepdim=True).mT)
     (map,) = last.explain(last._read(x, Y, None, None))
     assert map.shape == (3, 1, 5)
     (map,) = first.explain(first._read(x, Y, None, None))
@@ -110,7 +110,7 @@ def test_a_strided_convolution_over_series_is_enlarged_along_the_steps(n_channel
     torch.testing.assert_close(ranked, map.repeat_interleave(4, dim=2))
 
 
-def test_a_convolution_over_rows_is_averaged_over_its_channels():
+def test_a_convolution_over_rows_is_summed_over_its_channels():
     class Rows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,7 +125,7 @@ def test_a_convolution_over_rows_is_averaged_over_its_channels():
         x = torch.randn(3, n_columns).double()
         explainer = LayerGradientXActivation(model, model.conv)
         (ranked,) = InsertionDeletion(explainer, **SETTINGS).attribution(x, Y)
-        torch.testing.assert_close(ranked, explainer.attribute(x, target=Y).mean(1))
+        torch.testing.assert_close(ranked, explainer.attribute(x, target=Y).sum(1))
 
 
 def test_grad_cam_of_token_steps_has_a_place_in_token_ids():
@@ -202,7 +202,7 @@ def test_a_channels_last_map_is_refused_unless_its_axes_are_named(explainer):
         Sparsity(explainer(model, model.block))(IMAGES, Y)
     regularizer = Sparsity(explainer(model, model.block), reshape_transform=channels_first)
     (map,) = regularizer.explain(regularizer._read(IMAGES, Y, None, None))
-    expected = explainer(model, model.block).attribute(IMAGES, target=Y).mean(3)
+    expected = explainer(model, model.block).attribute(IMAGES, target=Y).sum(3)
     torch.testing.assert_close(map[:, 0].detach(), expected)
 
 
