@@ -22,7 +22,6 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -43,7 +41,6 @@ from benchmarks.id_expo import imagenette
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import LayerGradCam
 from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.visualization import COLORS
 
 RESULTS = Path(__file__).parent / "results"
 UPDATES_OF_DRIFT = 5

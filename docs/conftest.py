@@ -1,10 +1,12 @@
-"""The pages' code runs as a test (see testpaths in setup.cfg), each page in a folder of its own."""
+"""The pages' code runs as a test (see testpaths in setup.cfg), each page in a folder of its own, with the same numbers."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
+def _own_folder_and_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)

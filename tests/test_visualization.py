@@ -259,6 +259,29 @@ def test_draw_heat_map_unsigned_shows_nothing_for_negative_attributions():
     np.testing.assert_allclose(axis.images[1].get_array(), 0)
 
 
+@pytest.mark.parametrize(("values", "words"), [(0.0, "empty map"), (0.5, "constant map"), (-0.5, "constant map")])
+def test_plot_explanations_names_maps_that_say_nothing_and_draws_them_in_the_colour_of_zero(values, words):
+    maps = random(2, 1, 8, 8) - 0.5
+    maps[1] = values
+    figure = plot_explanations(random(2, 3, 8, 8), {"map": maps})
+    labels = [[text.get_text() for text in axis.texts] for axis in figure.axes[1:4:2]]
+    assert labels == [[], [words]]
+    overlay = figure.axes[3].images[-1]
+    assert not overlay.get_array().any()
+    assert overlay.get_clim() == (-1, 1)
+
+
+def test_to_captum_warns_of_maps_that_captum_cannot_draw():
+    maps = random(3, 1, 8, 8)
+    maps[1] = 0
+    with pytest.warns(UserWarning, match=r"1 of 3 maps or images are 0 everywhere.*draw_heat_map"):
+        array = to_captum(maps)
+    with pytest.raises(AssertionError, match="Cannot normalize"):
+        visualization.visualize_image_attr(array[1], use_pyplot=False)
+    figure = plot_explanations(maps, {"map": maps})  # does not warn
+    assert [text.get_text() for text in figure.axes[3].texts] == ["empty map"]
+
+
 def test_draw_heat_map_sums_the_channels():
     figure = matplotlib.figure.Figure()
     many, one = figure.subplots(1, 2)

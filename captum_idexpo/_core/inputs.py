@@ -100,13 +100,13 @@ def check_inputs(
     return tensors, aligned
 
 
-def require_finite(tensors: tuple[Tensor, ...], name: str) -> None:
-    """Raise NonFiniteError if a tensor holds NaN or infinity."""
+def require_finite(tensors: tuple[Tensor, ...], name: str, hint: str = "") -> None:
+    """Raise NonFiniteError, whose message ends with the hint, if a tensor holds NaN or infinity."""
     for index, tensor in enumerate(tensors):
         if tensor.is_floating_point() and not all_finite(tensor):
             rows = (~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)).nonzero().flatten().tolist()
             which = f"{name}[{index}]" if len(tensors) > 1 else name
-            raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.")
+            raise NonFiniteError(f"NaN or infinity in {which}, examples {rows[:5]}{' ...' * (len(rows) > 5)}.{hint}")
 
 
 def require_real(tensors: tuple[Tensor, ...]) -> None:

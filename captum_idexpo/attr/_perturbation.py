@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_idexpo._core.chunks import look, repeated_rows, slices
-from captum_idexpo._core.errors import InputError, NonFiniteError, all_finite, warn
+from captum_idexpo._core.errors import NAN_OF_MASKED_ROWS, InputError, NonFiniteError, all_finite, warn
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs, as_numbers
 from captum_idexpo._core.forward import BatchForward, evaluate_copies
 from captum_idexpo._core.inputs import Baseline, as_baselines, as_tuple
@@ -211,7 +211,9 @@ class Problem:
         if torch.is_grad_enabled() and not outputs.requires_grad:
             raise no_graph_error(name)
         if not all_finite(outputs):
-            raise NonFiniteError(f"{name}: the forward function returned NaN or infinity on a perturbed input.")
+            raise NonFiniteError(
+                f"{name}: the forward function returned NaN or infinity on a perturbed input.{NAN_OF_MASKED_ROWS}"
+            )
         return outputs
 
     def plain_inputs(self) -> tuple[Tensor, ...]:

@@ -14,13 +14,14 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._core.captum import BaselineType
+from captum_idexpo._core.errors import NAN_OF_MASKED_ROWS, warn
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.rng import drawn_for, source
 from captum_idexpo._core.targets import Outputs
-from captum_idexpo.metrics._locations import Locations, groups_of
+from captum_idexpo.metrics._locations import Locations, constant_maps_message, groups_of
 from captum_idexpo.metrics._scoring import Score, TargetScorer
 from captum_idexpo.metrics.masks import HardMasks, SoftMasks
 
@@ -187,6 +188,9 @@ class Masking:
         locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors), group_reduction)
         if check_finite:
             require_finite((locations.values,), "attributions")
+        message = constant_maps_message(locations.values, locations.present)
+        if message:
+            warn(message)
         check_temperature(temperature)
         schedule = StepSchedule.of(locations.counts, fraction, step_size, tensors[0].device)
         max_rows = check_optional_count("max_examples_per_batch", max_examples_per_batch)
@@ -219,7 +223,7 @@ class Masking:
             evaluate, perturb, n_examples, len(thresholds), self.scorer.max_rows, through=through, memory=self.memory
         )
         if self.check_finite:
-            require_finite((scores.detach(),), f"the forward function's output during {direction}")
+            require_finite((scores.detach(),), f"the forward function's output during {direction}", NAN_OF_MASKED_ROWS)
         return scores
 
     def result(self) -> InsertionDeletionScores:

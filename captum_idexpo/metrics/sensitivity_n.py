@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_idexpo._core.captum import BaselineType
+from captum_idexpo._core.errors import NAN_OF_MASKED_ROWS
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
 from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
@@ -89,7 +90,7 @@ def sensitivity_n(
     unmasked = scorer.unmasked(tensors, "probability")
     scores = evaluate_copies(evaluate, perturb, n_examples, n_samples, scorer.max_rows)
     if check_finite:
-        require_finite((scores.detach(),), "the forward function's output on masked inputs")
+        require_finite((scores.detach(),), "the forward function's output on masked inputs", NAN_OF_MASKED_ROWS)
     sums = values.expand(n_samples, -1, -1).gather(-1, chosen).sum(dim=-1).T
     scale = torch.maximum(unmasked.detach().abs(), scores.detach().abs().amax(dim=1, keepdim=True))
     return _correlation(sums, unmasked - scores, n * values.detach().abs().amax(dim=1, keepdim=True), scale)

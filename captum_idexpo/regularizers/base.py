@@ -24,6 +24,7 @@ from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams
 from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
+from captum_idexpo.metrics._locations import constant_maps_message
 from captum_idexpo.metrics._scoring import check_outputs, is_raw
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
 
@@ -127,6 +128,7 @@ class Regularizer(nn.Module):
         self.reshape_transform = reshape_transform
         self.target_transform = target_transform
         self.generator = generator
+        self._constant_reported = False
         self.explainer_seconds = 0.0
         self.measurements: dict[str, Tensor] = {}
         if eval_mode and not self.models:
@@ -194,6 +196,7 @@ class Regularizer(nn.Module):
         side = batch.additional_forward_args
         more = {} if side is None else {"additional_forward_args": side}
         maps = self._explaining(batch.inputs, torch.is_grad_enabled(), target=target, **more)
+        self._report_constant_maps(torch.cat([map.detach().flatten(1) for map in maps], dim=1))
         if self._explaining.of_layer:
             maps = (self._cells(maps, tensors)[0],)
         return maps if explained.contributes is None else tuple(per_row(m, explained.contributes) * m for m in maps)
@@ -271,6 +274,13 @@ class Regularizer(nn.Module):
                 "additional_forward_args are given with the batch and in attribute_kwargs: leave them out of one."
             )
         return Batch(inputs, target, annotations, as_side_inputs(side_inputs, len(as_batch(inputs)[0])))
+
+    def _report_constant_maps(self, values: Tensor, present: Tensor | None = None) -> None:
+        """Warn once of maps ``(B, D)`` that rank no location."""
+        message = None if self._constant_reported else constant_maps_message(values, present)
+        if message:
+            self._constant_reported = True
+            warn(message)
 
     def _check_target(self, target: Any) -> None:
         """Refuse a target that contradicts `outputs`, also where nothing reads it: the outputs would be misread."""

@@ -53,6 +53,7 @@ from captum_idexpo.regularizers.base import Regularizer, check_n_labels
 
 DELETION_FORMS = ("ratio", "log", "complement")
 _FLOOR_SHARE = "deletion_floor_share"
+_REPORTED_FLOOR_SHARE = 0.05  # fewer copies at the floor hardly change the loss
 
 
 class InsertionDeletion(Regularizer):
@@ -349,6 +350,7 @@ class InsertionDeletion(Regularizer):
         maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups, self.group_reduction)
         require_finite((locations.values.detach(),), "attributions")
+        self._report_constant_maps(locations.values.detach(), locations.present)
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
@@ -402,7 +404,7 @@ class InsertionDeletion(Regularizer):
 
     def _report_floor(self, share: Tensor) -> None:
         self.measurements[_FLOOR_SHARE] = share
-        if not self._floor_reported and bool(share > 0):
+        if not self._floor_reported and bool(share >= _REPORTED_FLOOR_SHARE):
             self._floor_reported = True
             warn(
                 f"The deletion floor of {self.deletion_floor} binds for {float(share):.1%} of the masked copies: they "

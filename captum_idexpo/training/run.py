@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_EXAMPLES_AT_THE_START = 64
+"""So many give the loss at the start: the loss of one small batch is too noisy, and later batches are those of another
+model."""
+
+
 class Run:
     """The position of a run and its results so far."""
 
@@ -30,6 +35,7 @@ class Run:
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Any] | None = None
         self.finished = False
+        self._start_losses: list[float] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._epoch_start: dict[str, Any] | None = None
@@ -66,6 +72,16 @@ class Run:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def note_start(self, task_loss: float, n_examples: int) -> None:
+        """Keep the task loss of the run's first batches, before many updates have changed the model."""
+        if self.epoch == 1 and n_examples * len(self._start_losses) < _EXAMPLES_AT_THE_START:
+            self._start_losses.append(task_loss)
+
+    @property
+    def start_loss(self) -> float:
+        """The mean task loss of the first batches."""
+        return sum(self._start_losses) / max(1, len(self._start_losses))
+
     def means(self) -> dict[str, float]:
         """Return means over the epoch's steps."""
         return {name: value / self._counts[name] for name, value in self._sums.items()}
@@ -101,6 +117,7 @@ class Run:
             "best": [self.best_score, self.best_epoch],
             "best_weights": self.best_weights,
             "finished": self.finished,
+            "start_losses": self._start_losses,
             "sums": self._sums,
             "counts": self._counts,
         }
@@ -112,6 +129,7 @@ class Run:
         self.epoch, self.step, self.updates = state["position"]
         self.best_score, self.best_epoch = state["best"]
         self.best_weights, self.finished = state["best_weights"], state["finished"]
+        self._start_losses = state["start_losses"]
         self._sums, self._counts = state["sums"], state["counts"]
         own = randoms[self._accelerator.process_index]
         self._epoch_start = own["epoch_start"]

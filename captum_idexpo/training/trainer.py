@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.errors import NonFiniteError, warn
 from captum_idexpo._core.inputs import check_count, check_optional_count
-from captum_idexpo._core.modes import Snapshot, is_compiled, no_graph, training_mode
+from captum_idexpo._core.modes import Snapshot, is_batch_norm, is_compiled, no_graph, training_mode
 from captum_idexpo._core.rng import AnyGenerator
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import checkpoint
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 Callback = Callable[["ExplanationRegularizedTrainer", dict[str, float]], None]
 _DWARFS = 10  # times the task's gradient
+# A first epoch is bad whose mean task loss exceeds the loss at the start so many times, and by this much. The second is
+# for models that fit their data nearly perfectly, whose loss may rise a hundredfold without harm.
+_FAR_ABOVE, _HARMLESS = 3, 0.1
 
 
 class ExplanationRegularizedTrainer:
@@ -68,7 +71,10 @@ class ExplanationRegularizedTrainer:
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
-        freeze_batch_norm: keep BatchNorm's statistics while training. Regularizers never change them.
+        freeze_batch_norm: train with BatchNorm's running statistics, which are kept. It serves networks that are trained
+            well already, with small learning rates or small batches. Larger updates need the statistics of the batch:
+            a frozen layer passes on each shift that the layers before it make. Regularizers explain with the running
+            statistics in any case, and never change them.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
         patience: stop after this many epochs without a better validation score.
@@ -138,7 +144,7 @@ class ExplanationRegularizedTrainer:
         scheduler_interval: Literal["epoch", "update"] = "epoch",
         accelerator: Accelerator | None = None,
         evaluation: InsertionDeletion | None = None,
-        freeze_batch_norm: bool = True,
+        freeze_batch_norm: bool = False,
         accuracy_weight: float = 2.0,
         patience: int = 10,
         max_grad_norm: float | None = None,
@@ -225,6 +231,8 @@ class ExplanationRegularizedTrainer:
             row: dict[str, float] = {"epoch": run.epoch, **self._train_epoch(train_loader, run, epochs)}
             row.update(self._automatic_weights())
             run.history.append(row)
+            if run.epoch == 1:
+                self._warn_of_a_bad_start(run.start_loss, row["task"])
             if self.scheduler_interval == "epoch":
                 self._step_scheduler(row["loss"])
             if val_loader is not None:
@@ -520,7 +528,7 @@ class ExplanationRegularizedTrainer:
 
     def _step(self, batch: Any, is_last: bool, where: str, weights: Snapshot, run: Run) -> dict[str, float]:
         """Train on one batch and return the loss and its parts, means over processes."""
-        from accelerate.utils import send_to_device
+        from accelerate.utils import find_batch_size, send_to_device
 
         batch = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
         module = self._unwrapped
@@ -534,6 +542,7 @@ class ExplanationRegularizedTrainer:
         with self.accelerator.accumulate(*waiting):
             with gathered(self.model):
                 named = self._backward(batch, where)
+            run.note_start(named["task"], self.accelerator.num_processes * (find_batch_size(batch.inputs) or 1))
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
                     _check_gradients(module, where)
@@ -685,6 +694,22 @@ class ExplanationRegularizedTrainer:
             read = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
             finite = self.loss_fn(call_model(self.model, read), read.target).isfinite().all()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
+
+    def _warn_of_a_bad_start(self, start: float, mean: float) -> None:
+        """Warn if the first epoch has undone what the model knew before."""
+        if start < 0 or mean <= _FAR_ABOVE * start + _HARMLESS:
+            return
+        warn(
+            f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: training "
+            "has undone what the model knew. Lower the learning rate, raise it slowly (a warm-up with "
+            "scheduler_interval='update')"
+            + (", or pass freeze_batch_norm=False" if self.freeze_batch_norm and self._has_batch_norm else "")
+            + (", or lower the weights of the regularizers." if self.regularizers else "."),
+        )
+
+    @property
+    def _has_batch_norm(self) -> bool:
+        return any(map(is_batch_norm, self.model.modules()))
 
     def _training_mode(self) -> Any:
         return training_mode(self._loss, freeze_batch_norm=self.freeze_batch_norm)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_idexpo._core.errors import warn
 from captum_idexpo.visualization._figures import figure_of, finite_array, new_figure, require_some, wrapped
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def to_captum(attributions: Tensor) -> NDArray[np.float32]:
             ``(B, H, W)`` to ``(B, 1, H, W)`` first.
 
     Returns:
-        float32, ``(H, W, C)`` for an image, ``(B, H, W, C)`` for a batch.
+        float32, ``(H, W, C)`` for an image, ``(B, H, W, C)`` for a batch. A warning tells of maps that are 0 everywhere,
+        which Captum cannot draw.
 
     Raises:
         ValueError: values are NaN or infinite, or there is no axis or more than four.
@@ -50,12 +52,29 @@ def to_captum(attributions: Tensor) -> NDArray[np.float32]:
         ...     attributions[0], images[0], "blended_heat_map", use_pyplot=False
         ... )
     """
+    array = _channels_last(attributions)
+    _warn_of_zeros(array if array.ndim == 4 else array[None])
+    return array
+
+
+def _channels_last(attributions: Tensor) -> NDArray[np.float32]:
+    """Return the array that `to_captum` returns, without its warning."""
     if isinstance(attributions, Tensor) and not 1 <= attributions.dim() <= 4:
         raise ValueError(
             f"Shape {tuple(attributions.shape)}: give (T,), (H, W), (C, H, W) or (B, C, H, W); of volumes take a slice."
         )
     array = finite_array(attributions, "attributions").astype(np.float32)
     return np.moveaxis(array, -3, -1) if array.ndim > 2 else array
+
+
+def _warn_of_zeros(arrays: NDArray[np.float32]) -> None:
+    empty = int((~arrays.any(axis=tuple(range(1, arrays.ndim)))).sum())
+    if empty:
+        warn(
+            f"{empty} of {len(arrays)} maps or images are 0 everywhere. Captum's visualization cannot scale such a map and "
+            "stops with an AssertionError: draw it with captum_idexpo.visualization.draw_heat_map, which shows it as "
+            "empty.",
+        )
 
 
 def plot_explanations(
@@ -118,6 +137,9 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
     from dark blue (against the class) over grey (0) to yellow (for it). Higher values are brighter, so the order is
     visible in grey and to colour-blind readers, except where the image shines through.
 
+    A map with the same value everywhere says nothing about places. It is drawn in the colour of 0, with the words
+    "empty map" or "constant map".
+
     Args:
         axis: axis to draw on.
         image: in [0, 1].
@@ -138,13 +160,11 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
         )
     signed = bool(values.min() < 0) if signed is None else signed
     values = values if signed else values.clip(0)
-    largest = abs(values).max()
-    if not largest:  # Captum cannot scale a map of zeros
-        draw_image(axis, image, title)
-        axis.imshow(values, cmap=_colormap(signed), vmin=-1 if signed else 0, vmax=1, alpha=_OVERLAY)
+    if values.min() == values.max():  # Captum cannot scale a map of zeros, and would draw a constant one as evidence
+        _draw_empty(axis, image, title, signed, "constant map" if values.any() else "empty map")
         return
     visualization.visualize_image_attr(
-        values / largest,
+        values / abs(values).max(),
         pixels,
         method="blended_heat_map",
         sign="all" if signed else "positive",
@@ -155,6 +175,14 @@ def draw_heat_map(axis: Axes, image: Tensor, attribution: Tensor, title: str = "
         alpha_overlay=_OVERLAY,
     )
     axis.set_title(title, fontsize=8)
+
+
+def _draw_empty(axis: Axes, image: Tensor, title: str, signed: bool, name: str) -> None:
+    """Draw an image under the colour of 0, with the name of what there is to see."""
+    draw_image(axis, image, title)
+    zeros = np.zeros(image.shape[-2:])
+    axis.imshow(zeros, cmap=_colormap(signed), vmin=-1 if signed else 0, vmax=1, alpha=_OVERLAY)
+    axis.text(0.5, 0.5, name, transform=axis.transAxes, ha="center", va="center", color="white", fontsize=8)
 
 
 def _colormap(signed: bool) -> str:
@@ -173,7 +201,7 @@ def _add_colorbar(figure: Figure, signed: bool) -> None:
 
 def _image(image: Tensor) -> NDArray[np.float32]:
     """Return an image as an array ``(H, W, C)`` in [0, 1]."""
-    pixels = to_captum(image)
+    pixels = _channels_last(image)
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise ValueError(f"An image is (C, H, W) with 1 or 3 channels; given: {tuple(image.shape)}.")
     if pixels.min() < -_MAX_ROUNDING or pixels.max() > 1 + _MAX_ROUNDING:
@@ -186,7 +214,7 @@ def _image(image: Tensor) -> NDArray[np.float32]:
 
 def _one_channel(attribution: Tensor) -> NDArray[np.float32]:
     """Return a map ``(H, W)``, the sum over the channels, as Captum draws it."""
-    values = to_captum(attribution)
+    values = _channels_last(attribution)
     if values.ndim not in (2, 3):
         raise ValueError(f"A map is (H, W) or (C, H, W); given: {tuple(attribution.shape)}.")
     return values.sum(axis=2) if values.ndim == 3 else values

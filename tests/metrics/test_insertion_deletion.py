@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -263,6 +264,7 @@ def test_insertion_breaks_ties_by_position():
     assert curve.tolist() == [[10.0, 1010.0, 1011.0, 1111.0]]
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 @pytest.mark.parametrize("temperature", [None, "auto"])
 def test_insertion_of_a_constant_map_is_finite_and_affects_no_other_map(temperature):
     net, phi = smooth_conv_net(), PIXELS.clone()
@@ -282,6 +284,7 @@ def test_insertion_of_a_constant_map_is_finite_and_affects_no_other_map(temperat
         assert gradient[[0, 1, 3]].abs().amax((1, 2)).min() > 0
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 def test_insertion_deletion_of_an_equal_valued_map_ignores_group_sizes():
     """The mean over a group of equal float32 values is that value, so ties between groups stay ties."""
     net, x = smooth_net(40).float(), torch.randn(1, 40)
@@ -538,3 +541,32 @@ def test_insertion_finite_checks_can_be_switched_off():
 def test_insertion_and_deletion_functions_have_the_same_signature():
     signatures = [inspect.signature(metric).parameters for metric in (insertion, deletion, insertion_deletion)]
     assert signatures[0] == signatures[1] == signatures[2]
+
+
+@pytest.mark.parametrize(("n_constant", "warns"), [(0, False), (1, False), (2, True), (30, True)])
+def test_insertion_deletion_warns_of_constant_maps_from_a_share_of_five_percent(n_constant, warns):
+    maps = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    maps[:n_constant] = 0.5
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        insertion_deletion(nn.Linear(6, 2), torch.randn(30, 6), maps, target=1)
+    expected = [f"The attribution of {n_constant} of 30 examples is one value everywhere"] if warns else []
+    assert [str(w.message)[: len(e)] for w, e in zip(caught, expected, strict=True)] == expected
+
+
+def test_insertion_deletion_reads_constant_maps_at_the_groups_that_an_example_has():
+    groups = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3]])
+    maps = torch.tensor([[1.0, 3.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]])  # both groups of the first have the mean 2
+    with pytest.warns(UserWarning, match="1 of 2 examples is one value everywhere"):
+        insertion_deletion(nn.Linear(4, 2), torch.randn(2, 4), maps, feature_mask=groups, target=1)
+    one_group = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3]])  # nothing to rank
+    insertion_deletion(nn.Linear(4, 2), torch.randn(2, 4), maps, feature_mask=one_group, target=1)
+
+
+def test_metrics_name_the_padding_mask_where_a_masked_row_turns_nan():
+    def attends(x):  # to the words, which are not 0
+        weights = torch.where(x == 0, -torch.inf, x).softmax(dim=1)
+        return torch.stack([(weights * x).sum(1), x.sum(1)], dim=1)
+
+    with pytest.raises(NonFiniteError, match=r"output during deletion, examples .*nothing but padding.*the first"):
+        insertion_deletion(attends, torch.rand(3, 4) + 1, torch.rand(3, 4), target=0)

@@ -117,6 +117,7 @@ def test_distillation_of_one_logit_explains_the_same_column():
         torch.testing.assert_close(regularizer(X, target)[TERM].detach(), expected.detach())
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 def test_distillation_of_an_empty_student_map_is_one_and_finite():
     student = smooth_net()
     nn.init.zeros_(student[0].weight)
@@ -139,7 +140,7 @@ def test_distillation_gives_the_teacher_its_own_arguments_and_finds_its_generato
 
 
 def test_distillation_refuses_unknown_classes_and_a_model_as_the_teacher():
-    with pytest.raises(ValueError, match="explain_class must be 'predicted' or 'label', given: 'best'"):
+    with pytest.raises(ValueError, match=r"explain_class must be 'predicted' or 'label', given: 'best'"):
         AttributionDistillation(Saliency(smooth_net()), Saliency(other_net()), explain_class="best")
     with pytest.raises(TypeError, match="explainer must be an attribution"):
         AttributionDistillation(Saliency(smooth_net()), other_net())

@@ -67,6 +67,7 @@ def test_attribution_priors_of_a_layer_map_are_trainable(prior):
     assert_trainable(lambda: regularizer(IMAGES, LABELS), net)
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 def test_sparsity_of_a_model_that_uses_no_feature_is_one_without_nan():
     net = smooth_net()
     with torch.no_grad():

@@ -133,6 +133,7 @@ def test_supervision_of_multilabel_counts_zero_without_a_true_label():
     torch.testing.assert_close(regularizer(X, labels, COLUMNS)["attribution_supervision"], expected)
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 @pytest.mark.parametrize("distance", DEFINITIONS)
 def test_supervision_of_an_empty_map_is_finite_and_has_no_gradient(distance):
     net = smooth_net()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import captum.attr
 import pytest
@@ -353,6 +354,37 @@ def test_deletion_floor_binds_and_warns_once():
     assert float(regularizer.floor_share) == 1.0
     terms["deletion"].backward()
     assert not any(parameter.grad.any() for parameter in net.parameters())
+    regularizer(X, Y)  # once is enough
+
+
+@pytest.mark.parametrize(("n_certain", "warns"), [(1, True), (0, False)])
+def test_deletion_floor_warns_from_a_share_of_five_percent(n_certain, warns):
+    rows = torch.zeros(20, 2, dtype=torch.float64)
+    rows[:n_certain] = -40.0  # deleted or not, class 0 is impossible
+
+    class Certain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.stack([self.scale * x[:, 0], 0.1 * x[:, 1]], dim=1)
+
+    model = Certain()
+    regularizer = InsertionDeletion(captum_idexpo.attr.InputXGradient(model), baselines=-40.0 * rows.ne(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        regularizer(rows, 0)
+    assert any("deletion floor" in str(w.message) for w in caught) is warns
+
+
+def test_insertion_deletion_warns_once_of_maps_that_rank_no_location():
+    net = smooth_conv_net()
+    for parameter in net[8].parameters():  # a new head
+        torch.nn.init.zeros_(parameter)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
+    with pytest.warns(UserWarning, match=r"of 3 of 3 examples is 0 everywhere, so it ranks no location.*last layer"):
+        regularizer(X, Y)
     regularizer(X, Y)  # once is enough
 
 

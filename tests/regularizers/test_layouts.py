@@ -231,6 +231,7 @@ class Pool(nn.Module):
         return self.same(self.scale * self.pool(x)).flatten(1)[:, :3].square()
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 @pytest.mark.parametrize("explainer", [LayerGradientXActivation, LayerGradCam])
 @pytest.mark.parametrize(
     ("image", "layer", "known"),
@@ -305,7 +306,7 @@ def test_groups_may_be_ranked_by_their_sum():
         return x @ torch.tensor([1.0, 1.0, 1.0, 2.0, 0.0])
 
     x, mask = torch.ones(1, 5), torch.tensor([[0, 0, 0, 1, 1]])
-    maps = x * torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0])
+    maps = x * torch.tensor([1.0, 1.0, 1.0, 2.0, 0.9])
     settings = {"feature_mask": mask, "outputs": "raw", "step_size": 1, "fraction": 0.5}
     assert insertion(forward, x, maps, **settings).item() == 2.0
     assert insertion(forward, x, maps, group_reduction="sum", **settings).item() == 3.0

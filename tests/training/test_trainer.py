@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -55,7 +56,6 @@ def test_fit_equals_a_plain_training_loop():
     losses = []
     for _ in range(2):
         for x, y in batches():
-            twin[1].eval()  # BatchNorm's statistics are frozen by default
             loss = cross_entropy(twin(x), y) + sum(regularizer(x, y).values())
             losses.append(float(loss.detach()))
             optimizer.zero_grad()
@@ -608,3 +608,36 @@ def test_trainer_without_regularizers_reports_task_and_validation_scores():
     history = make(net, regularized=False).fit(batches(), batches(), epochs=2)
     names = {name for name in history[0] if not name.startswith("seconds")}
     assert names == {"epoch", "loss", "task", "val_loss", "val_accuracy", "valscore"}
+
+
+# --- a first epoch that undoes what the model knew ---------------------------------------------------------------------
+
+
+def trained_net():
+    """A network that fits the first 16 of these images."""
+    net = smooth_conv_net()
+    make(net, regularized=False, lr=0.3).fit([(X[:16], Y[:16])] * 150)
+    return net
+
+
+def start_warnings(net, lr, epochs=1, n_updates=20, **settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(net, regularized=False, lr=lr, **settings).fit([(X[:16], Y[:16])] * n_updates, epochs=epochs)
+    return [str(w.message) for w in caught if "has undone what the model knew" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_warns_once_of_a_first_epoch_that_undoes_training():
+    (message,) = start_warnings(trained_net(), lr=30.0, epochs=3)
+    assert "Lower the learning rate" in message
+    assert "freeze_batch_norm" not in message
+    (message,) = start_warnings(trained_net(), lr=30.0, freeze_batch_norm=True)
+    assert "pass freeze_batch_norm=False" in message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_does_not_warn_of_ordinary_epochs():
+    net = trained_net()
+    assert start_warnings(net, lr=0.01) == []
+    assert start_warnings(smooth_conv_net(), lr=0.1) == []
