@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test accelerator lint docs dist clean
+.PHONY: demo test guides accelerator lint docs dist clean
 
 demo: .venv/demo
 	$(BIN)/python benchmarks/digits.py demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Also those that need transformers, peft, Lightning and timm, which `test` skips.
+guides: .venv/dev .venv/guides
+	$(BIN)/python -m pytest tests/test_guides.py
 
 accelerator: .venv/dev
 	SIMULATED_ACCELERATOR=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_accelerator.py

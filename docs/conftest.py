@@ -1,4 +1,4 @@
-"""The pages' code runs as a test (see testpaths in setup.cfg), each page in a folder of its own, with the same numbers."""
+"""The pages' code runs as a test (see testpaths in setup.cfg), each page in a folder of its own, with one seed."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from types import FrameType
 from torch import Tensor
 
 NAN_OF_MASKED_ROWS = (
-    " If the model ignores padding: attention over a row of nothing but padding is NaN, so its padding mask has to leave "
-    "out one token, such as the first."
+    " If the model ignores padding: attention over a row of nothing but padding is NaN, so its padding mask has to "
+    "leave out one token, such as the first."
 )
 """What to do about the commonest NaN on masked inputs."""
 

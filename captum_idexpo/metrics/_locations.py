@@ -88,8 +88,8 @@ def constant_maps_message(values: Tensor, present: Tensor | None = None) -> str 
     return (
         f"The attribution of {n_constant} of {len(values)} examples is {level} everywhere, so it ranks no location. "
         "Causes: the output does not depend on what is explained, as in a network whose last layer is still 0 (timm's "
-        "new heads); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps it); Lime's "
-        "Lasso has set all coefficients to 0 (id_expo_lime has another surrogate)."
+        "new heads); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps it); "
+        "Lime's Lasso has set all coefficients to 0 (id_expo_lime has another surrogate)."
     )
 
 

@@ -71,9 +71,9 @@ class ExplanationRegularizedTrainer:
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
-        freeze_batch_norm: train with BatchNorm's running statistics, which are kept. It serves networks that are trained
-            well already, with small learning rates or small batches. Larger updates need the statistics of the batch:
-            a frozen layer passes on each shift that the layers before it make. Regularizers explain with the running
+        freeze_batch_norm: train with BatchNorm's running statistics, and keep them. It can help a well trained network
+            with a small learning rate. Larger updates need the statistics of the batch, since a frozen layer passes on
+            each shift that the layers before it make; see docs/training.rst. Regularizers explain with the running
             statistics in any case, and never change them.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
@@ -700,8 +700,8 @@ class ExplanationRegularizedTrainer:
         if start < 0 or mean <= _FAR_ABOVE * start + _HARMLESS:
             return
         warn(
-            f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: training "
-            "has undone what the model knew. Lower the learning rate, raise it slowly (a warm-up with "
+            f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: "
+            "training has undone what the model knew. Lower the learning rate, raise it slowly (a warm-up with "
             "scheduler_interval='update')"
             + (", or pass freeze_batch_norm=False" if self.freeze_batch_norm and self._has_batch_norm else "")
             + (", or lower the weights of the regularizers." if self.regularizers else "."),

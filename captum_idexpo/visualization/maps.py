@@ -30,8 +30,8 @@ def to_captum(attributions: Tensor) -> NDArray[np.float32]:
             ``(B, H, W)`` to ``(B, 1, H, W)`` first.
 
     Returns:
-        float32, ``(H, W, C)`` for an image, ``(B, H, W, C)`` for a batch. A warning tells of maps that are 0 everywhere,
-        which Captum cannot draw.
+        float32, ``(H, W, C)`` for an image, ``(B, H, W, C)`` for a batch. There is a warning of maps that are 0
+        everywhere, which Captum cannot draw.
 
     Raises:
         ValueError: values are NaN or infinite, or there is no axis or more than four.
@@ -71,9 +71,9 @@ def _warn_of_zeros(arrays: NDArray[np.float32]) -> None:
     empty = int((~arrays.any(axis=tuple(range(1, arrays.ndim)))).sum())
     if empty:
         warn(
-            f"{empty} of {len(arrays)} maps or images are 0 everywhere. Captum's visualization cannot scale such a map and "
-            "stops with an AssertionError: draw it with captum_idexpo.visualization.draw_heat_map, which shows it as "
-            "empty.",
+            f"{empty} of {len(arrays)} maps or images are 0 everywhere. Captum's visualization cannot scale such a map "
+            "and stops with an AssertionError: draw it with captum_idexpo.visualization.draw_heat_map, which shows it "
+            "as empty.",
         )
 
 

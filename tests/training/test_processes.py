@@ -31,6 +31,7 @@ trainer = ExplanationRegularizedTrainer(
     torch.optim.SGD(net.parameters(), lr=0.01),
     [regularizer],
     accelerator=Accelerator(cpu=True),
+    freeze_batch_norm=True,  # the statistics of a batch are those of each process
     show_progress=False,
 )
 result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}

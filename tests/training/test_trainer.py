@@ -166,6 +166,7 @@ def test_accuracy_is_absent_for_outputs_that_only_the_loss_can_read():
     assert scores["loss"] == pytest.approx(cross_entropy(net.eval()(X)["logits"], Y).item())
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 def test_evaluate_repeats_exactly_with_random_numbers_of_numpy():
     net = smooth_conv_net()
     explainer = GradientShap(net)
@@ -222,7 +223,7 @@ def test_best_weights_are_restored():
 
 def test_patience_stops_early():
     net = smooth_conv_net()
-    trainer = make(net, lr=0.0, patience=2)  # nothing changes, so nothing gets better
+    trainer = make(net, lr=0.0, patience=2, freeze_batch_norm=True)  # nothing changes, so nothing gets better
     assert len(trainer.fit(batches(), batches(), epochs=10)) == 3
     assert len(make(net, lr=0.0, patience=2).fit(batches(), epochs=5)) == 5  # nothing to select by
 
@@ -596,8 +597,8 @@ def test_gradient_accumulation_equals_the_whole_batch():
     from accelerate import Accelerator
 
     whole, parts = net_without_dropout(), net_without_dropout()
-    make(whole).fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8))
-    trainer = make(parts, accelerator=Accelerator(gradient_accumulation_steps=2))
+    make(whole, freeze_batch_norm=True).fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8))
+    trainer = make(parts, freeze_batch_norm=True, accelerator=Accelerator(gradient_accumulation_steps=2))
     trainer.fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=4))
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -610,20 +611,23 @@ def test_trainer_without_regularizers_reports_task_and_validation_scores():
     assert names == {"epoch", "loss", "task", "val_loss", "val_accuracy", "valscore"}
 
 
-# --- a first epoch that undoes what the model knew ---------------------------------------------------------------------
+# --- a first epoch that undoes what the model knew -------------------------------------------------------------------
+
+
+ALL = (X.repeat(3, 1, 1, 1), Y.repeat(3))  # a batch that is large enough to tell the loss at the start
 
 
 def trained_net():
-    """A network that fits the first 16 of these images."""
+    """A network that fits these images."""
     net = smooth_conv_net()
-    make(net, regularized=False, lr=0.3).fit([(X[:16], Y[:16])] * 150)
+    make(net, regularized=False, lr=0.1).fit([ALL] * 100)
     return net
 
 
 def start_warnings(net, lr, epochs=1, n_updates=20, **settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make(net, regularized=False, lr=lr, **settings).fit([(X[:16], Y[:16])] * n_updates, epochs=epochs)
+        make(net, regularized=False, lr=lr, **settings).fit([ALL] * n_updates, epochs=epochs)
     return [str(w.message) for w in caught if "has undone what the model knew" in str(w.message)]
 
 

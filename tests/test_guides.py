@@ -1,0 +1,50 @@
+"""The guides run, teach what they say, and warn of nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+GUIDES = sorted((Path(__file__).parents[1] / "tutorials" / "guides").glob("plot_*.py"))
+# In the extra `guides`, without which these are skipped.
+LIBRARIES = ("lightning", "peft", "timm", "transformers")
+
+SAYS = {
+    "averaged_weights": r"memory: 20 updates, one epoch: 20 updates",
+    "hugging_face": r"accuracy 1\.00, insertion 0\.\d+, deletion 0\.\d+\nwithout the mask the maps change by \d{2,}%",
+    "image_with_metadata": r"accuracy 0\.[89]\d.*\nbaselines holds 1 values for 2 input tensors",
+    "lightning": r"'val_accuracy': 0\.9\d*.*forbids: use torch\.no_grad\(\).*inference_mode=False",
+    "lora": r"before insertion 0\.[56]\d*.*after  insertion 0\.7\d*.*the two maps differ by \d{2}%",
+    "multilabel": r"labels right 0\.9\d.*outputs='multilabel'",
+    "segmentation": r"pixels right 0\.9\d.*0\.0000",
+    "time_series": r"accuracy 0\.9\d.*axes=\(1,\) for \(B, T, F\).*'smoothness'.*Size\(\[1, 24, 3\]\)",
+    "timm_checkpointing": r"accuracy 0\.[789]\d.*sdpa_kernel\(torch\.nn\.attention\.SDPBackend\.MATH\)",
+    "vision_transformer": r"accuracy 0\.[789]\d.*Size\(\[4, 1, 4, 4\]\)\nThe attribution of 4 of 4 examples is 0",
+}
+
+
+def name_of(guide):
+    return guide.stem.removeprefix("plot_")
+
+
+def test_guides_are_all_checked():
+    assert {name_of(guide) for guide in GUIDES} == set(SAYS)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("error:.*:UserWarning:captum_idexpo")
+@pytest.mark.parametrize("guide", GUIDES, ids=name_of)
+def test_guide_runs_and_shows_what_it_says(guide, capsys, tmp_path, monkeypatch):
+    imported = re.findall(r"^(?:import|from) (\w+)", guide.read_text(), re.MULTILINE)
+    missing = [name for name in LIBRARIES if name in imported and importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"pip install 'captum-idexpo[guides]' for {missing}")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(guide), run_name="guide")
+    assert re.search(SAYS[name_of(guide)], capsys.readouterr().out, re.DOTALL)
+    names["figure"].savefig(tmp_path / "figure.png")
+    assert not sorted(path.name for path in tmp_path.iterdir() if path.name != "figure.png")

@@ -1,0 +1,78 @@
+"""
+Several labels per example
+==========================
+
+After this guide you can train the explanations of a network with a sigmoid for each label, and judge them.
+"""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.visualization import plot_explanations
+
+# %%
+# Two digits side by side, and ten labels: which digits are there? The target is multi-hot, ``(B, 10)``.
+
+digits = load_digits()
+images, numbers = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
+generator = torch.Generator().manual_seed(0)
+pairs = torch.randint(len(images), (900, 2), generator=generator)
+x = torch.cat([images[pairs[:, 0]], images[pairs[:, 1]]], dim=2)[:, None]
+y = nn.functional.one_hot(numbers[pairs], 10).amax(dim=1).float()
+train = DataLoader(TensorDataset(x[:700], y[:700]), batch_size=50, shuffle=True, generator=generator)
+val = DataLoader(TensorDataset(x[700:], y[700:]), batch_size=300)
+
+# %%
+# Say ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``. The probability of a label that is gone falls
+# quickly to 0, where its logarithm has no bound: ``deletion_form="complement"`` has one.
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Conv2d(1, 32, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(32, 48, 5, padding=2),
+    nn.ReLU(),
+    nn.AdaptiveMaxPool2d(1),
+    nn.Flatten(),
+    nn.Linear(48, 10),
+)
+regularizer = InsertionDeletion(
+    LayerGradCam(model, model[2]),
+    baselines=0.0,
+    outputs="multilabel",
+    deletion_form="complement",
+    steps_per_update=2,
+)
+trainer = ExplanationRegularizedTrainer(
+    model,
+    torch.optim.Adam(model.parameters(), lr=1e-2),
+    [regularizer],
+    nn.BCEWithLogitsLoss(),
+    show_progress=False,
+)
+history = trainer.fit(train, val, epochs=6)
+print(f"labels right {history[-1]['val_accuracy']:.2f}, all labels right {history[-1]['val_exact_match']:.2f}")
+
+# %%
+# A map explains one label. Of two images: the map of the left digit's label, and that of the right one's.
+
+shown, left, right = x[700:704], numbers[pairs[700:704, 0]], numbers[pairs[700:704, 1]]
+maps = {"left digit": regularizer.attribution(shown, left)[0], "right digit": regularizer.attribution(shown, right)[0]}
+figure = plot_explanations(shown, maps)
+
+# %%
+# The mistake to avoid
+# --------------------
+#
+# ``outputs="logits"``, the default, takes a softmax over the labels, under which two true labels compete. A multi-hot
+# target is refused there, since it may also be classes in another form:
+
+try:
+    InsertionDeletion(LayerGradCam(model, model[2]), baselines=0.0)(shown, y[700:704])
+except ValueError as error:
+    print(error)

@@ -1,0 +1,71 @@
+"""
+Vision transformers and channels-last networks
+==============================================
+
+After this guide you can train the Grad-CAM of a network whose layers do not return ``(B, C, h, w)``: tokens
+``(B, n, D)`` of a vision transformer, or ``(B, h, w, C)`` of Swin and its like.
+"""
+
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import SwinTransformer, VisionTransformer
+
+from captum_idexpo import ExplanationRegularizedTrainer
+from captum_idexpo.attr import LayerGradCam, channels_first, tokens_to_map
+from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.visualization import plot_explanations
+
+digits = load_digits()
+x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1).contiguous()
+y = torch.tensor(digits.target)
+train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=True)
+val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
+
+# %%
+# A vision transformer with patches of 2x2 pixels: a class token, then 4x4 patches. ``tokens_to_map`` says so to
+# Grad-CAM.
+
+torch.manual_seed(0)
+vit = VisionTransformer(
+    image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
+)
+layer = vit.encoder.layers[-1].ln_1
+explainer = LayerGradCam(vit, layer, reshape_transform=tokens_to_map(4, 4))
+regularizer = InsertionDeletion(explainer, baselines=0.0, steps_per_update=4)
+
+# The head of torchvision's transformers is 0 at first, and so are the maps: train the task before.
+trainer = ExplanationRegularizedTrainer(vit, torch.optim.Adam(vit.parameters(), lr=3e-3), show_progress=False)
+trainer.fit(train, epochs=6)
+trainer = ExplanationRegularizedTrainer(
+    vit, torch.optim.Adam(vit.parameters(), lr=1e-3), [regularizer], show_progress=False
+)
+history = trainer.fit(train, val, epochs=2)
+print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
+
+# %%
+
+shown, classes = x[1300:1304], y[1300:1304]
+figure = plot_explanations(shown, {"trained": regularizer.attribution(shown, classes)[0]})
+
+# %%
+# The same for a network with channels last: ``channels_first`` moves them.
+
+swin = SwinTransformer([2, 2], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=[2, 2], num_classes=10)
+explainer = LayerGradCam(swin, swin.features[1], reshape_transform=channels_first)
+print(explainer.attribute(shown, target=classes, create_graph=True).shape)
+
+# %%
+# The mistake to avoid
+# --------------------
+#
+# Behind the last block only the class token has a gradient, so the map of that layer is 0 at all patches. Take the
+# first normalisation *inside* the last block, as above. The regularizer warns of such maps:
+
+import warnings
+
+behind = LayerGradCam(vit, vit.encoder.ln, reshape_transform=tokens_to_map(4, 4))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    InsertionDeletion(behind, baselines=0.0)(shown, classes)
+print(caught[0].message)
