@@ -208,7 +208,6 @@ def train_and_judge(study: Study, task: Task, setting: Setting, seed: int) -> di
         [make_regularizer(study, model, weight, setting, seed)] if weight else [],
         evaluation=make_regularizer(study, model, 0.0, JUDGE, seed),
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
-        freeze_batch_norm=True,
         show_progress=False,
     )
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ named. Steps take turns, so that a slow spell of the machine hits all of them al
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 import warnings
@@ -20,9 +21,11 @@ from cifar10 import ResNet
 from torch import Tensor, nn
 
 from captum_idexpo import ExplanationRegularizedLoss
-from captum_idexpo.attr import GradientShap, LayerGradCam, id_expo_lime
+from captum_idexpo.attr import GradientShap, InputXGradient, LayerGradCam, Saliency, id_expo_lime
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.regularizers import (
+    AttributionDistillation,
+    AttributionSupervision,
     Fidelity,
     GaussianNeighbors,
     InsertionDeletion,
@@ -65,6 +68,12 @@ def tabular() -> dict[str, Step]:
     return {
         "plain": step_of(model, batch, []),
         "RightForTheRightReasons": step_of(model, batch, [RightForTheRightReasons(model)]),
+        "AttributionSupervision of InputXGradient": step_of(
+            model, batch, [AttributionSupervision(InputXGradient(model))]
+        ),
+        "AttributionDistillation, Saliency, a teacher of the same size": step_of(
+            model, batch, [AttributionDistillation(Saliency(model), Saliency(copy.deepcopy(model)))]
+        ),
         "SaliencyGuided": step_of(model, batch, [SaliencyGuided(model)]),
         "Stability": step_of(model, batch, [Stability(model)]),
         "Fidelity, one-dimensional": step_of(model, batch, [Fidelity(model, GaussianNeighbors(one_dimensional=True))]),
@@ -83,7 +92,7 @@ def images() -> dict[str, Step]:
     x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     batch = (x, y, (torch.rand(32, 1, 32, 32) < 0.2).float())
     masked = MaskedNeighbors(feature_mask=grid(x, 8))
-    grad_cam = LayerGradCam(model, model.layer2)
+    grad_cam, teacher = LayerGradCam(model, model.layer2), ResNet()
     insertion_deletion = InsertionDeletion(
         grad_cam, baselines=0.0, steps_per_update=4, attribute_kwargs={"relu_attributions": True}
     )
@@ -92,6 +101,10 @@ def images() -> dict[str, Step]:
         "RightForTheRightReasons": step_of(model, batch, [RightForTheRightReasons(model)]),
         "RightForTheRightReasons, Grad-CAM": step_of(
             model, batch, [RightForTheRightReasons(model, explainer=grad_cam)]
+        ),
+        "AttributionSupervision of Grad-CAM": step_of(model, batch, [AttributionSupervision(grad_cam)]),
+        "AttributionDistillation, Grad-CAM, a teacher of the same size": step_of(
+            model, batch, [AttributionDistillation(grad_cam, LayerGradCam(teacher, teacher.layer2))]
         ),
         "SaliencyGuided": step_of(model, batch, [SaliencyGuided(model)]),
         "Stability": step_of(model, batch, [Stability(model)]),

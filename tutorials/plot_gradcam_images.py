@@ -150,9 +150,8 @@ except AssertionError as error:
 # Plain training
 # --------------
 #
-# BatchNorm's statistics follow the network as it is trained from random weights, and are frozen in the fine-tuning
-# below. The last epochs have the learning rate of the fine-tuning below, so that what is gained there is not owed to a
-# smaller rate.
+# ``freeze_batch_norm=False`` because the network starts from random weights; the default is for fine-tuning. The last
+# epochs have the learning rate of the fine-tuning below, so that what is gained there is not owed to a smaller rate.
 
 
 def fit(model, regularizers, learning_rate, epochs, evaluation=None):

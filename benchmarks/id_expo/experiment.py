@@ -145,7 +145,6 @@ def fine_tune(
         optimizer,
         regularizers,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
-        freeze_batch_norm=True,
         callbacks=[lambda _, row: None if row["epoch"] % JUDGED_EVERY else select(int(row["epoch"]))],
         show_progress=False,
     )

@@ -5,6 +5,10 @@ digit in test. A plain network learns the patch; told by annotations where the p
 a network that never saw one. Annotations are 1 on each example's own patch and 0 in the other corners, as in the
 paper. RRR's weight is the authors' 1000, for inputs in [0, 1]: 1000 / 255^2.
 
+Two other ways to say the same, with Saliency maps: attribution supervision, annotated where the patch is not; and
+attribution distillation from the RRR network, whose students never see an annotation. They train on the labels, not on
+their teacher's probabilities, so that nothing but the maps tells them of the patch.
+
     python benchmarks/right_reasons/decoy_mnist.py --data-root FOLDER     with mnist.npz (x_train, y_train and so on)
     python benchmarks/right_reasons/decoy_mnist.py                        with torchvision's MNIST, downloaded
 """
@@ -34,7 +38,8 @@ from experiment import (
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_idexpo.regularizers import RightForTheRightReasons
+from captum_idexpo.attr import Saliency
+from captum_idexpo.regularizers import AttributionDistillation, AttributionSupervision, RightForTheRightReasons
 from captum_idexpo.visualization import COLORS
 
 SEEDS = range(3)
@@ -49,11 +54,30 @@ class Setting(NamedTuple):
     regularizer: Callable[[nn.Module], nn.Module] | None = None
     decoys: bool = True
     paper: str = ""
+    distills: bool = False
+
+
+def supervision(model: nn.Module) -> AttributionSupervision:
+    """The share of the saliency that lies on the patch."""
+    return AttributionSupervision(Saliency(model), weight=10.0)
+
+
+def distillation(model: nn.Module, teacher: nn.Module) -> AttributionDistillation:
+    """The direction of the teacher's input gradient, signs included."""
+    signed = {"abs": False}
+    return AttributionDistillation(Saliency(model), Saliency(teacher), weight=10.0, attribute_kwargs=signed)
+
+
+def rrr(model: nn.Module) -> RightForTheRightReasons:
+    """No gradient of the log probabilities on the patch."""
+    return RightForTheRightReasons(model, weight=WEIGHT)
 
 
 SETTINGS = {
     "plain": Setting(paper=".516"),
-    "RRR": Setting(lambda model: RightForTheRightReasons(model, weight=WEIGHT), paper=".961"),
+    "RRR": Setting(rrr, paper=".961"),
+    "attribution supervision": Setting(supervision),
+    "attribution distillation": Setting(distills=True),
     "plain, no decoys": Setting(decoys=False, paper=".961"),
 }
 PREFACE = f"""Accuracy, mean ± standard error over {len(SEEDS)} seeds, {EPOCHS} epochs. Both parts have patches or,
@@ -102,9 +126,19 @@ def corners(n: int, size: int, generator: torch.Generator) -> Tensor:
 def measure(setting: Setting, root: Path | None, seed: int) -> Row:
     """A network trained in one way: accuracy on its training images and on test images."""
     digits, test = load(root, "train", setting.decoys, seed), load(root, "test", setting.decoys, seed)
+    regularizers: list[nn.Module] = []
     torch.manual_seed(seed)
     model = mlp(digits.x[0].numel(), 10)
-    regularizers = [setting.regularizer(model)] if setting.regularizer else []
+    if setting.distills:
+        torch.manual_seed(seed + 100)
+        teacher = mlp(digits.x[0].numel(), 10)
+        regularizers = [distillation(model, train(teacher, digits, [rrr(teacher)], epochs=EPOCHS, seed=seed))]
+        digits = digits._replace(patches=torch.zeros_like(digits.patches))  # the student is told nothing of them
+    elif setting.regularizer:
+        regularizers = [setting.regularizer(model)]
+    if setting.regularizer is supervision:  # where the evidence must be
+        digits = digits._replace(patches=1 - digits.patches)
+    torch.manual_seed(seed)
     start = time.perf_counter()
     train(model, digits, regularizers, epochs=EPOCHS, seed=seed)
     seconds = round(time.perf_counter() - start, 1)
@@ -148,7 +182,13 @@ def draw_accuracies(figure: Figure, results: Results) -> None:
     axis = figure.subplots()
     for place, (name, setting) in enumerate(SETTINGS.items()):
         mean, error = mean_and_error(results.column(name, "test"))
-        axis.barh(place, mean, xerr=error, color=COLORS[1] if setting.regularizer else COLORS[0], height=0.6)
+        axis.barh(
+            place,
+            mean,
+            xerr=error,
+            color=COLORS[1] if setting.regularizer or setting.distills else COLORS[0],
+            height=0.6,
+        )
         axis.annotate(f"{mean:.3f}", (0.02, place), va="center", color="white", fontweight="bold")
         if setting.paper:
             axis.plot(float(setting.paper), place, "D", color=COLORS[2], label="paper" if place == 0 else None)

@@ -30,6 +30,13 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _NormBase)
 
 
+def has_new_statistics(module: nn.Module) -> bool:
+    """Return True for BatchNorm whose running statistics are still those of a new layer, means 0 and variances 1."""
+    if not isinstance(module, _NormBase) or module.running_mean is None or module.running_var is None:
+        return False
+    return not bool(module.running_mean.any()) and bool((module.running_var == 1).all())
+
+
 def depends_on_mode(module: nn.Module) -> bool:
     """Return True for PyTorch's layers that compute something else in training mode: BatchNorm, dropout with p > 0."""
     if isinstance(module, _NormBase):

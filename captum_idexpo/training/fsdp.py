@@ -121,7 +121,7 @@ def check_sharding(model: nn.Module, *, freeze_batch_norm: bool) -> None:
     if own and not freeze_batch_norm:
         raise ValueError(
             f"With freeze_batch_norm=False each process would keep statistics of its own in {own[:5]} of the sharded "
-            "model: pass freeze_batch_norm=True, or use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)."
+            "model: leave freeze_batch_norm=True, or use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)."
         )
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.errors import NonFiniteError, warn
 from captum_idexpo._core.inputs import check_count, check_optional_count
-from captum_idexpo._core.modes import Snapshot, is_batch_norm, is_compiled, no_graph, training_mode
+from captum_idexpo._core.modes import Snapshot, has_new_statistics, is_batch_norm, is_compiled, no_graph, training_mode
 from captum_idexpo._core.rng import AnyGenerator
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import checkpoint
@@ -71,10 +71,9 @@ class ExplanationRegularizedTrainer:
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
-        freeze_batch_norm: train with BatchNorm's running statistics, and keep them. It can help a well trained network
-            with a small learning rate. Larger updates need the statistics of the batch, since a frozen layer passes on
-            each shift that the layers before it make; see docs/training.rst. Regularizers explain with the running
-            statistics in any case, and never change them.
+        freeze_batch_norm: train the task with BatchNorm's running statistics, and keep them. Regularizers always
+            explain with the running statistics, so that both see the same function. Pass False to train from random
+            weights, or with large updates: a frozen layer passes on each shift that the layers before it make.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
         patience: stop after this many epochs without a better validation score.
@@ -144,7 +143,7 @@ class ExplanationRegularizedTrainer:
         scheduler_interval: Literal["epoch", "update"] = "epoch",
         accelerator: Accelerator | None = None,
         evaluation: InsertionDeletion | None = None,
-        freeze_batch_norm: bool = False,
+        freeze_batch_norm: bool = True,
         accuracy_weight: float = 2.0,
         patience: int = 10,
         max_grad_norm: float | None = None,
@@ -219,6 +218,7 @@ class ExplanationRegularizedTrainer:
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
         check_count("epochs", epochs)
+        self._warn_of_new_statistics()
         for regularizer in (*self._unwrapped.known_regularizers, *self._judges):
             regularizer.prepare(self._unpacked(train_loader))
         train_loader = self._prepare(train_loader)
@@ -694,6 +694,15 @@ class ExplanationRegularizedTrainer:
             read = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
             finite = self.loss_fn(call_model(self.model, read), read.target).isfinite().all()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
+
+    def _warn_of_new_statistics(self) -> None:
+        """Warn if BatchNorm would be frozen before it has seen a batch."""
+        new = [name for name, module in self.model.named_modules() if has_new_statistics(module)]
+        if self.freeze_batch_norm and new:
+            warn(
+                f"BatchNorm's statistics are still those of new layers in {new[:3]}, and freeze_batch_norm=True keeps "
+                "them: pass freeze_batch_norm=False to train from random weights.",
+            )
 
     def _warn_of_a_bad_start(self, start: float, mean: float) -> None:
         """Warn if the first epoch has undone what the model knew before."""

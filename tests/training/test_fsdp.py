@@ -98,7 +98,6 @@ def gradients(name, sharding, rank=0, n_processes=1):
 
 
 def trainer_of(name, sharding, folder=None, **settings):
-    settings = {"freeze_batch_norm": True, **settings}
     accelerator = settings.pop("accelerator", None) or Accelerator(cpu=True)
     net = net_of(None if sharding == "accelerate" else sharding)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05, weight_decay=0.01)

@@ -31,7 +31,6 @@ trainer = ExplanationRegularizedTrainer(
     torch.optim.SGD(net.parameters(), lr=0.01),
     [regularizer],
     accelerator=Accelerator(cpu=True),
-    freeze_batch_norm=True,  # the statistics of a batch are those of each process
     show_progress=False,
 )
 result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}

@@ -56,6 +56,7 @@ def test_fit_equals_a_plain_training_loop():
     losses = []
     for _ in range(2):
         for x, y in batches():
+            twin[1].eval()  # BatchNorm's statistics are frozen by default
             loss = cross_entropy(twin(x), y) + sum(regularizer(x, y).values())
             losses.append(float(loss.detach()))
             optimizer.zero_grad()
@@ -223,7 +224,7 @@ def test_best_weights_are_restored():
 
 def test_patience_stops_early():
     net = smooth_conv_net()
-    trainer = make(net, lr=0.0, patience=2, freeze_batch_norm=True)  # nothing changes, so nothing gets better
+    trainer = make(net, lr=0.0, patience=2)  # nothing changes, so nothing gets better
     assert len(trainer.fit(batches(), batches(), epochs=10)) == 3
     assert len(make(net, lr=0.0, patience=2).fit(batches(), epochs=5)) == 5  # nothing to select by
 
@@ -597,8 +598,8 @@ def test_gradient_accumulation_equals_the_whole_batch():
     from accelerate import Accelerator
 
     whole, parts = net_without_dropout(), net_without_dropout()
-    make(whole, freeze_batch_norm=True).fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8))
-    trainer = make(parts, freeze_batch_norm=True, accelerator=Accelerator(gradient_accumulation_steps=2))
+    make(whole).fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8))
+    trainer = make(parts, accelerator=Accelerator(gradient_accumulation_steps=2))
     trainer.fit(DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=4))
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -609,6 +610,15 @@ def test_trainer_without_regularizers_reports_task_and_validation_scores():
     history = make(net, regularized=False).fit(batches(), batches(), epochs=2)
     names = {name for name in history[0] if not name.startswith("seconds")}
     assert names == {"epoch", "loss", "task", "val_loss", "val_accuracy", "valscore"}
+
+
+def test_trainer_warns_of_frozen_statistics_that_are_those_of_a_new_layer():
+    net = smooth_conv_net()
+    make(net, regularized=False).fit([ALL])
+    net[1].reset_running_stats()
+    with pytest.warns(UserWarning, match=r"those of new layers in \['1'\].*pass freeze_batch_norm=False"):
+        make(net, regularized=False).fit([ALL])
+    make(net, regularized=False, freeze_batch_norm=False).fit([ALL])
 
 
 # --- a first epoch that undoes what the model knew -------------------------------------------------------------------
@@ -635,9 +645,9 @@ def start_warnings(net, lr, epochs=1, n_updates=20, **settings):
 def test_trainer_warns_once_of_a_first_epoch_that_undoes_training():
     (message,) = start_warnings(trained_net(), lr=30.0, epochs=3)
     assert "Lower the learning rate" in message
-    assert "freeze_batch_norm" not in message
-    (message,) = start_warnings(trained_net(), lr=30.0, freeze_batch_norm=True)
     assert "pass freeze_batch_norm=False" in message
+    (message,) = start_warnings(trained_net(), lr=30.0, freeze_batch_norm=False)
+    assert "freeze_batch_norm" not in message
 
 
 @pytest.mark.filterwarnings("ignore")
