@@ -11,8 +11,8 @@ from torch import Tensor
 from captum_idexpo._core.features import FeatureLayout
 from captum_idexpo._core.inputs import as_tuple
 
-_NOTICEABLE = 0.05
-"""Share of a batch's examples from which on constant maps are reported: a single one among many is no news."""
+NOTICEABLE = 0.05
+"""Share of a batch's examples from which on maps that say nothing are reported: a single one among many is no news."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ def constant_maps_message(values: Tensor, present: Tensor | None = None) -> str 
     counts = values.shape[1] if present is None else present.sum(dim=1)
     constant = (lowest.amin(dim=1) == highest.amax(dim=1)) & torch.as_tensor(counts > 1, device=values.device)
     n_constant = int(constant.sum())
-    if not n_constant or n_constant < _NOTICEABLE * len(values):
+    if not n_constant or n_constant < NOTICEABLE * len(values):
         return None
     level = "one value" if bool(values[constant].any()) else "0"
     return (
         f"The attribution of {n_constant} of {len(values)} examples is {level} everywhere, so it ranks no location. "
         "Causes: the output does not depend on what is explained, as in a network whose last layer is still 0 (timm's "
-        "new heads); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps it); "
-        "Lime's Lasso has set all coefficients to 0 (id_expo_lime has another surrogate)."
+        "new heads), or behind the last block of a vision transformer, where only the class token is read (take "
+        "blocks[-1].norm1); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps "
+        "it); Lime's Lasso has set all coefficients to 0 (id_expo_lime has another surrogate)."
     )
 
 

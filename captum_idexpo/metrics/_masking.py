@@ -129,7 +129,8 @@ class StepSchedule:
         """
         if k > self.steps.shape[1]:
             raise ValueError(
-                f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, or lower step_size."
+                f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, lower step_size, or "
+                "raise fraction."
             )
         device = self.steps.device
         at = source(device, generator)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check_annotations(annotations: object, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def check_annotations(annotations: object, tensors: tuple[Tensor, ...], unknown: str) -> tuple[Tensor, ...]:
     """Return annotations that broadcast against their inputs, in the inputs' dtype.
 
     Raises:
@@ -15,7 +15,7 @@ def check_annotations(annotations: object, tensors: tuple[Tensor, ...]) -> tuple
     if annotations is None:
         raise ValueError(
             "annotations are missing: call regularizer(inputs, target, annotations), or let the loader yield (inputs, "
-            "target, annotations); where nothing is known zeros if they mark wrong evidence, ones if right."
+            f"target, annotations); for an example of which nothing is known {unknown}."
         )
     masks = annotations if isinstance(annotations, (tuple, list)) else (annotations,)
     if len(masks) != len(tensors):
@@ -36,7 +36,7 @@ def _fitting(mask: object, tensor: Tensor) -> Tensor:
     if not fits:
         raise ValueError(
             f"annotations of shape {tuple(mask.shape)} do not fit inputs of shape {tuple(tensor.shape)}: give one mask "
-            "an example, of the input's shape or with axes of size 1."
+            "per example, of the input's shape or with axes of size 1; (B, H, W) also fits images."
         )
     if not bool(((fitting >= 0) & (fitting <= 1)).all()):
         raise ValueError(

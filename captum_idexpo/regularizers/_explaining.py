@@ -208,7 +208,10 @@ def layer_cells(
             apart.
     """
     if len(maps) != 1 or len(tensors) != 1:
-        raise ValueError("A layer attribution can be ranked where the layer has one output and the model one input.")
+        raise ValueError(
+            f"A layer's attribution is ranked for one input, given: {len(maps)} maps for {len(tensors)} inputs. Choose "
+            "a layer with one output, and pass what is not explained as additional_forward_args."
+        )
     map, tensor = maps[0], tensors[0]
     if tensor.dim() == 2:
         return _of_columns(map, tensor, layout)

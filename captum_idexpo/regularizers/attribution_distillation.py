@@ -18,6 +18,7 @@ from captum.attr import Attribution
 from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.batch import Batch
+from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import as_batch
 from captum_idexpo._core.modes import module_of, no_graph
@@ -125,7 +126,12 @@ class AttributionDistillation(AttributionPenalty):
         return list(dict.fromkeys([*super().generators, *self._teacher.generators]))
 
     def penalty(self, batch: Batch) -> Tensor:
-        """Return 1 minus the cosine similarity of the two attributions, averaged over the batch."""
+        """Return 1 minus the cosine similarity of the two attributions, averaged over the batch.
+
+        Raises:
+            ValueError: student and teacher have different numbers of classes.
+        """
+        self._check_classes(batch)
         with no_graph(), self._teacher.held_in_eval_mode():
             explained = self._explained_by_both(batch)
             teacher = self._teacher.explain(batch, explained)
@@ -134,6 +140,17 @@ class AttributionDistillation(AttributionPenalty):
         target = _unit(torch.cat([pair[1].flatten(1) for pair in pairs], dim=1))
         distances = 1 - (student * target.to(student.dtype)).sum(dim=1)
         return (distances if explained.contributes is None else distances * explained.contributes).mean()
+
+    def _check_classes(self, batch: Batch) -> None:
+        if is_raw(self.outputs):
+            return
+        tensors = as_batch(batch.inputs)
+        own, others = (part._n_explained_columns(batch, tensors) for part in (self, self._teacher))
+        if own != others:
+            raise InputError(
+                f"The student's explained output has {own} columns, the teacher's {others}: both must have the same "
+                "classes in the same order."
+            )
 
     def _explained_by_both(self, batch: Batch) -> Explained:
         if self.explain_class == "label" or is_raw(self.outputs):

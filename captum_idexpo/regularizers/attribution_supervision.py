@@ -26,6 +26,7 @@ from captum_idexpo._core.errors import warn
 from captum_idexpo._core.inputs import as_batch
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr.layouts import ReshapeTransform
+from captum_idexpo.metrics._locations import NOTICEABLE
 from captum_idexpo.regularizers._annotations import check_annotations, summed_like
 from captum_idexpo.regularizers.base import AttributionPenalty, Weight
 
@@ -109,7 +110,7 @@ class AttributionSupervision(AttributionPenalty):
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {DISTANCES}, given: {distance!r}.")
         self.distance = distance
-        self._warned = False
+        self._warned = self._warned_of_no_evidence = False
 
     def penalty(self, batch: Batch) -> Tensor:
         """Return the distance of the positive evidence from the annotations, averaged over the batch.
@@ -117,7 +118,7 @@ class AttributionSupervision(AttributionPenalty):
         Raises:
             ValueError: annotations that are missing, do not fit, or lie outside [0, 1].
         """
-        masks = check_annotations(batch.annotations, as_batch(batch.inputs))
+        masks = check_annotations(batch.annotations, as_batch(batch.inputs), "zeros")
         self._warn_of_full_masks(masks)
         explained = self.explained(batch)
         pairs = [summed_like(map, mask) for map, mask in zip(self.explain(batch, explained), masks, strict=True)]
@@ -125,7 +126,21 @@ class AttributionSupervision(AttributionPenalty):
         marks = torch.cat([mask.flatten(1) for _, mask in pairs], dim=1).to(evidence.dtype)
         distances = _DISTANCES[self.distance](evidence, marks)
         counts = (marks > 0).any(dim=1).to(distances.dtype)
-        return (distances * (counts if explained.contributes is None else counts * explained.contributes)).mean()
+        if explained.contributes is not None:
+            counts = counts * explained.contributes
+        self._warn_of_no_evidence(evidence.detach(), counts)
+        return (distances * counts).mean()
+
+    def _warn_of_no_evidence(self, evidence: Tensor, counts: Tensor) -> None:
+        """Warn once if a noticeable share of the annotated examples has nothing that could be moved."""
+        without = int(((evidence.amax(dim=1) <= 0) & (counts > 0)).sum())
+        if without and without >= NOTICEABLE * int((counts > 0).sum()) and not self._warned_of_no_evidence:
+            self._warned_of_no_evidence = True
+            warn(
+                f"{without} of {int((counts > 0).sum())} annotated examples have no positive evidence, so the term has "
+                "no gradient for them. Train the task first, explain an earlier layer, or pass magnitudes "
+                "(attribute_kwargs={'abs': True} of Saliency).",
+            )
 
     def _warn_of_full_masks(self, masks: tuple[Tensor, ...]) -> None:
         if not self._warned and all(bool((mask == 1).all()) for mask in masks):

@@ -124,7 +124,7 @@ class RightForTheRightReasons(Penalty):
             ValueError: annotations that are missing, do not fit, or lie outside [0, 1].
         """
         tensors = as_batch(batch.inputs)
-        masks = check_annotations(batch.annotations, tensors)
+        masks = check_annotations(batch.annotations, tensors, "zeros" if self.annotates == "wrong" else "ones")
         self._warn_of_full_masks(masks)
         maps = self._input_gradients(tensors, batch) if self.explainer is None else self.explain(batch)
         forbidden = masks if self.annotates == "wrong" else tuple(1 - mask for mask in masks)

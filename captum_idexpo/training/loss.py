@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
-from captum_idexpo._core.errors import InputTypeError, NonFiniteError
+from captum_idexpo._core.errors import InputTypeError, NonFiniteError, warn
 from captum_idexpo._core.rng import share_of_batch
 from captum_idexpo.regularizers import Regularizer
 
@@ -68,6 +68,11 @@ class ExplanationRegularizedLoss(nn.Module):
         for regularizer in regularizers:
             if not isinstance(regularizer, nn.Module):
                 raise TypeError(f"Each regularizer must be a torch.nn.Module, given: {type(regularizer).__name__}.")
+        if loss_fn is cross_entropy and any(getattr(r, "outputs", None) == "multilabel" for r in regularizers):
+            warn(
+                "outputs='multilabel' announces a sigmoid for each label, but the loss is cross_entropy, under which "
+                "the labels compete: pass loss_fn=torch.nn.BCEWithLogitsLoss().",
+            )
         self.model = model
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn

@@ -87,7 +87,11 @@ scores = regularizer.scores(x_test, y_test, additional_forward_args=mask_test)
 print(f"accuracy {accuracy:.2f}, insertion {scores.insertion.mean():.2f}, deletion {scores.deletion.mean():.2f}")
 
 # %%
-# The evidence of the words of one text.
+# In the trainer the loader yields ids, and ``unpack`` makes embeddings of them: ``unpack=lambda batch:
+# Batch(embed(batch["input_ids"]), batch["labels"], None, batch["attention_mask"])``. Check the names in
+# ``KeywordModel``: a model that takes ``token_type_ids`` would read a mask under that name as something else.
+#
+# The evidence of the words of one text: all numbers of a word have the value of the word.
 
 text = [words[i] for i in ids[1000] if i > 2]
 (attribution,) = regularizer.attribution(x_test[:1], y_test[:1], additional_forward_args=mask_test[:1])

@@ -67,7 +67,8 @@ history = trainer.fit(train, val, epochs=12)
 print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
 
 # %%
-# The same images, explained for both settings of the switch.
+# The same images, explained for both settings of the switch. The evidence is nearly the same, as it should be: which
+# digit it is has to be read in either case.
 
 shown = images[1400:1404]
 maps = {}
@@ -81,10 +82,12 @@ figure = plot_explanations(shown, maps)
 # The mistake to avoid
 # --------------------
 #
-# Passing the row as a second *input*, ``(image, row)``. Then it is explained and masked as well, each number a location
-# among the pixels, and a layer's map has no place for it:
+# Passing the row as a second *input*, ``(image, row)``. Then the row is explained and masked as well, each number a
+# location among the pixels, and a layer's map has no place for it. (Several rows go into ``additional_forward_args`` as
+# a tuple, in the order of the model's arguments.)
 
+by_inputs = InsertionDeletion(LayerGradCam(model, model.conv), baselines=(0.0, 0.0))
 try:
-    regularizer((shown, torch.zeros(4)), labels[1400:1404])
+    by_inputs((shown, torch.zeros(4)), labels[1400:1404])
 except ValueError as error:
     print(error)

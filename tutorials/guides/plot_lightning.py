@@ -23,22 +23,23 @@ val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=100)
 
 # %%
 # ``ExplanationRegularizedLoss`` is the loss of a training step. ``scores`` is hard insertion and deletion of the
-# predicted class, one number per example.
+# predicted class, one number per example. The loss holds the model: a second attribute of it would store each weight
+# twice.
 
 
 class Explained(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.model = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10))
+        model = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10))
         regularizer = InsertionDeletion(
-            LayerGradCam(self.model, self.model[0]),
+            LayerGradCam(model, model[0]),
             baselines=0.0,
             insertion_weight=0.1,
             deletion_weight=0.1,
             deletion_form="complement",
             steps_per_update=2,
         )
-        self.loss = ExplanationRegularizedLoss(self.model, [regularizer])
+        self.loss = ExplanationRegularizedLoss(model, [regularizer])
 
     def training_step(self, batch, _):
         loss, parts = self.loss(batch)
@@ -48,12 +49,12 @@ class Explained(lightning.LightningModule):
     def validation_step(self, batch, _):
         images, labels = batch
         scores = self.loss.regularizers[0].scores(images)
-        self.log("val_accuracy", (self.model(images).argmax(1) == labels).float().mean())
+        self.log("val_accuracy", (self.loss.model(images).argmax(1) == labels).float().mean())
         self.log("val_insertion", scores.insertion.mean())
         self.log("val_deletion", scores.deletion.mean())
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.model.parameters(), lr=3e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
 quiet = {

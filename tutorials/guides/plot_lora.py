@@ -80,8 +80,8 @@ maps = {
 figure = plot_explanations(shown, maps)
 
 # %%
-# A frozen backbone is the same without peft: ``requires_grad_(False)`` on it, and an optimizer of the rest. A map that
-# does not depend on what is trained has no graph; that is an error and not a training without effect:
+# A frozen backbone is the same without peft: ``requires_grad_(False)`` on it, and an optimizer of the rest. The map's
+# gradient reaches the head. (A map that does not depend on anything that is trained has no graph, which is an error.)
 
 frozen = copy.deepcopy(before).requires_grad_(False)
 frozen.head.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo.attr import LayerGradCam
+from captum_idexpo.attr import InputXGradient
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_explanations
 
@@ -42,7 +42,7 @@ model = nn.Sequential(
     nn.Linear(48, 10),
 )
 regularizer = InsertionDeletion(
-    LayerGradCam(model, model[2]),
+    InputXGradient(model),
     baselines=0.0,
     outputs="multilabel",
     deletion_form="complement",
@@ -59,11 +59,22 @@ history = trainer.fit(train, val, epochs=6)
 print(f"labels right {history[-1]['val_accuracy']:.2f}, all labels right {history[-1]['val_exact_match']:.2f}")
 
 # %%
-# A map explains one label. Of two images: the map of the left digit's label, and that of the right one's.
+# A map explains one label. Here are images whose two labels are both predicted: the map of the left digit's label, and
+# that of the right one's.
 
-shown, left, right = x[700:704], numbers[pairs[700:704, 0]], numbers[pairs[700:704, 1]]
-maps = {"left digit": regularizer.attribution(shown, left)[0], "right digit": regularizer.attribution(shown, right)[0]}
-figure = plot_explanations(shown, maps)
+left, right = numbers[pairs[700:, 0]], numbers[pairs[700:, 1]]
+predicted = regularizer.predicted_labels(x[700:]).float()
+both = predicted.gather(1, left[:, None]) * predicted.gather(1, right[:, None]) * (left != right)[:, None]
+chosen = both[:, 0].nonzero()[:, 0]
+maps = {
+    "left digit": regularizer.attribution(x[700:][chosen], left[chosen])[0],
+    "right digit": regularizer.attribution(x[700:][chosen], right[chosen])[0],
+}
+for (name, values), half in zip(maps.items(), (slice(0, 8), slice(8, 16)), strict=True):
+    share = values.relu()[..., half].sum() / values.relu().sum()
+    print(f"{name}: {share:.0%} of its label's positive evidence is on its half")
+
+figure = plot_explanations(x[700:][chosen[:4]], {name: values[:4] for name, values in maps.items()})
 
 # %%
 # The mistake to avoid
@@ -73,6 +84,6 @@ figure = plot_explanations(shown, maps)
 # target is refused there, since it may also be classes in another form:
 
 try:
-    InsertionDeletion(LayerGradCam(model, model[2]), baselines=0.0)(shown, y[700:704])
+    InsertionDeletion(InputXGradient(model), baselines=0.0)(x[700:704], y[700:704])
 except ValueError as error:
     print(error)

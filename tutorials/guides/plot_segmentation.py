@@ -70,8 +70,8 @@ figure = plot_explanations(shown.clip(0, 1), {"Grad-CAM": regularizer.attributio
 # --------------------
 #
 # Summing only over the pixels that the network gives to the class, and only the logit of that class. This network says
-# "disc" where it finds no sign of the background: inside the disc its logits are constant, so that sum has no gradient,
-# and its map is 0. The log-odds over all pixels also have the evidence against the class.
+# "disc" where it finds no sign of the background: inside the disc its logits are constant, so in most images that sum
+# has no gradient, and its map is 0. The log-odds over all pixels also have the evidence against the class.
 
 
 def logit_inside(images):

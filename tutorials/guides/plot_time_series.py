@@ -92,8 +92,8 @@ except ValueError as error:
 print(Smoothness(IntegratedGradients(model), axes=(1,))(example, label))
 
 # %%
-# A GRU returns a tuple, of which a layer's attribution explains each part. Put an ``nn.Identity`` behind it, and
-# explain that.
+# A GRU returns a tuple, whose second part this network does not use, so a layer's attribution of it fails. Put an
+# ``nn.Identity`` behind the part that is used, and explain that.
 
 
 class WithLayer(Recurrent):
