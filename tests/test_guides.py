@@ -16,14 +16,14 @@ LIBRARIES = ("lightning", "peft", "timm", "transformers")
 SAYS = {
     "averaged_weights": r"memory: 20 updates, one epoch: 20 updates",
     "hugging_face": r"accuracy 1\.00, insertion 0\.\d+, deletion 0\.\d+\nwithout the mask the maps change by \d{2,}%",
-    "image_with_metadata": r"accuracy 0\.[89]\d.*A layer's attribution is ranked for one input.*additional_forward_args",
+    "image_with_metadata": r"accuracy 0\.[89]\d.*attribution is ranked for one input.*additional_forward_args",
     "lightning": r"'val_accuracy': 0\.9\d*.*forbids: use torch\.no_grad\(\).*inference_mode=False",
     "lora": r"before insertion 0\.[56]\d*.*after  insertion 0\.7\d*.*the two maps differ by \d{2}%",
     "multilabel": r"labels right 0\.9\d.*left digit: [78]\d%.*right digit: [78]\d%.*outputs='multilabel'",
     "segmentation": r"pixels right 0\.9\d.*0\.0000",
     "time_series": r"accuracy 0\.9\d.*axes=\(1,\) for \(B, T, F\).*'smoothness'.*Size\(\[1, 24, 3\]\)",
     "timm_checkpointing": r"before.* deletion 0\.[34]\d\nafter .* deletion 0\.[12]\d\n.*SDPBackend\.MATH",
-    "vision_transformer": r"before.* deletion 0\.4\d\nafter .* deletion 0\.[12]\d\n.*The attribution of 4 of 4 examples is 0",
+    "vision_transformer": r"before.* deletion 0\.4\d\nafter .* deletion 0\.[12]\d\n.*of 4 of 4 examples is 0",
 }
 
 
