@@ -75,8 +75,11 @@ class Locations:
         return counts[:1] if bool((counts == counts[0]).all()) else counts
 
 
-def constant_maps_message(values: Tensor, present: Tensor | None = None) -> str | None:
-    """Return a warning if a noticeable share of the maps ``(B, D)`` ranks no location, else None."""
+def constant_maps_message(values: Tensor, present: Tensor | None = None, *, counted: bool = True) -> str | None:
+    """Return a warning if a noticeable share of the maps ``(B, D)`` ranks no location, else None.
+
+    Without the counts the text is the same for each batch, so that Python shows it once per line of code.
+    """
     lowest = values if present is None else values.masked_fill(~present, torch.inf)
     highest = values if present is None else values.masked_fill(~present, -torch.inf)
     counts = values.shape[1] if present is None else present.sum(dim=1)
@@ -85,8 +88,9 @@ def constant_maps_message(values: Tensor, present: Tensor | None = None) -> str 
     if not n_constant or n_constant < NOTICEABLE * len(values):
         return None
     level = "one value" if bool(values[constant].any()) else "0"
+    which = f"{n_constant} of {len(values)} examples" if counted else "some examples"
     return (
-        f"The attribution of {n_constant} of {len(values)} examples is {level} everywhere, so it ranks no location. "
+        f"The attribution of {which} is {level} everywhere, so it ranks no location. "
         "Causes: the output does not depend on what is explained, as in a network whose last layer is still 0 (timm's "
         "new heads), or behind the last block of a vision transformer, where only the class token is read (take "
         "blocks[-1].norm1); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps "

@@ -189,7 +189,7 @@ class Masking:
         locations = Locations.of(attributions, tensors, groups_of(feature_mask, tensors), group_reduction)
         if check_finite:
             require_finite((locations.values,), "attributions")
-        message = constant_maps_message(locations.values, locations.present)
+        message = constant_maps_message(locations.values, locations.present, counted=False)
         if message:
             warn(message)
         check_temperature(temperature)

@@ -43,7 +43,7 @@ def _fitting(mask: object, tensor: Tensor) -> Tensor:
             "annotations must lie between 0 and 1 (1 where they mark something), given: "
             f"{float(fitting.min()):g} to {float(fitting.max()):g}."
         )
-    return fitting
+    return fitting.expand(len(tensor), *fitting.shape[1:])
 
 
 def summed_like(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.forward import BatchForward
-from captum_idexpo._core.inputs import Tensors
+from captum_idexpo._core.inputs import Tensors, as_batch
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._trainable import require_trainable
 from captum_idexpo.attr.layer import LayerGradCam
@@ -66,7 +66,8 @@ class Explaining:
         with self._layer_noted():
             attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
         self.seconds = time.perf_counter() - started
-        return widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
+        maps = widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
+        return maps if self.of_layer else tuple(map(_without_column, maps, as_batch(inputs)))
 
     @property
     def generators(self) -> list[Generator]:
@@ -157,9 +158,25 @@ def require_attribution(explainer: object) -> Attribution:
     return explainer
 
 
+def _without_column(map: Tensor, tensor: Tensor) -> Tensor:
+    """Return a map ``(B, 1, ...)`` in its input's shape: Captum's Shapley values have an axis for a single output."""
+    return map.squeeze(1) if map.dim() == tensor.dim() + 1 and map.shape[1] == 1 else map
+
+
 def per_row(map: Tensor, values: Tensor) -> Tensor:
     """Return one value per example ``(B,)`` as a tensor that broadcasts against a map ``(B, ...)``."""
     return values.to(map.dtype).reshape(-1, *[1] * (map.dim() - 1))
+
+
+def scaled_by_peak(rows: Tensor) -> Tensor:
+    """Return rows ``(B, n)`` divided by their largest magnitude, as a constant; rows of nearly 0 become 0.
+
+    What does not depend on the scale of a map is computed from these, since quotients of very small numbers have
+    infinite gradients.
+    """
+    peaks = rows.detach().abs().amax(dim=1, keepdim=True)
+    is_map = peaks > 2**20 * torch.finfo(rows.dtype).tiny
+    return torch.where(is_map, rows, 0.0) / torch.where(is_map, peaks, 1.0)
 
 
 def widened(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

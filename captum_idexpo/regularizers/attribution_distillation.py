@@ -4,8 +4,8 @@ r"""Attribution distillation: a student that explains its predictions as its tea
 
     \Omega = \operatorname{mean}_x \Big[1 - \frac{\langle E_S(x), E_T(x) \rangle}{\|E_S(x)\|\,\|E_T(x)\|}\Big],
 
-the explanation term of e2KD (Parchami-Araghi et al. 2024, arXiv 2402.03119, eq. 2). Half the squared distance of the
-normalised maps, as in attention transfer (Zagoruyko, Komodakis 2017, arXiv 1612.03928), is the same number.
+the explanation term of e2KD (Parchami-Araghi et al. 2024, arXiv 2402.03119). It is half the squared distance of the
+normalised maps, which attention transfer takes of activations (Zagoruyko, Komodakis 2017, arXiv 1612.03928).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import as_batch
-from captum_idexpo._core.modes import module_of, no_graph
+from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._scoring import is_raw, predicted_class
-from captum_idexpo.regularizers._explaining import require_attribution
+from captum_idexpo.regularizers._explaining import require_attribution, scaled_by_peak
 from captum_idexpo.regularizers.base import AttributionPenalty, Explained, Regularizer, Weight
 
 
@@ -37,23 +37,25 @@ class AttributionDistillation(AttributionPenalty):
     where one of the maps has a single channel, the other one is summed over its channels. An example for which one of
     the maps is 0 counts 1. The term is named "attribution_distillation".
 
-    The term adds to a distillation of the outputs, it does not replace it: train the student on its teacher's
+    The term adds to a distillation of the outputs, it does not replace it: train a classifier on its teacher's
     probabilities, soft labels ``(B, n_classes)``, as the loader's target.
 
     Args:
         explainer: the student's attribution, of `captum_idexpo.attr`.
-        teacher: the teacher's attribution, of `captum_idexpo.attr`. The teacher is not trained. It is held in eval mode
-            if the attribution's forward function is a module or its method.
+        teacher: the teacher's attribution, of `captum_idexpo.attr`. The teacher is not trained, and is held in eval
+            mode.
         explain_class: "predicted" is the class that the teacher predicts (the paper's), "label" the loader's target.
             For ``outputs="raw"`` and a function as ``outputs`` both explain the same.
-        model: the module held in eval mode; None: the student's forward function, if it is a module or its method.
+        model: the student, if its attribution's forward function is neither a module nor a module's method.
+        teacher_model: the teacher, likewise.
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         attribute_kwargs: further arguments of ``explainer.attribute``.
         teacher_kwargs: further arguments of ``teacher.attribute``; None: as `attribute_kwargs`.
-        reshape_transform: where the channels of explained layers are, see `Regularizer`; for both maps, unless they are
-            Grad-CAM's, which has a transform of its own.
-        target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
+        reshape_transform: where the channels of the student's explained layer are, see `Regularizer`.
+        teacher_reshape_transform: the same of the teacher's.
+        target_transform: a function of the loader's target that returns the explained one, see `Regularizer`; for
+            ``explain_class="label"``.
         outputs: what both models return, as for `captum_idexpo.metrics.insertion_deletion`; "raw" for regression.
         eval_mode: explain the student in eval mode (BatchNorm, dropout).
         generator: source of the drawn labels of ``outputs="multilabel"``; None: torch's global generator.
@@ -83,11 +85,13 @@ class AttributionDistillation(AttributionPenalty):
         *,
         explain_class: Literal["predicted", "label"] = "predicted",
         model: nn.Module | None = None,
+        teacher_model: nn.Module | None = None,
         weight: Weight = 1.0,
         ratio: float = 1.0,
         attribute_kwargs: Mapping[str, Any] | None = None,
         teacher_kwargs: Mapping[str, Any] | None = None,
         reshape_transform: ReshapeTransform | None = None,
+        teacher_reshape_transform: ReshapeTransform | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         outputs: Outputs = "logits",
         eval_mode: bool = True,
@@ -110,14 +114,13 @@ class AttributionDistillation(AttributionPenalty):
             raise ValueError(f"explain_class must be 'predicted' or 'label', given: {explain_class!r}.")
         self.explain_class = explain_class
         # Not a submodule: the teacher's part has nothing to train and no state of its own.
-        teacher_func = require_attribution(teacher).forward_func
         self.__dict__["_teacher"] = Regularizer(
-            teacher_func,
+            require_attribution(teacher).forward_func,
+            model=teacher_model,
             explainer=teacher,
             attribute_kwargs=attribute_kwargs if teacher_kwargs is None else teacher_kwargs,
-            reshape_transform=reshape_transform,
+            reshape_transform=teacher_reshape_transform,
             outputs=outputs,
-            eval_mode=module_of(teacher_func) is not None,
         )
 
     @property
@@ -131,21 +134,23 @@ class AttributionDistillation(AttributionPenalty):
         Raises:
             ValueError: student and teacher have different numbers of classes.
         """
-        self._check_classes(batch)
+        constant = self._teacher.attribute_kwargs.get("additional_forward_args")
+        of_teacher = batch if constant is None else batch._replace(additional_forward_args=constant)
         with no_graph(), self._teacher.held_in_eval_mode():
-            explained = self._explained_by_both(batch)
-            teacher = self._teacher.explain(batch, explained)
+            self._check_classes(batch, of_teacher)
+            explained = self._explained_by_both(of_teacher)
+            teacher = self._teacher.explain(of_teacher, explained)
         pairs = [_same_channels(*pair) for pair in zip(self.explain(batch, explained), teacher, strict=True)]
         student = _unit(torch.cat([pair[0].flatten(1) for pair in pairs], dim=1))
         target = _unit(torch.cat([pair[1].flatten(1) for pair in pairs], dim=1))
         distances = 1 - (student * target.to(student.dtype)).sum(dim=1)
         return (distances if explained.contributes is None else distances * explained.contributes).mean()
 
-    def _check_classes(self, batch: Batch) -> None:
+    def _check_classes(self, batch: Batch, of_teacher: Batch) -> None:
         if is_raw(self.outputs):
             return
         tensors = as_batch(batch.inputs)
-        own, others = (part._n_explained_columns(batch, tensors) for part in (self, self._teacher))
+        own, others = self._n_explained_columns(batch, tensors), self._teacher._n_explained_columns(of_teacher, tensors)
         if own != others:
             raise InputError(
                 f"The student's explained output has {own} columns, the teacher's {others}: both must have the same "
@@ -169,8 +174,7 @@ def _same_channels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Return rows of length 1, and rows of zeros as they are. Dividing by the peak first keeps small ones exact."""
-    peaks = rows.detach().abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(peaks > 0, peaks, 1.0)
+    """Return rows of length 1, and rows of zeros as they are."""
+    scaled = scaled_by_peak(rows)
     squares = scaled.square().sum(dim=1, keepdim=True)
     return scaled / torch.where(squares > 0, squares, 1.0).sqrt()

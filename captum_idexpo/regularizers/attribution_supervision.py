@@ -27,8 +27,10 @@ from captum_idexpo._core.inputs import as_batch
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._locations import NOTICEABLE
+from captum_idexpo.metrics._scoring import is_raw
 from captum_idexpo.regularizers._annotations import check_annotations, summed_like
-from captum_idexpo.regularizers.base import AttributionPenalty, Weight
+from captum_idexpo.regularizers._explaining import scaled_by_peak
+from captum_idexpo.regularizers.base import AttributionPenalty, Explained, Weight
 
 DISTANCES = ("energy", "squared")
 
@@ -40,7 +42,8 @@ class AttributionSupervision(AttributionPenalty):
     size 1, that marks the right evidence, such as a bounding box, a segmentation, or the words of a rationale. Along an
     axis of size 1 the attribution is summed: a mask ``(B, H, W)`` compares pixels, a mask ``(B, T, 1)`` compares tokens
     of embeddings ``(B, T, E)``. An example without any mark is not annotated and counts 0. A map without
-    positive evidence has no gradient. The term is named "attribution_supervision".
+    positive evidence has no gradient. An explainer of groups gives each position the value of its group, so a group
+    counts by its size. The term is named "attribution_supervision".
 
     `RightForTheRightReasons` forbids evidence in places, whatever the rest of the map does. This class compares shares
     of the evidence, so a model cannot satisfy it by a smaller attribution.
@@ -122,7 +125,9 @@ class AttributionSupervision(AttributionPenalty):
         self._warn_of_full_masks(masks)
         explained = self.explained(batch)
         pairs = [summed_like(map, mask) for map, mask in zip(self.explain(batch, explained), masks, strict=True)]
-        evidence = torch.cat([map.flatten(1) for map, _ in pairs], dim=1).relu()
+        evidence = torch.cat([map.flatten(1) for map, _ in pairs], dim=1)
+        sign = self._sign_of_one_column(batch, explained)
+        evidence = scaled_by_peak((evidence if sign is None else evidence * sign[:, None]).relu())
         marks = torch.cat([mask.flatten(1) for _, mask in pairs], dim=1).to(evidence.dtype)
         distances = _DISTANCES[self.distance](evidence, marks)
         counts = (marks > 0).any(dim=1).to(distances.dtype)
@@ -130,6 +135,15 @@ class AttributionSupervision(AttributionPenalty):
             counts = counts * explained.contributes
         self._warn_of_no_evidence(evidence.detach(), counts)
         return (distances * counts).mean()
+
+    def _sign_of_one_column(self, batch: Batch, explained: Explained) -> Tensor | None:
+        """Return -1 for class 0 of a single column, whose attribution is evidence for class 1; None elsewhere."""
+        assert self._explaining is not None
+        target = explained.target
+        if is_raw(self.outputs) or self.outputs == "multilabel" or not isinstance(target, Tensor):
+            return None
+        one_column = self._n_explained_columns(batch, as_batch(batch.inputs)) == 1
+        return 2.0 * target.flatten() - 1 if one_column and self._explaining.signed_for_target else None
 
     def _warn_of_no_evidence(self, evidence: Tensor, counts: Tensor) -> None:
         """Warn once if a noticeable share of the annotated examples has nothing that could be moved."""
@@ -153,17 +167,14 @@ class AttributionSupervision(AttributionPenalty):
 
 def _energy(evidence: Tensor, marks: Tensor) -> Tensor:
     """Return the share of the evidence outside the marks, ``(B,)``; 1 for a map without positive evidence."""
-    return 1 - (evidence * marks).sum(dim=1) / _or_one(evidence.sum(dim=1))
+    total = evidence.sum(dim=1)
+    return 1 - (evidence * marks).sum(dim=1) / torch.where(total > 0, total, 1.0)
 
 
 def _squared(evidence: Tensor, marks: Tensor) -> Tensor:
     """Return the mean squared difference of the map, divided by its maximum, and the marks, ``(B,)``."""
-    return (evidence / _or_one(evidence.amax(dim=1, keepdim=True)) - marks).square().mean(dim=1)
-
-
-def _or_one(scale: Tensor) -> Tensor:
-    """Return divisors, 1 in place of 0, so that an empty map has no gradient, and not an infinite one."""
-    return torch.where(scale > 0, scale, 1.0)
+    peak = evidence.amax(dim=1, keepdim=True)
+    return (evidence / torch.where(peak > 0, peak, 1.0) - marks).square().mean(dim=1)
 
 
 _DISTANCES = {"energy": _energy, "squared": _squared}

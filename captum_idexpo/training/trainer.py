@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.data import DataLoader
 
@@ -51,6 +52,7 @@ _DWARFS = 10  # times the task's gradient
 # A first epoch is bad whose mean task loss exceeds the loss at the start so many times, and by this much. The second is
 # for models that fit their data nearly perfectly, whose loss may rise a hundredfold without harm.
 _FAR_ABOVE, _HARMLESS = 3, 0.1
+_FROZEN = " With a learning rate that has to stay large, pass freeze_batch_norm=False."
 
 
 class ExplanationRegularizedTrainer:
@@ -71,7 +73,7 @@ class ExplanationRegularizedTrainer:
             `gradient_accumulation_steps` is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
-        freeze_batch_norm: train the task with BatchNorm's running statistics, and keep them. Regularizers always
+        freeze_batch_norm: train the task with BatchNorm's running statistics, and keep them. Regularizers in eval mode
             explain with the running statistics, so that both see the same function. Pass False to train from random
             weights, or with large updates: a frozen layer passes on each shift that the layers before it make.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
@@ -528,7 +530,7 @@ class ExplanationRegularizedTrainer:
 
     def _step(self, batch: Any, is_last: bool, where: str, weights: Snapshot, run: Run) -> dict[str, float]:
         """Train on one batch and return the loss and its parts, means over processes."""
-        from accelerate.utils import find_batch_size, send_to_device
+        from accelerate.utils import send_to_device
 
         batch = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
         module = self._unwrapped
@@ -542,7 +544,7 @@ class ExplanationRegularizedTrainer:
         with self.accelerator.accumulate(*waiting):
             with gathered(self.model):
                 named = self._backward(batch, where)
-            run.note_start(named["task"], self.accelerator.num_processes * (find_batch_size(batch.inputs) or 1))
+            run.note_start(named["task"], self.accelerator.num_processes * _n_examples(batch))
             if self.accelerator.scaler is None:
                 with failing_together(self.accelerator):
                     _check_gradients(module, where)
@@ -657,7 +659,8 @@ class ExplanationRegularizedTrainer:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for name, term in terms.items():
                 if term.requires_grad:
-                    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                    with _explained_checkpoint_errors():
+                        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                     squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
                     norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         task = norms.get("task", 0.0)
@@ -701,7 +704,8 @@ class ExplanationRegularizedTrainer:
         if self.freeze_batch_norm and new:
             warn(
                 f"BatchNorm's statistics are still those of new layers in {new[:3]}, and freeze_batch_norm=True keeps "
-                "them: pass freeze_batch_norm=False to train from random weights.",
+                "them: pass freeze_batch_norm=False to train from random weights, or run some batches through the new "
+                "layers in training mode first.",
             )
 
     def _warn_of_a_bad_start(self, start: float, mean: float) -> None:
@@ -710,10 +714,10 @@ class ExplanationRegularizedTrainer:
             return
         warn(
             f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: "
-            "training has undone what the model knew. Lower the learning rate, raise it slowly (a warm-up with "
-            "scheduler_interval='update')"
-            + (", or pass freeze_batch_norm=False" if self.freeze_batch_norm and self._has_batch_norm else "")
-            + (", or lower the weights of the regularizers." if self.regularizers else "."),
+            "training may have undone what the model knew. Lower the learning rate"
+            + (" or the weights of the regularizers" if self.regularizers else "")
+            + ", or raise them slowly (a warm-up with scheduler_interval='update', weight_schedule)."
+            + (_FROZEN if self.freeze_batch_norm and self._has_batch_norm else ""),
         )
 
     @property
@@ -769,6 +773,12 @@ def _explained_checkpoint_errors() -> Iterator[None]:
             "kernel that explanations need for their second derivative. Stochastic depth and other layers that are "
             "random in training mode: set their rates to 0. Or turn checkpointing off."
         ) from error
+
+
+def _n_examples(batch: Batch) -> int:
+    """Return the length of the first tensor of the target or the inputs; 1 if there is none."""
+    leaves = tree_leaves((batch.target, batch.inputs))
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def _checked_interval(interval: str, scheduler: Any) -> str:

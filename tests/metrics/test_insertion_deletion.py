@@ -550,14 +550,14 @@ def test_insertion_deletion_warns_of_constant_maps_from_a_share_of_five_percent(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         insertion_deletion(nn.Linear(6, 2), torch.randn(30, 6), maps, target=1)
-    expected = [f"The attribution of {n_constant} of 30 examples is one value everywhere"] if warns else []
+    expected = ["The attribution of some examples is one value everywhere"] if warns else []
     assert [str(w.message)[: len(e)] for w, e in zip(caught, expected, strict=True)] == expected
 
 
 def test_insertion_deletion_reads_constant_maps_at_the_groups_that_an_example_has():
     groups = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3]])
     maps = torch.tensor([[1.0, 3.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]])  # both groups of the first have the mean 2
-    with pytest.warns(UserWarning, match="1 of 2 examples is one value everywhere"):
+    with pytest.warns(UserWarning, match="of some examples is one value everywhere"):
         insertion_deletion(nn.Linear(4, 2), torch.randn(2, 4), maps, feature_mask=groups, target=1)
     one_group = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3]])  # nothing to rank
     insertion_deletion(nn.Linear(4, 2), torch.randn(2, 4), maps, feature_mask=one_group, target=1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from captum_idexpo.attr import InputXGradient, LayerGradCam, LayerIntegratedGradients, Saliency
-from captum_idexpo.regularizers import AttributionSupervision
+from captum_idexpo.attr import InputXGradient, LayerGradCam, LayerIntegratedGradients, Saliency, ShapleyValues
+from captum_idexpo.regularizers import AttributionSupervision, RightForTheRightReasons
 from captum_idexpo.testing import assert_trainable
 from tests.helpers import smooth_conv_net, smooth_net
 
@@ -133,7 +133,7 @@ def test_supervision_of_multilabel_counts_zero_without_a_true_label():
     torch.testing.assert_close(regularizer(X, labels, COLUMNS)["attribution_supervision"], expected)
 
 
-@pytest.mark.filterwarnings("ignore:The attribution of")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("distance", DEFINITIONS)
 def test_supervision_of_an_empty_map_is_finite_and_has_no_gradient(distance):
     net = smooth_net()
@@ -173,3 +173,89 @@ def test_supervision_moves_the_evidence_into_the_marks():
         optimizer.step()
     assert before > 0.3
     assert term.item() < 0.1
+
+
+@pytest.mark.parametrize("distance", DEFINITIONS)
+def test_supervision_of_one_logit_reads_the_evidence_for_either_class(distance):
+    one = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return torch.cat([-one(x), one(x)], dim=1) / 2
+
+    labels = torch.tensor([0, 1, 0, 0, 1])
+    single = AttributionSupervision(InputXGradient(one), distance=distance)
+    double = AttributionSupervision(InputXGradient(Two()), distance=distance)
+    torch.testing.assert_close(single(X, labels, COLUMNS), double(X, labels, COLUMNS))
+    magnitudes = AttributionSupervision(Saliency(one), distance=distance)
+    torch.testing.assert_close(magnitudes(X, labels, COLUMNS), magnitudes(X, 1 - labels, COLUMNS))
+
+
+def test_supervision_of_soft_marks_and_of_a_mask_of_channels_for_a_layer():
+    explainer = InputXGradient(smooth_net())
+    soft = COLUMNS * 0.5
+    expected = sum(energy_outside(*pair) for pair in zip(explainer.attribute(X, target=Y), soft, strict=True)) / 5
+    assert AttributionSupervision(explainer)(X, Y, soft)["attribution_supervision"].item() == pytest.approx(expected)
+    net = smooth_conv_net()
+    grad_cam = LayerGradCam(net, net[2])
+    channels = torch.stack([BOXES, 0 * BOXES], dim=1)
+    halves = AttributionSupervision(grad_cam)(IMAGES, LABELS, BOXES / 2)
+    torch.testing.assert_close(AttributionSupervision(grad_cam)(IMAGES, LABELS, channels), halves)
+
+
+def test_supervision_takes_one_mask_for_all_examples():
+    shared = COLUMNS[:1]
+    regularizer = AttributionSupervision(InputXGradient(smooth_net()))
+    torch.testing.assert_close(regularizer(X, Y, shared), regularizer(X, Y, shared.expand(5, -1)))
+    two = TwoInputs()
+    both = AttributionSupervision(InputXGradient(two), model=two)
+    together = both((X, X + 1), Y, (shared, COLUMNS))
+    torch.testing.assert_close(together, both((X, X + 1), Y, (shared.expand(5, -1), COLUMNS)))
+
+
+@pytest.mark.parametrize("masks", [COLUMNS[:1], COLUMNS])
+def test_supervision_warns_once_of_examples_without_positive_evidence(masks):
+    net, inputs = smooth_net(), X.abs()
+    AttributionSupervision(Saliency(net))(inputs, Y, masks)  # magnitudes are positive
+    negative = AttributionSupervision(InputXGradient(Negative(net)))
+    with pytest.warns(UserWarning, match="5 of 5 annotated examples have no positive evidence"):
+        negative(inputs, Y, masks)
+    negative(inputs, Y, masks)
+
+
+class Negative(nn.Module):
+    """A network whose input times gradient is negative everywhere for positive inputs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return -(self.net[0].weight.square().sum(0) * x).sum(1, keepdim=True).expand(-1, 3)
+
+
+@pytest.mark.parametrize("distance", DEFINITIONS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-42])
+@pytest.mark.filterwarnings("ignore")
+def test_supervision_of_very_small_maps_has_finite_gradients(distance, scale):
+    net = smooth_net().float()
+    small = InputXGradient(lambda x: scale * net(x))
+    regularizer = AttributionSupervision(small, distance=distance, model=net)
+    term = regularizer(X.float(), Y, COLUMNS.float())["attribution_supervision"]
+    term.backward()
+    assert term.isfinite()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The attribution of")
+def test_shapley_values_of_a_single_column_fit_regularizers():
+    one = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    explainer = ShapleyValues(one)
+    maps = explainer.attribute(X, baselines=0.0).reshape(5, 6)
+    labels = torch.ones(5).long()
+    supervised = AttributionSupervision(explainer, attribute_kwargs={"baselines": 0.0})
+    expected = sum(energy_outside(*pair) for pair in zip(maps, COLUMNS, strict=True)) / 5
+    assert supervised(X, labels, COLUMNS)["attribution_supervision"].item() == pytest.approx(expected)
+    right = RightForTheRightReasons(one, explainer=explainer, attribute_kwargs={"baselines": 0.0})
+    expected = (maps * COLUMNS).square().sum(1).mean().item()
+    assert right(X, labels, COLUMNS)["right_reasons"].item() == pytest.approx(expected)

@@ -355,3 +355,13 @@ def test_labels_of_any_integer_type_give_the_same_terms():
         expected = regularizer(X, Y)
         for dtype in (torch.uint8, torch.int16, torch.int32):
             assert regularizer(X, Y.to(dtype)) == expected
+
+
+def test_regularizer_warns_once_of_maps_that_are_zero_everywhere():
+    net = smooth_net()
+    torch.nn.init.zeros_(net[2].weight)
+    regularizer = Sparsity(InputXGradient(net))
+    inputs, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    with pytest.warns(UserWarning, match=r"of 4 of 4 examples is 0 everywhere"):
+        regularizer(inputs, labels)
+    regularizer(inputs, labels)

@@ -357,9 +357,9 @@ def test_deletion_floor_binds_and_warns_once():
     regularizer(X, Y)  # once is enough
 
 
-@pytest.mark.parametrize(("n_certain", "warns"), [(1, True), (0, False)])
-def test_deletion_floor_warns_from_a_share_of_five_percent(n_certain, warns):
-    rows = torch.zeros(20, 2, dtype=torch.float64)
+@pytest.mark.parametrize(("n_examples", "n_certain", "warns"), [(20, 1, True), (40, 1, False), (20, 0, False)])
+def test_deletion_floor_warns_from_a_share_of_five_percent(n_examples, n_certain, warns):
+    rows = torch.zeros(n_examples, 2, dtype=torch.float64)
     rows[:n_certain] = -40.0  # deleted or not, class 0 is impossible
 
     class Certain(torch.nn.Module):

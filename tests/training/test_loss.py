@@ -190,3 +190,11 @@ def test_loss_names_a_regularizer_that_returns_no_scalar_terms(terms, message):
     net = smooth_conv_net()
     with pytest.raises(TypeError, match=message):
         ExplanationRegularizedLoss(net, [Returning(terms)])((X, Y))
+
+
+def test_loss_warns_of_cross_entropy_for_several_labels():
+    net = nn.Linear(6, 3)
+    regularizer = Sparsity(InputXGradient(net), outputs="multilabel")
+    with pytest.warns(UserWarning, match=r"loss_fn=torch\.nn\.BCEWithLogitsLoss\(\)"):
+        ExplanationRegularizedLoss(net, [regularizer])
+    ExplanationRegularizedLoss(net, [regularizer], nn.BCEWithLogitsLoss())

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
+from captum_idexpo import Batch, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import GradientShap, LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion_deletion
@@ -615,6 +615,8 @@ def test_trainer_without_regularizers_reports_task_and_validation_scores():
 def test_trainer_warns_of_frozen_statistics_that_are_those_of_a_new_layer():
     net = smooth_conv_net()
     make(net, regularized=False).fit([ALL])
+    net[1].running_mean.zero_()
+    make(net, regularized=False).fit([ALL])  # the variances have been measured
     net[1].reset_running_stats()
     with pytest.warns(UserWarning, match=r"those of new layers in \['1'\].*pass freeze_batch_norm=False"):
         make(net, regularized=False).fit([ALL])
@@ -634,11 +636,66 @@ def trained_net():
     return net
 
 
+class Fixed(nn.Module):
+    """A model whose task loss follows a list, one value per batch."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.weight, self.losses = nn.Parameter(torch.zeros(())), list(losses)
+
+    def forward(self, x):
+        return self.losses.pop(0) + 0 * self.weight * x.sum()
+
+
+def fixed_losses_warn(losses, size, epochs=1):
+    model = Fixed([*losses, losses[-1]] * epochs)  # the last batch of an epoch is evaluated again
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = ExplanationRegularizedTrainer(model, optimizer, [], lambda output, _: output, show_progress=False)
+    batches = [(torch.zeros(size, 2), torch.zeros(size))] * len(losses)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(batches, epochs=epochs)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("losses", "size", "warns"),
+    [
+        ([0.1, 1.0, 1.0], 64, True),
+        ([0.1, 1.0, 1.0], 32, False),  # the first two batches are the start
+        ([0.1, 1.0, 1.0], 63, False),
+        ([0.4, 1.0, 1.0], 64, False),  # not three times as much
+        ([0.0, 0.1, 0.1], 64, False),  # a hundred times as much, and harmless
+        ([-0.5, 3.0, 3.0], 64, False),  # no loss of which there are multiples
+    ],
+)
+def test_first_epoch_is_compared_with_the_loss_of_the_first_batches(losses, size, warns):
+    messages = fixed_losses_warn(losses, size)
+    assert len(messages) == warns
+    assert all("was 0.1 on the first batches, and 0.7 as the mean" in message for message in messages)
+    assert not any("regularizers" in message or "freeze_batch_norm" in message for message in messages)
+
+
+def test_trainer_takes_inputs_without_a_tensor():
+    class OfNames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.ParameterDict({"a": torch.zeros(3), "b": torch.ones(3)})
+
+        def forward(self, name):
+            return torch.stack([self.values[each] for each in name])
+
+    model = OfNames()
+    trainer = ExplanationRegularizedTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), show_progress=False)
+    batch = Batch({"name": ["a", "b", "a"]}, torch.tensor([0, 1, 2]))
+    assert trainer.fit([batch])[0]["task"] > 0
+
+
 def start_warnings(net, lr, epochs=1, n_updates=20, **settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make(net, regularized=False, lr=lr, **settings).fit([ALL] * n_updates, epochs=epochs)
-    return [str(w.message) for w in caught if "has undone what the model knew" in str(w.message)]
+    return [str(w.message) for w in caught if "may have undone what the model knew" in str(w.message)]
 
 
 @pytest.mark.filterwarnings("ignore")
