@@ -115,6 +115,7 @@ def masked_lime(forward_func, x, arguments, target=None):
     return Lime(forward_func, Ridge(0.1)).attribute(x, None, target, arguments, n_samples=60)
 
 
+@pytest.mark.filterwarnings("ignore:The attribution of")
 def test_additional_forward_args_lists_are_passed_whole_as_in_captum():
     torch.manual_seed(0)
     w, shift = torch.randn(4), torch.randn(1, 4)

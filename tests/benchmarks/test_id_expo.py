@@ -15,6 +15,10 @@ from benchmarks.id_expo import ablations, images, judges, tabular
 from benchmarks.id_expo.experiment import ETAS, Judge, Results, fine_tune, valscore
 
 
+# The networks of these tests are hardly trained: Grad-CAM's ReLU leaves some of their maps empty.
+pytestmark = pytest.mark.filterwarnings("ignore:The attribution of")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """As the scripts run."""
