@@ -22,7 +22,7 @@ import torch
 
 from captum_idexpo._core.rng import AnyGenerator
 
-_MAGIC = b"captum-idexpo checkpoint 5\n"
+_MAGIC = b"captum-idexpo checkpoint 6\n"
 _DIGEST_SIZE = 64
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _KEPT = 2

@@ -384,7 +384,7 @@ def test_load_latest_falls_back_to_the_previous_intact_checkpoint(folder, damage
 
 def test_load_distinguishes_another_format_from_a_foreign_file(folder):
     path = paths(folder)[0]
-    path.write_bytes(path.read_bytes().replace(b"checkpoint 5\n", b"checkpoint 3\n", 1))
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 6\n", b"checkpoint 3\n", 1))
     with pytest.raises(CheckpointError, match="another format: resume with the version that wrote it"):
         checkpoint.load(path)
 
@@ -398,7 +398,7 @@ def test_load_never_runs_code_in_a_checkpoint(folder):
     torch.save({"model": Evil()}, payload)
     digest = hashlib.sha256(payload.getvalue()).hexdigest().encode()
     path = folder / "checkpoint-000000099.pt"
-    path.write_bytes(b"captum-idexpo checkpoint 5\n" + digest + b"\n" + payload.getvalue())
+    path.write_bytes(b"captum-idexpo checkpoint 6\n" + digest + b"\n" + payload.getvalue())
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         checkpoint.load(path)
     assert not (folder / "run").exists()
