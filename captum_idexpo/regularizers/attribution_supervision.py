@@ -32,8 +32,6 @@ from captum_idexpo.regularizers._annotations import check_annotations, summed_li
 from captum_idexpo.regularizers._explaining import scaled_by_peak
 from captum_idexpo.regularizers.base import AttributionPenalty, Explained, Weight
 
-DISTANCES = ("energy", "squared")
-
 
 class AttributionSupervision(AttributionPenalty):
     """Pulls the evidence to where annotations say that it is: attention supervision, GAIN, model guidance.
@@ -110,8 +108,8 @@ class AttributionSupervision(AttributionPenalty):
             eval_mode=eval_mode,
             generator=generator,
         )
-        if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {DISTANCES}, given: {distance!r}.")
+        if distance not in _DISTANCES:
+            raise ValueError(f"distance must be one of {tuple(_DISTANCES)}, given: {distance!r}.")
         self.distance = distance
         self._warned = self._warned_of_no_evidence = False
 
