@@ -99,7 +99,6 @@ def make_regularizer(
         "insertion_weight": weight,
         "deletion_weight": weight,
         "fraction": 0.5,
-        "steps_per_update": 4,
         "generator": torch.Generator().manual_seed(seed),
     }
     if explainer == "gradcam":

@@ -67,7 +67,6 @@ class Counted:
             forward_func=self.model,
             feature_mask=lambda x: grid(x, 4),
             attribute_kwargs={"n_samples": 100, "sampling": "independent"},
-            steps_per_update=4,
             **settings,
         )
 
@@ -76,9 +75,7 @@ class Counted:
 
     def trainer(self) -> ExplanationRegularizedTrainer:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        return ExplanationRegularizedTrainer(
-            self.model, optimizer, [self.regularizer(steps_per_update=4)], show_progress=False
-        )
+        return ExplanationRegularizedTrainer(self.model, optimizer, [self.regularizer()], show_progress=False)
 
 
 LOOK = 2 * B  # two passes: the plain inputs, then half of them twice, to see whether rows influence each other
@@ -143,15 +140,15 @@ CASES = {
     ),
     # A look, the explanation, two times k steps, the plain inputs of the deletion ratio.
     "id-expo, grad-cam": (
-        lambda c: c.train(c.regularizer(steps_per_update=4)),
+        lambda c: c.train(c.regularizer()),
         Cost(2 + 1 + 2 + 1, LOOK + B + 8 * B + B, 4 * B),
     ),
     "id-expo, grad-cam, all steps": (
-        lambda c: c.train(c.regularizer()),
+        lambda c: c.train(c.regularizer(steps_per_update=None)),
         Cost(2 + 1 + 4 + 1, LOOK + B + 64 * B + B, HALF),
     ),
     "id-expo, grad-cam, complement": (
-        lambda c: c.train(c.regularizer(steps_per_update=4, deletion_form="complement")),
+        lambda c: c.train(c.regularizer(deletion_form="complement")),
         Cost(2 + 1 + 2, LOOK + B + 8 * B, 4 * B),
     ),
     # A look each by the loss and by LIME, and one image to see how many columns are explained.
@@ -164,7 +161,7 @@ CASES = {
         Cost(2 + 1 + 4, LOOK + B + 64 * B, HALF),
     ),
     "loss module": (
-        lambda c: ExplanationRegularizedLoss(c.model, [c.regularizer(steps_per_update=4)], cross_entropy)((c.x, c.y)),
+        lambda c: ExplanationRegularizedLoss(c.model, [c.regularizer()], cross_entropy)((c.x, c.y)),
         Cost(2 + 5, B + LOOK + B + 8 * B + B, 4 * B),
     ),
     # The last line: whether the epoch's last step left a finite loss.

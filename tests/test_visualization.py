@@ -94,6 +94,31 @@ def test_plot_curves_of_an_example_has_the_score_as_area(fraction):
         assert axis.lines[0].get_drawstyle() == "steps-pre"
 
 
+def with_gains(scores, insertion=0.2, deletion=0.1):
+    ones = torch.ones(len(scores.insertion))
+    return scores._replace(insertion_gain=insertion * ones, deletion_gain=deletion * ones)
+
+
+@pytest.mark.parametrize("example", [None, 1])
+def test_plot_curves_shows_the_gains_over_random_orders_that_were_measured(example):
+    scores = {"a": with_gains(some_scores()), "b": some_scores()}
+    insertion, deletion = plot_curves(scores, example=example).axes
+    assert [", gain +0.20)" in line.get_label() for line in insertion.lines] == [True, False]
+    assert [", gain +0.10)" in line.get_label() for line in deletion.lines] == [True, False]
+
+
+def test_plot_quadrants_shows_changes_of_gains():
+    before, after = with_gains(some_scores()), with_gains(some_scores(seed=1), 0.5, 0.0)
+    (axis,) = plot_quadrants(before, after, gains=True).axes
+    (points,) = [line for line in axis.lines if len(line.get_xdata()) == 6]
+    np.testing.assert_allclose(points.get_xdata(), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(points.get_ydata(), -0.1, rtol=1e-6)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("change of insertion gain", "change of deletion gain")
+    assert "only insertion gain rises\n100%" in [text.get_text() for text in axis.texts]
+    with pytest.raises(ValueError, match="n_random_orders"):
+        plot_quadrants(some_scores(), after, gains=True)
+
+
 def test_plot_curves_distinguishes_many_models_without_colour():
     figure = plot_curves({str(i): some_scores(seed=i) for i in range(20)})
     for axis in figure.axes:

@@ -179,9 +179,9 @@ before = copy.deepcopy(model)
 #
 # Masked pixels become 0, which after standardisation is the average colour, a middle grey. Black would be a poor choice
 # of baseline here: it is what the galaxies look like. ``complement`` is the deletion term that stops paying once the
-# class is improbable. ``steps_per_update`` draws 4 of the 16 steps for each image. A copy is trained on without the
-# terms, to tell their effect from that of more training; the trainer keeps the epoch of the highest 2 x accuracy +
-# insertion + 1 - deletion of both.
+# class is improbable. In each update the regularizer evaluates 4 of the 16 steps, drawn for each image. A copy is
+# trained on without the terms, to tell their effect from that of more training; the trainer keeps the epoch of the
+# highest 2 x accuracy + insertion + 1 - deletion of both.
 
 
 def make_regularizer(model):
@@ -192,7 +192,6 @@ def make_regularizer(model):
         deletion_weight=0.05,
         deletion_form="complement",
         step_size=32,
-        steps_per_update=4,
         attribute_kwargs={"relu_attributions": True},
     )
 

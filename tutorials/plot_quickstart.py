@@ -52,7 +52,7 @@ before = copy.deepcopy(model)
 
 # %%
 # The explanation joins the loss. With ``create_graph=True``, which the regularizer sets, a map carries its true
-# gradient into the weights; masked pixels are black. ``steps_per_update`` draws 4 of the 8 steps for each example.
+# gradient into the weights; masked pixels are black. In each update 4 of the 8 steps are drawn for each example.
 
 
 def make_regularizer(model):
@@ -62,7 +62,6 @@ def make_regularizer(model):
         insertion_weight=0.005,
         deletion_weight=0.005,
         step_size=4,
-        steps_per_update=4,
         attribute_kwargs={"relu_attributions": True},
     )
 

@@ -172,7 +172,7 @@ def make_regularizer(model, weight=0.1, n_samples=48, **settings):
 
 def fine_tune(model, weight):
     model = copy.deepcopy(model)
-    regularizer = make_regularizer(model, weight, steps_per_update=4)
+    regularizer = make_regularizer(model, weight)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     torch.manual_seed(1)
     for rows in torch.randperm(len(x)).split(32)[:80]:

@@ -146,7 +146,7 @@ def measure(variant: Variant, networks: dict[bool, nn.Sequential], split: Split,
     trainer = ExplanationRegularizedTrainer(
         model,
         optimizer,
-        [make(variant.explainer(model, layer), step_size=4, steps_per_update=4, **settings)] if variant.weight else [],
+        [make(variant.explainer(model, layer), step_size=4, **settings)] if variant.weight else [],
         evaluation=make(LayerGradCam(model, layer), step_size=4),
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS),
         freeze_batch_norm=variant.freeze_batch_norm,

@@ -266,7 +266,7 @@ def measure(setting: Setting, pretrained: dict[str, nn.Module], split: Split, se
         regularizers.append(Following(model))
     if setting.weight:
         weights = {"insertion_weight": setting.weight, "deletion_weight": setting.weight}
-        regularizers.append(make_insertion_deletion(model, seed, steps_per_update=4, **weights))
+        regularizers.append(make_insertion_deletion(model, seed, **weights))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     best, _ = fine_tune(
         model,

@@ -220,7 +220,7 @@ def make_regularizers(setting: Setting, model: nn.Sequential, grid: Grid, seed: 
             insertion_weight=setting.weight,
             deletion_weight=setting.weight,
             l2_weight=setting.l2_weight,
-            steps_per_update=grid.steps_per_update and min(grid.steps_per_update, int(setting.fraction * n_features)),
+            steps_per_update=grid.steps_per_update,
         )
     ]
 

@@ -294,7 +294,7 @@ def make_regularizers(setting: Setting, model: nn.Sequential, sizes: Sizes, seed
         insertion_weight=setting.weight,
         deletion_weight=setting.weight,
         temperature=setting.temperature,
-        steps_per_update=2,  # sentences of four words have no more
+        steps_per_update=2,
     )
     return [OverTokens(regularizer, embedding)]
 

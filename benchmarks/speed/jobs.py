@@ -150,7 +150,12 @@ def training_step(subject: Subject, device: torch.device) -> Job:
     step_size = n_locations // 2 // STEPS_OF_A_TRAINING_STEP
     arguments = {"relu_attributions": True}
     regularizer = InsertionDeletion(
-        LayerGradCam(model, layer), baselines=0.0, step_size=step_size, attribute_kwargs=arguments, deletion_floor=None
+        LayerGradCam(model, layer),
+        baselines=0.0,
+        step_size=step_size,
+        steps_per_update=None,
+        attribute_kwargs=arguments,
+        deletion_floor=None,
     )
     steps = torch.arange(1, STEPS_OF_A_TRAINING_STEP + 1, device=device) * step_size
     # The copies, the explanation and the plain inputs of the deletion ratio.
@@ -201,7 +206,12 @@ def agreement(subject: Subject, device: torch.device) -> dict[str, float]:
             continue
         layer = model.get_submodule(str(subject.layer))
         regularizer = InsertionDeletion(
-            LayerGradCam(model, layer), baselines=0.0, fraction=0.5, step_size=64, deletion_floor=None
+            LayerGradCam(model, layer),
+            baselines=0.0,
+            fraction=0.5,
+            step_size=64,
+            steps_per_update=None,
+            deletion_floor=None,
         )
         if context is None:
             loss: Any = sum(regularizer(x.double(), y).values())

@@ -30,7 +30,6 @@ def lime_step(n_samples: int, memory_budget: float | None, device_type: str, n_t
             baselines=0.0,
             forward_func=model,
             feature_mask=subject.feature_mask,
-            steps_per_update=4,
             attribute_kwargs={"n_samples": n_samples, "sampling": "independent"},
             memory_budget=memory_budget,
         )

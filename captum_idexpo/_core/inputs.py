@@ -126,6 +126,13 @@ def check_count(name: str, value: object, or_none: str = "") -> int:
     return int(value)
 
 
+def check_count_or_zero(name: str, value: object) -> int:
+    """Return a positive integer or 0; InputError for anything else."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and value == 0:
+        return 0
+    return check_count(name, value, "0 or ")
+
+
 def check_optional_count(name: str, value: object) -> int | None:
     """Return a positive integer or None; InputError for anything else."""
     return None if value is None else check_count(name, value, "None or ")

@@ -47,6 +47,7 @@ class KernelShap(Lime, CaptumKernelShap):
     """
 
     _samplings = coalitions.KERNEL_SHAP_SAMPLINGS
+    _draws_at_once = True
 
     def __init__(
         self,

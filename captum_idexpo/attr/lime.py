@@ -179,15 +179,18 @@ class Lime(CaptumLime):
     def _surrogate(self) -> Surrogate | None:
         return as_surrogate(self.interpretable_model)
 
+    @property
+    def _draws_at_once(self) -> bool:
+        """False if a function of the user's is called sample by sample, which only Captum's sampling allows."""
+        known = InputKernel.of(self.similarity_func) or isinstance(self.similarity_func, MaskSimilarity)
+        return bool(known) and self.perturb_func is default_perturb_func
+
     def _draw(
         self, problem: Problem, n_samples: int, sampling: str, share_masks: bool, generator: Generator | None
     ) -> Samples:
         """Draw masks, one set per example or one shared set, and compute their weights."""
         kernel = InputKernel.of(self.similarity_func)
-        one_by_one = self.perturb_func is not default_perturb_func or (
-            kernel is None and not isinstance(self.similarity_func, MaskSimilarity)
-        )
-        if one_by_one:
+        if not self._draws_at_once:
             if sampling != "captum" or share_masks:
                 raise ValueError(
                     "A custom perturb_func or similarity_func is called sample by sample: it goes with "

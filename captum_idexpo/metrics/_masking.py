@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +41,10 @@ class InsertionDeletionScores(NamedTuple):
             the example's own steps.
         insertion_curve: ``(B, n_steps)``.
         deletion_curve: ``(B, n_steps)``.
+        insertion_gain: ``(B,)``, insertion minus the mean insertion along random orders of the same locations; None if
+            none were drawn.
+        deletion_gain: ``(B,)``, the mean deletion along these orders minus deletion. Both gains are high if the
+            attribution is faithful, and about 0 if it ranks the locations no better than chance.
     """
 
     insertion: Tensor
@@ -48,6 +52,8 @@ class InsertionDeletionScores(NamedTuple):
     fractions: Tensor
     insertion_curve: Tensor
     deletion_curve: Tensor
+    insertion_gain: Tensor | None = None
+    deletion_gain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,22 +125,17 @@ class StepSchedule:
         """Draw one step from each of k strata of nearly equal size, separately for each example.
 
         The weighted sum over the drawn steps is an unbiased estimate of the mean over all steps. The weight of a
-        stratum is its share of the steps.
+        stratum is its share of the steps. If there are no more than k steps, all are taken.
 
         Returns:
-            The steps and their weights, both ``(n_examples, k)``.
-
-        Raises:
-            ValueError: k is more than the number of steps.
+            The steps and their weights, both ``(n_examples, k)``, or ``(n_examples, n_steps)`` if all are taken.
         """
-        if k > self.steps.shape[1]:
-            raise ValueError(
-                f"steps_per_update={k}, but there are only {self.steps.shape[1]} steps: lower it, lower step_size, or "
-                "raise fraction."
-            )
         device = self.steps.device
         at = source(device, generator)
+        # Drawn in any case: of several processes some may take all steps, and their generators must stay in step.
         uniform = drawn_for(n_examples, lambda n: torch.rand(n, k, device=at, generator=generator)).to(device)
+        if k >= self.steps.shape[1]:
+            return self.steps.expand(n_examples, -1), self.weights(dtype).expand(n_examples, -1)
         bounds = torch.arange(k + 1, device=device) * self.n_steps // k
         sizes = bounds.diff(dim=1)
         drawn = bounds[:, :-1] + torch.minimum((uniform * sizes).long(), (sizes - 1).clamp_min(0))
@@ -227,17 +228,31 @@ class Masking:
             require_finite((scores.detach(),), f"the forward function's output during {direction}", NAN_OF_MASKED_ROWS)
         return scores
 
-    def result(self) -> InsertionDeletionScores:
-        """Return both scores with their curves."""
+    def result(self, n_random_orders: int = 0, generator: Generator | None = None) -> InsertionDeletionScores:
+        """Return both scores with their curves, and their gains over so many random orders, drawn per example."""
         insertion_curve = self.scores("insertion", "probability")
         deletion_curve = self.scores("deletion", "probability")
-        return InsertionDeletionScores(
-            self.schedule.mean(insertion_curve),
-            self.schedule.mean(deletion_curve),
-            self.schedule.fractions(insertion_curve.dtype),
-            insertion_curve,
-            deletion_curve,
+        insertion, deletion = self.schedule.mean(insertion_curve), self.schedule.mean(deletion_curve)
+        scores = InsertionDeletionScores(
+            insertion, deletion, self.schedule.fractions(insertion_curve.dtype), insertion_curve, deletion_curve
         )
+        if not n_random_orders:
+            return scores
+        orders = [self._in_random_order(generator) for _ in range(n_random_orders)]
+        inserted = [self.schedule.mean(order.scores("insertion", "probability")) for order in orders]
+        deleted = [self.schedule.mean(order.scores("deletion", "probability")) for order in orders]
+        return scores._replace(
+            insertion_gain=insertion - torch.stack(inserted).mean(dim=0),
+            deletion_gain=torch.stack(deleted).mean(dim=0) - deletion,
+        )
+
+    def _in_random_order(self, generator: Generator | None) -> Masking:
+        """Return the same masking along a random order of each example's locations."""
+        n_examples, n_locations = self.locations.values.shape
+        device = self.locations.values.device
+        at = source(device, generator)
+        noise = drawn_for(n_examples, lambda n: torch.rand(n, n_locations, device=at, generator=generator)).to(device)
+        return replace(self, masks=self.masks.shuffled(noise))
 
 
 def check_temperature(temperature: float | str | None) -> None:

@@ -29,8 +29,13 @@ class HardMasks:
 
     def __init__(self, values: Tensor, present: Tensor | None = None, dtype: torch.dtype = torch.int32) -> None:
         self.values = _in_single_or_double(values).detach()
+        self._present, self._dtype = present, dtype
         ranks = _descending_ranks(_without_absent(self.values, present))
         self._rank = ranks.to(dtype) if dtype in _EXACT else ranks
+
+    def shuffled(self, noise: Tensor) -> HardMasks:
+        """Return masks of the same locations in another order, that of the noise ``(B, D)``."""
+        return HardMasks(noise, self._present, self._dtype)
 
     def thresholds(self, steps: Tensor) -> Tensor:
         """Return the rank of the first location left out, ``(k, B, 1)``, for numbers of locations ``(k, B)``."""
@@ -72,6 +77,7 @@ class SoftMasks:
 
     def __init__(self, values: Tensor, present: Tensor | None = None, temperature: float = 1.0) -> None:
         self.values = _in_single_or_double(values)
+        self._present, self._temperature = present, temperature
         ordered = _without_absent(self.values.detach(), present).sort(dim=-1, descending=True).values
         self._ordered = ordered
         self._n_locations = _count(present, ordered)
@@ -85,6 +91,17 @@ class SoftMasks:
         # A map so flat that 1 / (mean gap) overflows counts as constant.
         slope = temperature * self._n_gaps / self._spread
         self._slope = torch.where(slope.isfinite(), slope, 0.0)
+
+    def shuffled(self, noise: Tensor) -> SoftMasks:
+        """Return masks of the same attributions, as constants, in the order of the noise ``(B, D)``.
+
+        The values move to other locations, so thresholds and temperature stay those of the attributions.
+        """
+        ranks = _descending_ranks(_without_absent(noise, self._present)).long()
+        values = self._ordered.gather(1, ranks)
+        if self._present is not None:
+            values = values.masked_fill(~self._present, 0.0)
+        return SoftMasks(values, self._present, self._temperature)
 
     def thresholds(self, steps: Tensor) -> Tensor:
         """Return the thresholds :math:`t_s`, ``(k, B, 1)``, for numbers of locations ``(k, B)``."""

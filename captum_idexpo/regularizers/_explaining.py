@@ -18,12 +18,20 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from captum_idexpo._core.errors import InputError
+from captum_idexpo._core.features import FeatureLayout
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import Tensors, as_batch
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo.attr._trainable import require_trainable
 from captum_idexpo.attr.layer import LayerGradCam
 from captum_idexpo.attr.layouts import ReshapeTransform
+from captum_idexpo.attr.lime import Lime
+
+SAMPLES_PER_GROUP = 3
+"""Masked copies of LIME and KernelSHAP for each group of features, unless the user says how many."""
+
+MOST_GROUPS = 1024
+"""So many groups are explained without a word from the user: more need thousands of copies of each example."""
 
 
 class Explaining:
@@ -60,14 +68,35 @@ class Explaining:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             create_graph: attach the attribution to the graph of the model's parameters.
             offered: arguments, of which the explainer is given those that it takes and that are not fixed.
+
+        Raises:
+            InputError: LIME or KernelSHAP of too many features, without a number of samples.
         """
         started = time.perf_counter()
-        arguments = {name: value for name, value in offered.items() if name in self.takes}
+        arguments = {name: value for name, value in offered.items() if name in self.takes} | self.arguments
+        if isinstance(self._method, Lime):
+            arguments = self._sampled(arguments, as_batch(inputs))
         with self._layer_noted():
-            attribution = self.explainer.attribute(inputs, create_graph=create_graph, **{**arguments, **self.arguments})
+            attribution = self.explainer.attribute(inputs, create_graph=create_graph, **arguments)
         self.seconds = time.perf_counter() - started
         maps = widened(tuple(attribution) if isinstance(attribution, (tuple, list)) else (attribution,))
         return maps if self.of_layer else tuple(map(_without_column, maps, as_batch(inputs)))
+
+    def _sampled(self, arguments: dict[str, Any], tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+        """Return LIME's or KernelSHAP's arguments with a number of samples, and a design that takes a generator."""
+        if "n_samples" not in arguments:
+            n_groups = _n_groups(arguments.get("feature_mask"), tensors)
+            if n_groups > MOST_GROUPS:
+                raise InputError(
+                    f"{type(self._method).__name__} would explain {n_groups} features one by one: group them by "
+                    "feature_mask=, such as lambda x: captum_idexpo.feature_masks.grid(x, 4) for images, or choose the "
+                    "number of samples by attribute_kwargs={'n_samples': ...}."
+                )
+            at_once = {"sampling": "independent"} if self._method._draws_at_once else {}
+            arguments = {"n_samples": SAMPLES_PER_GROUP * n_groups, **at_once, **arguments}
+        if arguments.get("sampling", "captum") == "captum" and "generator" not in self.arguments:
+            arguments = {**arguments, "generator": None}  # Captum's stream is torch's global one
+        return arguments
 
     @property
     def generators(self) -> list[Generator]:
@@ -182,6 +211,13 @@ def scaled_by_peak(rows: Tensor) -> Tensor:
 def widened(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return maps in single precision at least, since squares of halves vanish and their ranks overflow."""
     return tuple(map.to(torch.promote_types(map.dtype, torch.float32)) for map in maps)
+
+
+def _n_groups(feature_mask: object, tensors: tuple[Tensor, ...]) -> int:
+    """Return the largest number of features that one example has."""
+    layout = FeatureLayout.of(feature_mask, tensors)
+    present = layout.present()
+    return layout.n_features if present is None else int(present.sum(dim=1).max())
 
 
 _CHANNELS_SECOND = (

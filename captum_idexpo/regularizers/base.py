@@ -59,7 +59,8 @@ class Regularizer(nn.Module):
         outputs: what the forward function returns, as for `captum_idexpo.metrics.insertion_deletion`.
         eval_mode: hold the model in eval mode while the terms are computed.
         explainer: an attribution of `captum_idexpo.attr` that the terms use, see `explain`.
-        attribute_kwargs: further arguments of ``explainer.attribute``.
+        attribute_kwargs: further arguments of ``explainer.attribute``. Without n_samples, LIME and KernelSHAP take
+            three masked copies for each feature, with ``sampling="independent"``, and refuse more than 1,024 features.
         reshape_transform: a function that brings the attribution of a layer to ``(B, C, h, w)`` or ``(B, C, T)``, such
             as `captum_idexpo.attr.steps_first`; needed where the axes of a layer cannot be told apart.
         target_transform: a function of the loader's target that returns the target of explainer and score; None: the
@@ -195,7 +196,8 @@ class Regularizer(nn.Module):
         target = explained.target if n_columns != 1 else None
         side = batch.additional_forward_args
         more = {} if side is None else {"additional_forward_args": side}
-        maps = self._explaining(batch.inputs, torch.is_grad_enabled(), target=target, **more)
+        arguments = {"target": target, "generator": self.generator, **more}
+        maps = self._explaining(batch.inputs, torch.is_grad_enabled(), **arguments)
         self._report_constant_maps(torch.cat([map.detach().flatten(1) for map in maps], dim=1))
         if self._explaining.of_layer:
             maps = (self._cells(maps, tensors)[0],)

@@ -28,6 +28,7 @@ from captum_idexpo._core.forward import BatchForward, evaluate_given
 from captum_idexpo._core.inputs import (
     Baseline,
     Tensors,
+    check_count_or_zero,
     check_inputs,
     check_not_negative,
     check_optional_count,
@@ -90,8 +91,9 @@ class InsertionDeletion(Regularizer):
         temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
             attribution gets no gradient. No gradient flows through temperature and threshold of the soft mask. Hold
             them fixed when you check with finite differences.
-        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata: an
-            unbiased estimate at a fraction of the cost. None: all steps.
+        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata. The
+            estimate is unbiased, at a fraction of the cost. None: all steps, which `scores` and the trainer's
+            `evaluate` always take. All are also taken if there are not more.
         deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
             "complement" the mean of log(1 - p(deletion)), negated. For raw outputs each is the mean of f(deletion).
         deletion_floor: "ratio" and "log" have no lower bound; below this probability a copy adds no more reward.
@@ -101,7 +103,8 @@ class InsertionDeletion(Regularizer):
         group_reduction: rank the groups of the feature mask by the "mean" of the attribution over their positions, or
             by its "sum".
         attribute_kwargs: further arguments of ``explainer.attribute``, such as n_samples; those that it needs and that
-            are not listed here (a neuron_selector, a distribution of baselines) have to be given.
+            are not listed here (a neuron_selector, a distribution of baselines) have to be given. Without n_samples,
+            LIME and KernelSHAP take three masked copies for each feature, with ``sampling="independent"``.
             ``additional_forward_args`` also go to the forward function.
         eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics do not change and no
             example depends on the others of its batch.
@@ -110,10 +113,15 @@ class InsertionDeletion(Regularizer):
         memory_budget: bytes of activations that the graphs of LIME's, KernelSHAP's and the masked copies may keep until
             the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the same
             gradient. None: no bound.
+        n_random_orders: `scores`, and so the trainer's `evaluate` and validation, also measure the gains over so many
+            random orders of the locations; see `captum_idexpo.metrics.insertion_deletion`. Where a layer's map is
+            enlarged to pixels, a random order of pixels destroys an image sooner than one of the layer's cells: pass a
+            ``feature_mask`` of these cells to compare like with like.
 
     Raises:
         TypeError: the explainer is no attribution, or one of Captum's own classes.
-        ValueError: an argument out of range.
+        ValueError: an argument out of range. When it is called: LIME or KernelSHAP of more than 1,024 features without
+            n_samples.
 
     Example:
         >>> import torch
@@ -121,7 +129,7 @@ class InsertionDeletion(Regularizer):
         >>> from captum_idexpo.regularizers import InsertionDeletion
         >>> conv = torch.nn.Conv2d(1, 4, 3)
         >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
-        >>> regularizer = InsertionDeletion(LayerGradCam(model, conv), baselines=0.0, steps_per_update=4)
+        >>> regularizer = InsertionDeletion(LayerGradCam(model, conv), baselines=0.0)
         >>> x, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
         >>> terms = regularizer(x, y)
         >>> sorted(terms)
@@ -143,7 +151,7 @@ class InsertionDeletion(Regularizer):
         l2_weight: float = 0.0,
         fraction: float = 0.5,
         step_size: int | None = None,
-        steps_per_update: int | None = None,
+        steps_per_update: int | None = 4,
         deletion_form: Literal["ratio", "log", "complement"] = "ratio",
         deletion_floor: float | None = 1e-6,
         temperature: float | Literal["auto"] | None = "auto",
@@ -157,6 +165,7 @@ class InsertionDeletion(Regularizer):
         generator: Generator | None = None,
         max_examples_per_batch: int | None = None,
         memory_budget: float | None = None,
+        n_random_orders: int = 0,
     ) -> None:
         super().__init__(
             require_attribution(explainer).forward_func if forward_func is None else forward_func,
@@ -184,6 +193,7 @@ class InsertionDeletion(Regularizer):
         self.group_reduction = check_group_reduction(group_reduction)
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
         self.memory_budget = memory_budget
+        self.n_random_orders = check_count_or_zero("n_random_orders", n_random_orders)
         self._floor_reported = False
         self._check_settings()
 
@@ -302,20 +312,20 @@ class InsertionDeletion(Regularizer):
 
     def _hard_scores(self, batch: Batch, target: TargetType) -> InsertionDeletionScores:
         masking, _ = self._masking(batch, target, None, create_graph=False)
-        return masking.result()
+        return masking.result(self.n_random_orders, self.generator)
 
     def _label_means(self, batch: Batch, positive: Tensor) -> InsertionDeletionScores:
         """Return means of the scores over the true labels ``(B, L)`` of each example, 0 without any."""
         counts = positive.sum(dim=1)
         in_order = positive.float().argsort(dim=1, descending=True, stable=True)  # the true labels first
-        totals: list[Tensor] = []
+        totals: dict[str, Tensor] = {}
         for number in range(max(1, int(counts.max()))):
             scores = self._hard_scores(batch, in_order[:, number])
             share = (number < counts) / counts.clamp_min(1)
-            parts = (scores.insertion, scores.deletion, scores.insertion_curve, scores.deletion_curve)
-            weighted = [per_row(part, share) * part for part in parts]
-            totals = [a + b for a, b in zip(totals, weighted, strict=True)] if totals else weighted
-        return InsertionDeletionScores(totals[0], totals[1], scores.fractions, totals[2], totals[3])
+            for name, part in scores._asdict().items():
+                if name != "fractions" and part is not None:
+                    totals[name] = totals.get(name, 0.0) + per_row(part, share) * part
+        return scores._replace(**totals)
 
     def _masking(
         self,
@@ -344,6 +354,7 @@ class InsertionDeletion(Regularizer):
             "baselines": _like(inputs, tuple(map(_expanded, aligned, tensors))),
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
+            "generator": self.generator,
         }
         if side is not None:
             offered["additional_forward_args"] = side
@@ -376,8 +387,6 @@ class InsertionDeletion(Regularizer):
         offered: dict[str, Any],
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return attributions at the inputs' locations, and a layer's at its own cells ``(B, n_cells)``, else None."""
-        if self.attribute_kwargs.get("sampling", "captum") != "captum":
-            offered = {**offered, "generator": self.generator}
         maps = self._explaining(inputs, create_graph, target=target, **offered)
         if self._explaining.of_layer:
             expanded, cells = self._cells(maps, tensors)

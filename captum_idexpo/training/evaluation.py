@@ -129,6 +129,8 @@ def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str) -> dict[s
         batch.inputs, batch.target if needs_target else None, additional_forward_args=batch.additional_forward_args
     )
     scores = {"insertion": result.insertion, "deletion": result.deletion}
+    if result.insertion_gain is not None and result.deletion_gain is not None:
+        scores.update(insertion_gain=result.insertion_gain, deletion_gain=result.deletion_gain)
     if is_raw(judge.outputs):
         return scores
     kept = 1 - result.deletion

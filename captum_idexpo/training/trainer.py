@@ -121,7 +121,7 @@ class ExplanationRegularizedTrainer:
         >>> trainer = ExplanationRegularizedTrainer(
         ...     model,
         ...     torch.optim.SGD(model.parameters(), lr=0.01),
-        ...     [InsertionDeletion(LayerGradCam(model, conv), baselines=0.0, steps_per_update=4)],
+        ...     [InsertionDeletion(LayerGradCam(model, conv), baselines=0.0)],
         ...     show_progress=False,
         ... )
         >>> data = torch.utils.data.TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(3, (16,)))
@@ -357,7 +357,8 @@ class ExplanationRegularizedTrainer:
 
         Returns:
             "loss" (the task's), "accuracy", "insertion", "deletion", "one_minus_deletion" and "valscore" (eq. 15).
-            Without an `InsertionDeletion` to judge, only loss, accuracy and valscore; for raw outputs (regression)
+            Without an `InsertionDeletion` to judge, only loss, accuracy and valscore; one with ``n_random_orders`` adds
+            "insertion_gain" and "deletion_gain". For raw outputs (regression)
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
             Targets beyond 0 and 1 for a single column are a regression's, too, and have no accuracy.
         """

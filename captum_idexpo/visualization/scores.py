@@ -31,7 +31,8 @@ def plot_curves(
     """Plot insertion and deletion curves of several models or explanations, with their scores.
 
     Args:
-        scores: results of `captum_idexpo.metrics.insertion_deletion` by name.
+        scores: results of `captum_idexpo.metrics.insertion_deletion` by name; the legend also shows their gains over
+            random orders, if these were measured.
         axes: two axes, for insertion and for deletion; None: a new figure.
         example: None: the means over the examples. A number: the curves of this example, drawn as steps. The area under
             a curve, divided by the share of locations that it covers, is the example's score.
@@ -65,13 +66,12 @@ def plot_curves(
             look = line_look(number)
             if example is None:
                 x, y = _mean_curve(fractions, curves)
-                label = f"{name} ({values.mean():.2f})"
-                axis.plot(x, y, **look, markevery=max(1, len(x) // 6), label=label)
+                axis.plot(x, y, **look, markevery=max(1, len(x) // 6))
             else:
                 x, y = _steps(fractions, curves, _checked(example, len(values), name))
                 axis.plot(x, y, **look, drawstyle="steps-pre", markevery=max(1, len(x) // 6))
                 axis.fill_between(x, y, step="pre", color=look["color"], alpha=0.15, linewidth=0)
-                axis.lines[-1].set_label(f"{name} ({values[example]:.2f})")
+            axis.lines[-1].set_label(f"{name} ({_summary(score, kind, name, example)})")
             lowest, highest = min(lowest, y.min()), max(highest, y.max())
         outputs_are_raw = lowest < 0 or highest > 1
         axis.set(title=f"{kind} ({better} is better)", xlabel="share of locations", ylabel=ylabel)
@@ -81,7 +81,9 @@ def plot_curves(
     return figure_of(axes[0])
 
 
-def plot_quadrants(before: InsertionDeletionScores, after: InsertionDeletionScores, axis: Axes | None = None) -> Figure:
+def plot_quadrants(
+    before: InsertionDeletionScores, after: InsertionDeletionScores, axis: Axes | None = None, *, gains: bool = False
+) -> Figure:
     """Plot the change of insertion (x) and of 1 - deletion (y), one point per example.
 
     Each corner gives the share of examples strictly inside its quadrant: both scores rise, only one rises, or both
@@ -91,12 +93,13 @@ def plot_quadrants(before: InsertionDeletionScores, after: InsertionDeletionScor
     Args:
         before, after: results of `captum_idexpo.metrics.insertion_deletion` for the same examples in the same order.
         axis: axis to draw on; None: a new figure.
+        gains: plot the changes of the gains over random orders instead.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: there are no examples, their numbers differ, or values are NaN or infinite.
+        ValueError: there are no examples, their numbers differ, values are NaN or infinite, or gains were not measured.
 
     Example:
         >>> import torch
@@ -107,25 +110,28 @@ def plot_quadrants(before: InsertionDeletionScores, after: InsertionDeletionScor
         >>> figure = plot_quadrants(before, after)
     """
     _require_same_examples(before, after)
-    insertion = _scores(after, "insertion", "after") - _scores(before, "insertion", "before")
-    kept = _scores(before, "deletion", "before") - _scores(after, "deletion", "after")  # change of 1 - deletion
+    names = ("insertion gain", "deletion gain") if gains else ("insertion", "1 - deletion")
+    if gains:
+        insertion, kept = (_change(before, after, f"{kind}_gain") for kind in ("insertion", "deletion"))
+    else:
+        insertion, kept = _change(before, after, "insertion"), -_change(before, after, "deletion")
     axis = one_axis(axis, (4.2, 4.2))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.plot(insertion, kept, "o", color="#0072B2", markersize=5, markeredgecolor="none", alpha=0.5)
     reach = 1.35 * max(abs(insertion).max(), abs(kept).max()) or 1.0
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    axis.set(xlabel="change of insertion", ylabel="change of 1 - deletion")
+    axis.set(xlabel=f"change of {names[0]}", ylabel=f"change of {names[1]}")
     for right, top, name in (
         (True, True, "both rise"),
-        (False, True, "only 1 - deletion rises"),
-        (True, False, "only insertion rises"),
+        (False, True, f"only {names[1]} rises"),
+        (True, False, f"only {names[0]} rises"),
         (False, False, "both fall"),
     ):
         inside = (insertion > 0 if right else insertion < 0) & (kept > 0 if top else kept < 0)
         text = axis.text(0.98 if right else 0.02, 0.98 if top else 0.02, f"{name}\n{inside.mean():.0%}", fontsize=8)
         text.set(transform=axis.transAxes, ha="right" if right else "left", va="top" if top else "bottom")
-    lines = [f"mean change: insertion {insertion.mean():+.3f}, 1 - deletion {kept.mean():+.3f}"]
+    lines = [f"mean change: {names[0]} {insertion.mean():+.3f}, {names[1]} {kept.mean():+.3f}"]
     if on_an_axis := ((insertion == 0) | (kept == 0)).mean():
         lines.append(f"{on_an_axis:.0%} on an axis")
     axis.set_title("\n".join(lines), fontsize=8)
@@ -163,6 +169,21 @@ def _require_same_examples(before: InsertionDeletionScores, after: InsertionDele
             "Quadrants compare the same examples before and after; given: "
             f"{len(before.insertion)} and {len(after.insertion)} scores."
         )
+
+
+def _summary(score: InsertionDeletionScores, kind: str, name: str, example: int | None) -> str:
+    """Return a score, and its gain if there is one: the means, or those of an example."""
+    chosen = slice(None) if example is None else example
+    text = f"{_scores(score, kind, name)[chosen].mean():.2f}"
+    if getattr(score, f"{kind}_gain") is None:
+        return text
+    return f"{text}, gain {_scores(score, f'{kind}_gain', name)[chosen].mean():+.2f}"
+
+
+def _change(before: InsertionDeletionScores, after: InsertionDeletionScores, kind: str) -> Array:
+    if getattr(before, kind) is None or getattr(after, kind) is None:
+        raise ValueError("Gains were not measured: pass n_random_orders=10 to insertion_deletion.")
+    return _scores(after, kind, "after") - _scores(before, kind, "before")
 
 
 def _scores(scores: InsertionDeletionScores, kind: str, name: str) -> Array:

@@ -317,7 +317,7 @@ def test_ablations_constant_variant_changes_the_gradient_not_the_value():
     for name in ("id_expo", "constant", "hard"):
         variant = ablations.VARIANTS[name]
         regularizer = ablations.InsertionDeletion(
-            variant.explainer(model, model[5]), baselines=0.0, step_size=4,
+            variant.explainer(model, model[5]), baselines=0.0, step_size=4, steps_per_update=None,
             attribute_kwargs={"relu_attributions": True}, **variant.settings,
         )  # fmt: skip
         model.zero_grad()

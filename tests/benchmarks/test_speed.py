@@ -40,6 +40,7 @@ def test_loop_id_expo_computes_the_same_loss_and_gradient(speed):
         insertion_weight=1.0,
         deletion_weight=1.0,
         step_size=step_size,
+        steps_per_update=None,
         attribute_kwargs={"relu_attributions": True},
         deletion_floor=None,
     )

@@ -18,7 +18,7 @@ from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import insertion, insertion_deletion
 from captum_idexpo.metrics._masking import StepSchedule
-from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers import InsertionDeletion, Sparsity
 from captum_idexpo.testing import assert_trainable
 from tests.attr.cases import ONE_EACH
 from tests.helpers import smooth_conv_net, smooth_net
@@ -27,7 +27,13 @@ G = torch.Generator().manual_seed(1)
 X = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=G)
 Y = torch.tensor([0, 2, 1])
 CELLS = torch.arange(36).view(6, 6).div(2, rounding_mode="floor")[None, None]  # 18 cells of 1 x 2 pixels
-SETTINGS = {"baselines": 0.2, "insertion_weight": 0.7, "deletion_weight": 0.4, "l2_weight": 0.3}
+SETTINGS = {
+    "baselines": 0.2,
+    "insertion_weight": 0.7,
+    "deletion_weight": 0.4,
+    "l2_weight": 0.3,
+    "steps_per_update": None,
+}
 
 
 # --- the literal loss ----------------------------------------------------------------------------------------------
@@ -214,9 +220,8 @@ def test_steps_per_update_estimates_the_terms_of_all_steps():
     net = smooth_conv_net()
     explainer = LayerGradCam(net, net[4])
     full = InsertionDeletion(explainer, step_size=2, **SETTINGS)(X, Y)
-    partial = InsertionDeletion(
-        explainer, step_size=2, steps_per_update=3, generator=torch.Generator().manual_seed(0), **SETTINGS
-    )
+    drawn = {**SETTINGS, "steps_per_update": 3, "generator": torch.Generator().manual_seed(0)}
+    partial = InsertionDeletion(explainer, step_size=2, **drawn)
     with torch.no_grad():
         draws = [partial(X, Y) for _ in range(300)]
     for name in ("insertion", "deletion"):
@@ -226,20 +231,81 @@ def test_steps_per_update_estimates_the_terms_of_all_steps():
         assert float(values.mean()) == pytest.approx(float(full[name].detach()), abs=4 * error)
 
 
-def test_steps_per_update_of_all_steps_equals_the_full_update():
+@pytest.mark.parametrize("k", [6, 7])
+def test_steps_per_update_takes_all_steps_if_there_are_not_more(k):
     net = smooth_conv_net()
-    settings = {"step_size": 3, **SETTINGS}
+    settings = {**SETTINGS, "step_size": 3}  # 6 steps
     explainer = LayerGradCam(net, net[4])
     full = InsertionDeletion(explainer, **settings)(X, Y)
-    drawn = InsertionDeletion(explainer, steps_per_update=6, **settings)(X, Y)
+    drawn = InsertionDeletion(explainer, **{**settings, "steps_per_update": k})(X, Y)
     for name in full:
         torch.testing.assert_close(drawn[name], full[name], atol=1e-12, rtol=0)
 
 
-def test_steps_per_update_above_the_number_of_steps_is_an_error():
-    net = smooth_conv_net()
-    with pytest.raises(ValueError, match="only 6 steps"):
-        InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=7, **SETTINGS)(X, Y)
+def test_steps_per_update_is_4_unless_it_is_chosen_and_scores_take_all_steps():
+    settings = {name: value for name, value in SETTINGS.items() if name != "steps_per_update"}
+    net, rows = smooth_conv_net(), []
+    net[0].register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, **settings)
+    regularizer(X, Y)
+    assert rows[-4:] == [3, 12, 12, 3]  # the explanation, 4 copies of 3 images for each term, the plain images
+    assert regularizer.scores(X, Y).insertion_curve.shape == (3, 6)
+
+
+# --- how many samples ----------------------------------------------------------------------------------------------
+
+
+def samples_of(make, x, **settings):
+    """The number of samples and the design that an explainer is called with by a regularizer."""
+    seen = {}
+
+    class Noted(make):
+        @functools.wraps(make.attribute)
+        def attribute(self, *args, **kwargs):
+            seen.update({name: kwargs.get(name) for name in ("n_samples", "sampling", "generator")})
+            return super().attribute(*args, **kwargs)
+
+    surrogate = {} if make is KernelShap else {"interpretable_model": Ridge(0.1)}
+    InsertionDeletion(Noted(smooth_conv_net(), **surrogate), baselines=0.0, **settings)(x, Y)
+    return seen
+
+
+@pytest.mark.parametrize("make", [Lime, KernelShap])
+def test_lime_and_kernel_shap_draw_three_independent_samples_for_each_group(make):
+    generator = torch.Generator().manual_seed(0)
+    seen = samples_of(make, X, generator=generator)
+    assert seen == {"n_samples": 3 * 72, "sampling": "independent", "generator": generator}
+    assert samples_of(make, X, feature_mask=CELLS)["n_samples"] == 3 * 18
+    cells = torch.cat([CELLS, CELLS.clamp(max=4), CELLS.clamp(max=9)])  # 18, 5 and 10 groups
+    assert samples_of(make, X, feature_mask=cells)["n_samples"] == 3 * 18
+
+
+def test_samples_that_are_chosen_are_taken_as_they_are():
+    seen = samples_of(Lime, X, attribute_kwargs={"n_samples": 30}, generator=torch.Generator())
+    assert seen == {"n_samples": 30, "sampling": None, "generator": None}  # Captum's design, from the global stream
+    seen = samples_of(Lime, X, attribute_kwargs={"sampling": "paired"})
+    assert (seen["n_samples"], seen["sampling"]) == (3 * 72, "paired")
+
+
+def test_lime_of_a_users_own_perturbation_keeps_captums_sampling():
+    def coins(_, **given):
+        return torch.bernoulli(torch.full((1, given["num_interp_features"]), 0.3))
+
+    lime = Lime(smooth_conv_net(), Ridge(0.1), MaskSimilarity(), perturb_func=coins)
+    terms = InsertionDeletion(lime, baselines=0.0, feature_mask=CELLS)(X, Y)
+    assert all(term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize("make", [Lime, KernelShap])
+def test_more_than_1024_groups_are_refused_unless_the_number_of_samples_is_chosen(make):
+    x, net = torch.randn(2, 1025), nn.Linear(1025, 3)
+    explainer = make(net) if make is KernelShap else make(net, Ridge(0.1))
+    for regularizer in (InsertionDeletion(explainer, baselines=0.0), Sparsity(explainer)):
+        with pytest.raises(ValueError, match=r"1025 features.*feature_mask=.*n_samples"):
+            regularizer(x, Y[:2])
+    assert InsertionDeletion(explainer, baselines=0.0, attribute_kwargs={"n_samples": 5})(x, Y[:2])
+    groups = torch.arange(1025).clamp(max=1023)
+    assert InsertionDeletion(explainer, baselines=0.0, feature_mask=groups)(x, Y[:2])
 
 
 # --- modes ---------------------------------------------------------------------------------------------------------
@@ -469,7 +535,7 @@ def test_additional_forward_args_reach_explainer_and_metric():
     regularizer = InsertionDeletion(explainer, attribute_kwargs={"additional_forward_args": (shift,)}, **SETTINGS)
     terms = regularizer(x, Y)
     torch.manual_seed(0)
-    phi = explainer.attribute(x, 0.2, Y, (shift,))
+    phi = explainer.attribute(x, 0.2, Y, (shift,), n_samples=18, sampling="independent")
     expected = insertion_deletion(
         model,
         x,
@@ -540,7 +606,7 @@ def test_insertion_deletion_of_a_regression_uses_the_raw_outputs():
 
 def test_insertion_deletion_scores_are_hard_scores_of_the_predicted_class():
     net = smooth_conv_net()
-    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, steps_per_update=2, **SETTINGS)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), step_size=3, **{**SETTINGS, "steps_per_update": 2})
     predicted = net(X).argmax(1)
     for target, given in ((predicted, None), (Y, Y)):
         phi = LayerGradCam(net, net[4]).attribute(X, target=target)
@@ -559,7 +625,7 @@ def test_insertion_deletion_attribution_of_pixels_averages_the_channels():
     torch.manual_seed(0)
     (map,) = InsertionDeletion(explainer, **SETTINGS).attribution(X, Y)
     torch.manual_seed(0)
-    phi = explainer.attribute(X, 0.2, Y)
+    phi = explainer.attribute(X, 0.2, Y, n_samples=3 * 72, sampling="independent")
     torch.testing.assert_close(map, phi.mean(1, keepdim=True))
 
 
@@ -709,7 +775,8 @@ def test_insertion_deletion_broadcasts_the_baselines_of_each_example():
     x, y = X, Y
 
     def make(baselines):
-        return InsertionDeletion(IntegratedGradients(net), baselines=baselines, attribute_kwargs={"n_steps": 4})
+        settings = {"attribute_kwargs": {"n_steps": 4}, "steps_per_update": None}
+        return InsertionDeletion(IntegratedGradients(net), baselines=baselines, **settings)
 
     means = make(lambda inputs: inputs.mean((2, 3), keepdim=True))(x, y)
     whole = make(lambda inputs: inputs.mean((2, 3), keepdim=True).expand_as(inputs))(x, y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo.attr import KernelShap
+from captum_idexpo.attr import InputXGradient, KernelShap
 from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Stability
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -166,3 +168,59 @@ def test_evaluate_leaves_the_iteration_count_of_a_loader_unchanged():
     stream = Stream()
     trainer.evaluate(stream)
     assert stream.iteration == 6
+
+
+# --- gains over random orders --------------------------------------------------------------------------------------
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_gains_of_the_judge_reach_evaluation_history_and_examples():
+    model, y = classifier(), torch.arange(40) % 3
+    judge = InsertionDeletion(InputXGradient(model), baselines=0.0, n_random_orders=3)
+    trainer, loader = trainer_of(model, evaluation=judge), DataLoader(TensorDataset(X, y), 16)
+    scores = trainer.evaluate(loader)
+    assert scores == trainer.evaluate(loader)  # every evaluation draws the same orders
+    examples = trainer.example_scores(loader)
+    for name in ("insertion_gain", "deletion_gain"):
+        assert scores[name] == pytest.approx(float(examples[name].mean()))
+        assert examples[name].shape == (40,)
+    assert scores["insertion_gain"] > 0.01 < scores["deletion_gain"]
+    expected = 2 * scores["accuracy"] + scores["insertion"] + scores["one_minus_deletion"]
+    assert scores["valscore"] == pytest.approx(expected)  # eq. (15) as before
+    (row,) = trainer.fit(loader, loader)
+    assert row["val_insertion_gain"] == trainer.evaluate(loader)["insertion_gain"]
+
+
+def test_gains_of_several_labels_are_means_over_the_true_ones():
+    model = classifier()
+    judge = InsertionDeletion(
+        InputXGradient(model), baselines=0.0, outputs="multilabel", n_random_orders=2, step_size=1, fraction=1.0
+    )
+    target = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    scores = judge.scores(X[:3], target)
+    assert scores.insertion_gain[1] == 0 == scores.deletion_gain[1]
+    assert scores.insertion_gain[0] != 0 != scores.deletion_gain[2]
+
+
+@pytest.mark.parametrize("outputs", ["logits", "raw"])
+def test_gain_of_a_random_attribution_is_zero_in_the_mean(outputs):
+    """And that of the model's own explanation is not, although both have the same masked inputs in general."""
+
+    class Chance(InputXGradient):
+        @functools.wraps(InputXGradient.attribute)
+        def attribute(self, inputs, *args, **kwargs):
+            return torch.rand(inputs.shape, generator=generator)
+
+    model, generator = classifier(), torch.Generator().manual_seed(0)
+    x, target = X.repeat(20, 1), torch.zeros(800, dtype=torch.long)
+    arguments = {"baselines": 0.0, "outputs": outputs, "n_random_orders": 4, "target_transform": lambda _: target}
+    chance = InsertionDeletion(Chance(model), **arguments).scores(x, target)
+    own = InsertionDeletion(InputXGradient(model), **arguments).scores(x, target)
+    for name in ("insertion_gain", "deletion_gain"):
+        gain = getattr(chance, name)
+        assert abs(float(gain.mean())) < 4 * float(gain.std()) / 800**0.5
+        assert float(getattr(own, name).mean()) > 0.02

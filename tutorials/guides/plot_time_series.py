@@ -51,7 +51,6 @@ regularizer = InsertionDeletion(
     insertion_weight=0.1,
     deletion_weight=0.1,
     deletion_form="complement",
-    steps_per_update=4,
     attribute_kwargs={"n_steps": 8},
 )
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
