@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.errors import InputError, InputTypeError, NonFiniteError, all_finite
 
 Tensors = Tensor | tuple[Tensor, ...]
 """One tensor, or one for each input of the model."""
 Baseline = Tensor | int | float
+Baselines = BaselineType | Callable[[Any], BaselineType]
+"""What a metric or a regularizer takes: numbers, tensors, or a callable of the inputs that returns them."""
 Value = TypeVar("Value")
 
 
@@ -85,14 +88,14 @@ def as_baselines(baselines: object, tensors: tuple[Tensor, ...]) -> tuple[Baseli
 def check_inputs(
     inputs: object, baselines: object, check_finite: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Baseline, ...]]:
-    """Return inputs and baselines as tuples that fit each other.
+    """Return inputs and baselines as tuples that fit each other; a callable is called with the inputs.
 
     Raises:
         NonFiniteError: inputs or baselines hold NaN or infinity.
         InputError, InputTypeError: see `as_batch` and `as_baselines`.
     """
     tensors = as_batch(inputs)
-    aligned = as_baselines(baselines, tensors)
+    aligned = as_baselines(baselines(inputs) if callable(baselines) else baselines, tensors)
     if check_finite:
         require_finite(tensors, "inputs")
         if not all(map(all_finite, aligned)):

@@ -13,11 +13,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.errors import NAN_OF_MASKED_ROWS, warn
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
-from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
+from captum_idexpo._core.inputs import (
+    Baselines,
+    Tensors,
+    check_count,
+    check_inputs,
+    check_optional_count,
+    require_finite,
+)
 from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.rng import drawn_for, source
 from captum_idexpo._core.targets import Outputs
@@ -173,7 +179,7 @@ class Masking:
         inputs: Tensors,
         attributions: Tensors,
         *,
-        baselines: BaselineType,
+        baselines: Baselines,
         feature_mask: Tensors | None,
         group_reduction: Literal["mean", "sum"],
         additional_forward_args: object,

@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType
-from captum_idexpo._core.inputs import Tensors, check_count_or_zero
+from captum_idexpo._core.inputs import Baselines, Tensors, check_count_or_zero
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._masking import InsertionDeletionScores, Masking
 
@@ -30,7 +29,7 @@ def insertion_deletion(
     inputs: Tensors,
     attributions: Tensors,
     *,
-    baselines: BaselineType = None,
+    baselines: Baselines = None,
     feature_mask: Tensors | None = None,
     group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
@@ -53,8 +52,8 @@ def insertion_deletion(
         inputs: a tensor ``(B, ...)`` or a tuple of them, whose locations are ranked together.
         attributions: of the inputs' shape (a location is an element). For ``(B, C, H, W)`` also of shape ``(B, H, W)``
             or ``(B, 1, H, W)`` (a location is a pixel; all its channels are masked together).
-        baselines: values of deleted locations, and of locations that are not inserted yet: None (zero), numbers, or
-            tensors that broadcast.
+        baselines: values of deleted locations, and of locations that are not inserted yet: None (zero), numbers,
+            tensors that broadcast, or a callable of the inputs that returns them (`captum_idexpo.baselines`).
         feature_mask: integers that group positions into locations, of the inputs' shape or broadcasting to it.
         group_reduction: a group's attribution is the "mean" or the "sum" over its positions.
         additional_forward_args: passed to the forward function after the inputs.
@@ -130,7 +129,7 @@ def insertion(
     inputs: Tensors,
     attributions: Tensors,
     *,
-    baselines: BaselineType = None,
+    baselines: Baselines = None,
     feature_mask: Tensors | None = None,
     group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,
@@ -179,7 +178,7 @@ def deletion(
     inputs: Tensors,
     attributions: Tensors,
     *,
-    baselines: BaselineType = None,
+    baselines: Baselines = None,
     feature_mask: Tensors | None = None,
     group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,

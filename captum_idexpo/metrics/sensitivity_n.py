@@ -8,11 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.errors import NAN_OF_MASKED_ROWS
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import evaluate_copies
-from captum_idexpo._core.inputs import Tensors, check_count, check_inputs, check_optional_count, require_finite
+from captum_idexpo._core.inputs import (
+    Baselines,
+    Tensors,
+    check_count,
+    check_inputs,
+    check_optional_count,
+    require_finite,
+)
 from captum_idexpo._core.rng import source
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._locations import Locations, groups_of
@@ -25,7 +31,7 @@ def sensitivity_n(
     attributions: Tensors,
     n: int,
     *,
-    baselines: BaselineType = None,
+    baselines: Baselines = None,
     feature_mask: Tensors | None = None,
     group_reduction: Literal["mean", "sum"] = "mean",
     additional_forward_args: object = None,

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_idexpo._core.captum import BaselineType
-from captum_idexpo._core.inputs import Tensors
+from captum_idexpo._core.inputs import Baselines, Tensors
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion
@@ -41,7 +40,7 @@ class _Accumulated(Metric):
         self,
         forward_func: Callable[..., Any],
         *,
-        baselines: BaselineType = None,
+        baselines: Baselines = None,
         group_reduction: Literal["mean", "sum"] = "mean",
         fraction: float = 1.0,
         step_size: int | None = None,

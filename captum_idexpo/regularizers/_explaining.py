@@ -26,6 +26,7 @@ from captum_idexpo.attr._trainable import require_trainable
 from captum_idexpo.attr.layer import LayerGradCam
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.attr.lime import Lime
+from captum_idexpo.baselines import DrawnBaselines, generators_of
 
 SAMPLES_PER_GROUP = 3
 """Masked copies of LIME and KernelSHAP for each group of features, unless the user says how many."""
@@ -74,6 +75,10 @@ class Explaining:
         """
         started = time.perf_counter()
         arguments = {name: value for name, value in offered.items() if name in self.takes} | self.arguments
+        if callable(arguments.get("feature_mask")):
+            arguments["feature_mask"] = arguments["feature_mask"](inputs)
+        if isinstance(arguments.get("baselines"), DrawnBaselines):
+            arguments["baselines"] = arguments["baselines"](inputs)
         if isinstance(self._method, Lime):
             arguments = self._sampled(arguments, as_batch(inputs))
         with self._layer_noted():
@@ -100,9 +105,9 @@ class Explaining:
 
     @property
     def generators(self) -> list[Generator]:
-        """The random generator that the explainer is always given, if there is one."""
+        """The random generators that the explainer is always given, for masks and baselines."""
         given = self.arguments.get("generator")
-        return [] if given is None else [given]
+        return [*([] if given is None else [given]), *generators_of(self.arguments.get("baselines"))]
 
     def n_columns(self, tensors: tuple[Tensor, ...], additional_forward_args: object = None) -> int:
         """Return how many columns the explained output has."""

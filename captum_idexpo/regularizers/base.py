@@ -61,6 +61,7 @@ class Regularizer(nn.Module):
         explainer: an attribution of `captum_idexpo.attr` that the terms use, see `explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``. Without n_samples, LIME and KernelSHAP take
             three masked copies for each feature, with ``sampling="independent"``, and refuse more than 1,024 features.
+            The feature_mask may be a callable of the inputs, and the baselines one of `captum_idexpo.baselines`.
         reshape_transform: a function that brings the attribution of a layer to ``(B, C, h, w)`` or ``(B, C, T)``, such
             as `captum_idexpo.attr.steps_first`; needed where the axes of a layer cannot be told apart.
         target_transform: a function of the loader's target that returns the target of explainer and score; None: the

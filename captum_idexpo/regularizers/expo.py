@@ -71,6 +71,11 @@ class _LocalPenalty(Penalty):
         self.n_neighbors = check_optional_count("n_neighbors", n_neighbors)
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
 
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators that the neighbours are drawn from, beside the global ones."""
+        return list(dict.fromkeys([*super().generators, *self.neighborhood.generators]))
+
     def _function(self, tensors: tuple[Tensor, ...], batch: Batch) -> tuple[Function, int]:
         """Return the function that evaluates rows, and the rows of a forward pass.
 

@@ -27,6 +27,7 @@ from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_given
 from captum_idexpo._core.inputs import (
     Baseline,
+    Baselines,
     Tensors,
     check_count_or_zero,
     check_inputs,
@@ -39,7 +40,7 @@ from captum_idexpo._core.memory import MemoryBudget
 from captum_idexpo._core.modes import no_graph
 from captum_idexpo._core.targets import Outputs, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform
-from captum_idexpo.baselines import mean_inputs
+from captum_idexpo.baselines import generators_of, mean_inputs
 from captum_idexpo.metrics._locations import Locations, check_group_reduction, groups_of
 from captum_idexpo.metrics._masking import (
     InsertionDeletionScores,
@@ -72,9 +73,9 @@ class InsertionDeletion(Regularizer):
     Args:
         explainer: an attribution of `captum_idexpo.attr`.
         baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
-            that returns them. "mean" is the mean of the training inputs over examples and positions, which the trainer
-            measures before it starts (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the
-            same.
+            that returns them, such as those of `captum_idexpo.baselines`. "mean" is the mean of the training inputs
+            over examples and positions, which the trainer measures before it starts
+            (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the same.
         forward_func: the function that is masked and scored; None: the explainer's forward function.
         model: the module that is held in eval mode, if it is not found behind the forward functions.
         insertion_weight, deletion_weight: weights of both terms (the paper: 0.001 to 0.1); 0 leaves a term out.
@@ -143,7 +144,7 @@ class InsertionDeletion(Regularizer):
         self,
         explainer: Attribution,
         *,
-        baselines: BaselineType | Callable[[Any], BaselineType] | Literal["mean"],
+        baselines: Baselines | Literal["mean"],
         forward_func: Callable[..., Any] | None = None,
         model: nn.Module | None = None,
         insertion_weight: float = 0.01,
@@ -196,6 +197,11 @@ class InsertionDeletion(Regularizer):
         self.n_random_orders = check_count_or_zero("n_random_orders", n_random_orders)
         self._floor_reported = False
         self._check_settings()
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators that terms and baselines draw from, beside the global ones."""
+        return list(dict.fromkeys([*super().generators, *generators_of(self.baselines)]))
 
     @property
     def floor_share(self) -> Tensor | None:
@@ -342,8 +348,7 @@ class InsertionDeletion(Regularizer):
                 "your own, pass baselines=mean_inputs(train_loader)."
             )
         inputs, side = batch.inputs, batch.additional_forward_args
-        baselines = self.baselines(inputs) if callable(self.baselines) else self.baselines
-        tensors, aligned = check_inputs(inputs, baselines, check_finite=True)
+        tensors, aligned = check_inputs(inputs, self.baselines, check_finite=True)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
         groups = groups_of(feature_mask, tensors)
         scored = batch.target if callable(self.outputs) else target

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from captum_idexpo._core.captum import BaselineType
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
-from captum_idexpo._core.inputs import Tensors, as_baselines, require_real
+from captum_idexpo._core.inputs import Baselines, Tensors, as_baselines, require_real
 from captum_idexpo._core.rng import drawn_for, source
 from captum_idexpo.attr.sampling import lime_masks
 from captum_idexpo.attr.similarity import MaskSimilarity
+from captum_idexpo.baselines import generators_of
 
 
 class Neighbors(NamedTuple):
@@ -28,6 +28,11 @@ class Neighbors(NamedTuple):
 
 class Neighborhood(ABC):
     """A distribution of neighbours around each example."""
+
+    @property
+    def generators(self) -> list[Generator]:
+        """Random generators of the neighbourhood itself, beside the one that `draw` is given."""
+        return []
 
     @abstractmethod
     def n_unknowns(self, tensors: tuple[Tensor, ...]) -> int:
@@ -114,15 +119,21 @@ class MaskedNeighbors(Neighborhood):
     """LIME's masked copies, weighted by their similarity: ID-ExpO's form for images (arXiv 2310.12553, app. B.1).
 
     Args:
-        baselines: what masked features are set to: a number, a tensor that broadcasts to the inputs, or a tuple.
+        baselines: what masked features are set to: a number, a tensor that broadcasts to the inputs, a tuple, or a
+            callable of the inputs that returns these.
         feature_mask: a Captum feature mask (superpixels), or a callable of the inputs that returns one. None: every
             element is a feature.
         similarity: weight of a copy.
     """
 
-    baselines: BaselineType = 0.0
+    baselines: Baselines = 0.0
     feature_mask: Tensors | Callable[[Tensors], Tensors] | None = None
     similarity: MaskSimilarity = field(default_factory=MaskSimilarity)
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators that the baselines are drawn from."""
+        return generators_of(self.baselines)
 
     def n_unknowns(self, tensors: tuple[Tensor, ...]) -> int:
         """Return 1 + the number of features."""
@@ -134,7 +145,8 @@ class MaskedNeighbors(Neighborhood):
         masks = drawn_for(
             len(tensors[0]), lambda b: lime_masks("independent", b, n, layout.n_features, device, generator)
         )
-        given = self.baselines if isinstance(self.baselines, tuple) else (self.baselines,) * len(tensors)
+        found = self.baselines(self._whole(tensors)) if callable(self.baselines) else self.baselines
+        given = found if isinstance(found, tuple) else (found,) * len(tensors)
         present = layout.present()
         coordinates = masks if present is None else masks & present[:, None]  # of features that the example has
         masked = MaskedInputs(tensors, as_baselines(given, tensors), layout)
@@ -143,9 +155,12 @@ class MaskedNeighbors(Neighborhood):
         return Neighbors(masked.copies(masks.transpose(0, 1)), coordinates.to(dtype), weights)
 
     def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:
-        whole = tensors if len(tensors) > 1 else tensors[0]
-        mask = self.feature_mask(whole) if callable(self.feature_mask) else self.feature_mask
+        mask = self.feature_mask(self._whole(tensors)) if callable(self.feature_mask) else self.feature_mask
         return FeatureLayout.of(mask, tensors)
+
+    @staticmethod
+    def _whole(tensors: tuple[Tensor, ...]) -> Tensors:
+        return tensors if len(tensors) > 1 else tensors[0]
 
 
 def _n_values(tensors: tuple[Tensor, ...]) -> int:
