@@ -151,10 +151,11 @@ CASES = {
         lambda c: c.train(c.regularizer(deletion_form="complement")),
         Cost(2 + 1 + 2, LOOK + B + 8 * B, 4 * B),
     ),
-    # A look each by the loss and by LIME, and one image to see how many columns are explained.
+    # A look each by the loss and by LIME, 11 copies to see whether the model reads masks (until that is clear), and one
+    # image to see how many columns are explained.
     "id-expo, lime": (
         lambda c: c.train(c.lime_regularizer()),
-        Cost(2 * 2 + 1 + 5 + 2 + 1, 2 * LOOK + 1 + 100 * B + 8 * B + B, CHUNK),
+        Cost(2 * 2 + 2 + 1 + 5 + 2 + 1, 2 * LOOK + 11 * B + 1 + 100 * B + 8 * B + B, CHUNK),
     ),
     "scores of a regularizer": (
         lambda c: c.regularizer().scores(c.x, c.y),

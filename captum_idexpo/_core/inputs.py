@@ -77,7 +77,9 @@ def as_baselines(baselines: object, tensors: tuple[Tensor, ...]) -> tuple[Baseli
         baselines = (baselines,)
     for baseline in baselines:
         if not isinstance(baseline, (Tensor, int, float)):
-            raise InputTypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.")
+            mean = isinstance(baseline, str)
+            cure = " For the mean pass captum_idexpo.baselines.mean_inputs(train_loader)." if mean else ""
+            raise InputTypeError(f"baselines must be numbers or tensors, given: {type(baseline).__name__}.{cure}")
     if len(baselines) != len(tensors):
         raise InputError(
             f"baselines holds {len(baselines)} values for {len(tensors)} input tensors: give one baseline per tensor."

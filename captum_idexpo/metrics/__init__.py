@@ -8,6 +8,7 @@ from captum_idexpo.attr.local_linear import LinearExplanation, LocalLinearModels
 from captum_idexpo.metrics._masking import InsertionDeletionScores
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion, insertion_deletion
 from captum_idexpo.metrics.local_fidelity import neighborhood_fidelity, point_fidelity, stability
+from captum_idexpo.metrics.masked_accuracy import masked_accuracy
 from captum_idexpo.metrics.sensitivity_n import sensitivity_n
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "deletion",
     "insertion",
     "insertion_deletion",
+    "masked_accuracy",
     "neighborhood_fidelity",
     "point_fidelity",
     "sensitivity_n",

@@ -8,6 +8,7 @@ from captum_idexpo.regularizers.base import Penalty, Regularizer
 from captum_idexpo.regularizers.expo import Fidelity, Stability
 from captum_idexpo.regularizers.insertion_deletion import InsertionDeletion
 from captum_idexpo.regularizers.neighbors import GaussianNeighbors, MaskedNeighbors, Neighborhood, UniformNeighbors
+from captum_idexpo.regularizers.random_masking import RandomMasking
 from captum_idexpo.regularizers.right_reasons import Explanation, RightForTheRightReasons, find_another_explanation
 from captum_idexpo.regularizers.saliency_guided import SaliencyGuided
 
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedNeighbors",
     "Neighborhood",
     "Penalty",
+    "RandomMasking",
     "Regularizer",
     "RightForTheRightReasons",
     "SaliencyGuided",

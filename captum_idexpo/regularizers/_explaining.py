@@ -153,6 +153,11 @@ class Explaining:
             )
 
     @property
+    def asks_masked_copies(self) -> bool:
+        """True if the explanation is made of the model's answers to copies of which many features are masked."""
+        return isinstance(self._method, (Lime, captum.ShapleyValueSampling))
+
+    @property
     def layout(self) -> Layout:
         """Where the channels of the explained layer's attribution are."""
         if isinstance(self._method, LayerGradCam) and self._method.reshape_transform is not None:

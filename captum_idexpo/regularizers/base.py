@@ -17,16 +17,21 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.batch import Batch, as_side_inputs
 from captum_idexpo._core.captum import TargetType
+from captum_idexpo._core.chunks import default_rows_per_forward
 from captum_idexpo._core.errors import InputError, NonFiniteError, warn
-from captum_idexpo._core.inputs import Tensors, as_batch, check_not_negative
+from captum_idexpo._core.features import MaskedInputs
+from captum_idexpo._core.forward import BatchForward, evaluate_given
+from captum_idexpo._core.inputs import Tensors, as_batch, check_inputs, check_not_negative
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
-from captum_idexpo._core.rng import accelerators, kept_streams
+from captum_idexpo._core.rng import accelerators, kept_streams, seeded
 from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 from captum_idexpo.metrics._locations import constant_maps_message
-from captum_idexpo.metrics._scoring import check_outputs, is_raw
+from captum_idexpo.metrics._scoring import check_outputs, is_raw, predicted_class
+from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
 from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
+from captum_idexpo.regularizers._reading import MaskReading
 
 Weight = float | Literal["auto"]
 _HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
@@ -131,6 +136,7 @@ class Regularizer(nn.Module):
         self.target_transform = target_transform
         self.generator = generator
         self._constant_reported = False
+        self._reading = MaskReading()
         self.explainer_seconds = 0.0
         self.measurements: dict[str, Tensor] = {}
         if eval_mode and not self.models:
@@ -197,6 +203,8 @@ class Regularizer(nn.Module):
         target = explained.target if n_columns != 1 else None
         side = batch.additional_forward_args
         more = {} if side is None else {"additional_forward_args": side}
+        given = self.attribute_kwargs
+        self._report_unread_masks(batch, given.get("baselines"), given.get("feature_mask"))
         arguments = {"target": target, "generator": self.generator, **more}
         maps = self._explaining(batch.inputs, torch.is_grad_enabled(), **arguments)
         self._report_constant_maps(torch.cat([map.detach().flatten(1) for map in maps], dim=1))
@@ -284,6 +292,42 @@ class Regularizer(nn.Module):
         if message:
             self._constant_reported = True
             warn(message)
+
+    def _report_unread_masks(
+        self, batch: Batch, baselines: object, feature_mask: Any, max_rows: int | None = None
+    ) -> None:
+        """Warn once before masked copies are explained that the model cannot read. It leaves no trace."""
+        explaining, reading = self._explaining, self._reading
+        if explaining is None or not explaining.asks_masked_copies or is_raw(self.outputs) or reading.is_settled:
+            return
+        tensors = as_batch(batch.inputs)
+        n_examples, device = len(tensors[0]), tensors[0].device
+        with no_graph(), seeded(0, device, self.generators), held_in_eval_mode(*self.models):
+            _, aligned = check_inputs(batch.inputs, baselines, check_finite=False)
+            layout = masked_features(feature_mask(batch.inputs) if callable(feature_mask) else feature_mask, tensors)
+            n_copies = reading.n_copies(n_examples)
+            kept = torch.stack([random_masks(layout, n_examples, device, 0.5, None) for _ in range(n_copies)])
+            kept = torch.cat([torch.ones_like(kept[:1]), kept])  # first the unmasked examples
+            copies = MaskedInputs(tensors, aligned, layout).copies(kept)
+            decisions = evaluate_given(self._decisions(batch), copies, max_rows or default_rows_per_forward(tensors))
+        message = reading.add(decisions[:, 0], decisions[:, 1:])
+        if message:
+            warn(message)
+
+    def _decisions(self, batch: Batch) -> Callable[[tuple[Tensor, ...], slice, int], Tensor]:
+        """Return a function of rows: their predicted classes, or which labels are predicted.
+
+        It is 0 for every row whose output has no single class.
+        """
+        forward = BatchForward(self.forward_func, batch.additional_forward_args, len(as_batch(batch.inputs)[0]))
+
+        def decide(rows: tuple[Tensor, ...], examples: slice, n_copies: int) -> Tensor:
+            output: Tensor = forward(rows, examples, n_copies)
+            if output.dim() not in (1, 2) or len(output) != len(rows[0]):
+                return torch.zeros(len(rows[0]), dtype=torch.long)
+            return output > 0 if self.outputs == "multilabel" else predicted_class(output, self.outputs)
+
+        return decide
 
     def _check_target(self, target: Any) -> None:
         """Refuse a target that contradicts `outputs`, also where nothing reads it: the outputs would be misread."""

@@ -50,6 +50,7 @@ from captum_idexpo.metrics._masking import (
     make_masks,
 )
 from captum_idexpo.metrics._scoring import TargetScorer, is_raw, predicted_class
+from captum_idexpo.metrics.masked_accuracy import masked_accuracy
 from captum_idexpo.regularizers._explaining import Explaining, per_row, require_attribution
 from captum_idexpo.regularizers.base import Regularizer, check_n_labels
 
@@ -264,6 +265,33 @@ class InsertionDeletion(Regularizer):
                 return self._hard_scores(batch, labels) if positive is None else self._label_means(batch, positive)
             return self._hard_scores(batch, self.explained(batch).target)
 
+    def masked_accuracy(
+        self, inputs: Tensors, target: Any, *, share: float = 0.5, additional_forward_args: object = None
+    ) -> Tensor:
+        """Return `captum_idexpo.metrics.masked_accuracy` with this regularizer's baselines and feature mask, ``(B,)``.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: the labels.
+            share: share of the features that is masked, drawn per example from `generator`.
+            additional_forward_args: what the model takes after the inputs.
+        """
+        batch = self._read(inputs, target, None, additional_forward_args)
+        feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
+        with self.held_in_eval_mode():
+            return masked_accuracy(
+                self.forward_func,
+                inputs,
+                self.transformed(target),
+                baselines=self._measured_baselines(),
+                feature_mask=feature_mask,
+                additional_forward_args=batch.additional_forward_args,
+                share=share,
+                outputs=self.outputs,
+                generator=self.generator,
+                max_examples_per_batch=self.max_examples_per_batch,
+            )
+
     @no_graph()
     def attribution(
         self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
@@ -342,27 +370,24 @@ class InsertionDeletion(Regularizer):
         memory: MemoryBudget | None = None,
     ) -> tuple[Masking, Tensor]:
         """Return the batch, ready to be masked by its explanation, and the explanation at its own cells ``(B, D)``."""
-        if isinstance(self.baselines, str):
-            raise ValueError(
-                f"baselines={self.baselines!r} is measured when the trainer's fit starts: before it, and in a loop of "
-                "your own, pass baselines=mean_inputs(train_loader)."
-            )
         inputs, side = batch.inputs, batch.additional_forward_args
-        tensors, aligned = check_inputs(inputs, self.baselines, check_finite=True)
+        tensors, aligned = check_inputs(inputs, self._measured_baselines(), check_finite=True)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
         groups = groups_of(feature_mask, tensors)
         scored = batch.target if callable(self.outputs) else target
         max_rows = self.max_examples_per_batch
         scorer = TargetScorer(self.forward_func, tensors, scored, side, self.outputs, max_rows=max_rows)
         one_column = target is None or self._is_one_column(scorer, tensors, side)
+        baselines = _like(inputs, tuple(map(_expanded, aligned, tensors)))
         offered = {
-            "baselines": _like(inputs, tuple(map(_expanded, aligned, tensors))),
+            "baselines": baselines,
             "feature_mask": _broadcasting(feature_mask, inputs),
             "memory_budget": memory,
             "generator": self.generator,
         }
         if side is not None:
             offered["additional_forward_args"] = side
+        self._report_unread_masks(batch, baselines, feature_mask, max_rows)
         maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups, self.group_reduction)
         require_finite((locations.values.detach(),), "attributions")
@@ -376,6 +401,14 @@ class InsertionDeletion(Regularizer):
         check_scores = not create_graph
         masked = MaskedInputs(tensors, aligned, locations.layout, finite=True)  # checked above
         return Masking(masked, locations, scorer, schedule, masks, check_scores, memory), cells
+
+    def _measured_baselines(self) -> Baselines:
+        if isinstance(self.baselines, str):
+            raise ValueError(
+                f"baselines={self.baselines!r} is measured when the trainer's fit starts: before it, and in a loop of "
+                "your own, pass baselines=mean_inputs(train_loader)."
+            )
+        return self.baselines
 
     def _is_one_column(self, scorer: TargetScorer, tensors: tuple[Tensor, ...], side: object) -> bool:
         """Return True if the explainer explains a single column, so that it takes no target."""

@@ -33,17 +33,20 @@ def evaluate(
     *,
     accuracy_weight: float,
     explain: Literal["predicted", "label"],
+    masked_share: float | None = None,
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
 
     Raises:
-        ValueError: an unknown choice of what to explain, or a loader that yields no batch.
+        ValueError: an unknown choice of what to explain, a masked share without a judge, or a loader that yields no
+            batch.
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    with closing(_scored(model, loader, judge, regularizers, explain, unpack, accelerator)) as batches:
+    scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
+    with closing(scored) as batches:
         for output, target, scores in batches:
             n_examples = _n_examples(output, target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
@@ -62,11 +65,13 @@ def example_scores(
     regularizers: Iterable[Regularizer],
     *,
     explain: Literal["predicted", "label"],
+    masked_share: float | None = None,
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Return the scores per example; see `ExplanationRegularizedTrainer.example_scores`."""
-    batches = [scores for _, _, scores in _scored(model, loader, judge, regularizers, explain, unpack, accelerator)]
+    scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
+    batches = [scores for _, _, scores in scored]
     names = [name for name in batches[0] if all(name in scores for scores in batches)]
     return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in names}
 
@@ -77,6 +82,7 @@ def _scored(
     judge: InsertionDeletion | None,
     regularizers: Iterable[Regularizer],
     explain: Literal["predicted", "label"],
+    masked_share: float | None,
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
@@ -85,6 +91,11 @@ def _scored(
 
     if explain not in ("predicted", "label"):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
+    if masked_share is not None and judge is None:
+        raise ValueError(
+            "Masked accuracy needs baselines, those of a judge: pass evaluation=InsertionDeletion(explainer, "
+            "baselines=...) to the trainer."
+        )
     judges = [] if judge is None else [judge]
     announced = [*judges, *regularizers]
     of_classes = [each for each in announced if not is_raw(each.outputs)]
@@ -98,7 +109,7 @@ def _scored(
             target = batch.target
             with failing_together(accelerator):
                 output = call_model(model, batch)
-                scores = {} if judge is None else _judge_batch(judge, batch, explain)
+                scores = {} if judge is None else _judge_batch(judge, batch, explain, masked_share)
                 predicted = _predicted(model, batch, output, judge, announced)
                 scores = scores if predicted is None else {"predicted": predicted, **scores}
             # Gathered without the examples that fill up the last batch, before anything is averaged or decided.
@@ -122,7 +133,7 @@ def _n_examples(output: Any, target: Any) -> int:
     return int(find_batch_size(target)) if of_tensors else len(target)
 
 
-def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str) -> dict[str, Tensor]:
+def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str, masked_share: float | None) -> dict[str, Tensor]:
     """Return hard scores per example, ``(B,)``."""
     needs_target = explain == "label" or is_raw(judge.outputs)
     result = judge.scores(
@@ -131,6 +142,11 @@ def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str) -> dict[s
     scores = {"insertion": result.insertion, "deletion": result.deletion}
     if result.insertion_gain is not None and result.deletion_gain is not None:
         scores.update(insertion_gain=result.insertion_gain, deletion_gain=result.deletion_gain)
+    if masked_share is not None:
+        side = batch.additional_forward_args
+        scores["masked_accuracy"] = judge.masked_accuracy(
+            batch.inputs, batch.target, share=masked_share, additional_forward_args=side
+        )
     if is_raw(judge.outputs):
         return scores
     kept = 1 - result.deletion

@@ -239,7 +239,7 @@ class ExplanationRegularizedTrainer:
                 self._step_scheduler(row["loss"])
             if val_loader is not None:
                 with self._averaged_weights():
-                    scores = self._evaluate(val_loader, "predicted")
+                    scores = self._evaluate(val_loader)
                 self._select(run, row, scores)
             self.accelerator.log(row, step=run.epoch)
             for callback in self.callbacks:
@@ -347,13 +347,19 @@ class ExplanationRegularizedTrainer:
                 judge.baselines = baselines
 
     def evaluate(
-        self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
+        self,
+        loader: Iterable[Any],
+        *,
+        explain: Literal["predicted", "label"] = "predicted",
+        masked_share: float | None = None,
     ) -> dict[str, float]:
         """Return mean scores over a loader's examples, in eval mode and with the same random masks at every call.
 
         Args:
             loader: yields (inputs, target).
             explain: which class is explained and scored, the predicted one or the label.
+            masked_share: also measure "masked_accuracy", with this share of the features masked at random, with the
+                baselines and the feature mask of the judge; see `captum_idexpo.metrics.masked_accuracy`.
 
         Returns:
             "loss" (the task's), "accuracy", "insertion", "deletion", "one_minus_deletion" and "valscore" (eq. 15).
@@ -362,16 +368,20 @@ class ExplanationRegularizedTrainer:
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
             Targets beyond 0 and 1 for a single column are a regression's, too, and have no accuracy.
         """
-        return self._evaluate(self._prepare(loader), explain)
+        return self._evaluate(self._prepare(loader), explain, masked_share)
 
     def example_scores(
-        self, loader: Iterable[Any], *, explain: Literal["predicted", "label"] = "predicted"
+        self,
+        loader: Iterable[Any],
+        *,
+        explain: Literal["predicted", "label"] = "predicted",
+        masked_share: float | None = None,
     ) -> dict[str, Tensor]:
         """Return the scores per example, in the order of the loader, as `evaluate` averages them.
 
         Args:
             loader: yields (inputs, target).
-            explain: which class is explained and scored, the predicted one or the label.
+            explain, masked_share: as for `evaluate`.
 
         Returns:
             By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion", as
@@ -384,6 +394,7 @@ class ExplanationRegularizedTrainer:
                 self.evaluation,
                 self._unwrapped.known_regularizers,
                 explain=explain,
+                masked_share=masked_share,
                 unpack=self.unpack,
                 accelerator=self.accelerator,
             )
@@ -469,7 +480,12 @@ class ExplanationRegularizedTrainer:
             checkpoint.save(state, self.checkpoint_dir, run.updates)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate(self, loader: Iterable[Any], explain: Literal["predicted", "label"]) -> dict[str, float]:
+    def _evaluate(
+        self,
+        loader: Iterable[Any],
+        explain: Literal["predicted", "label"] = "predicted",
+        masked_share: float | None = None,
+    ) -> dict[str, float]:
         with gathered(self.model):
             return evaluate(
                 self.model,
@@ -479,6 +495,7 @@ class ExplanationRegularizedTrainer:
                 self._unwrapped.known_regularizers,
                 accuracy_weight=self.accuracy_weight,
                 explain=explain,
+                masked_share=masked_share,
                 unpack=self.unpack,
                 accelerator=self.accelerator,
             )
