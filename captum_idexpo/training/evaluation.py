@@ -16,6 +16,7 @@ from captum_idexpo._core.rng import seeded
 from captum_idexpo._core.targets import class_labels, positive_labels, soft_classes
 from captum_idexpo.metrics._scoring import is_raw, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion, Regularizer
+from captum_idexpo.training.accuracy_floor import Classified, paired_change
 from captum_idexpo.training.loaders import as_in_first_pass, failing_together, gathered_examples, left
 from captum_idexpo.training.loss import call_model
 
@@ -34,10 +35,13 @@ def evaluate(
     accuracy_weight: float,
     explain: Literal["predicted", "label"],
     masked_share: float | None = None,
+    start: Classified | None = None,
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
+
+    With the predictions at the start it also returns the paired change of accuracy.
 
     Raises:
         ValueError: an unknown choice of what to explain, a masked share without a judge, or a loader that yields no
@@ -45,16 +49,35 @@ def evaluate(
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
+    classified: list[tuple[Any, dict[str, Tensor]]] = []
     scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
     with closing(scored) as batches:
         for output, target, scores in batches:
+            if start is not None:
+                classified.append((target, scores))
             n_examples = _n_examples(output, target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
             for name, values in scores.items():
                 sums[name] = sums.get(name, 0.0) + n_examples * float(values.cpu().double().mean())
                 counts[name] = counts.get(name, 0) + n_examples
     means = {name: total / counts[name] for name, total in sums.items() if counts[name] == counts["loss"]}
-    return _with_validation_score(means, accuracy_weight)
+    change = {} if start is None else paired_change(start, Classified.of(classified))
+    return {**_with_validation_score(means, accuracy_weight), **change}
+
+
+@no_graph()
+def classify(
+    model: nn.Module,
+    loader: Iterable[Any],
+    judge: InsertionDeletion | None,
+    regularizers: Iterable[Regularizer],
+    *,
+    unpack: Unpack | None,
+    accelerator: Accelerator,
+) -> Classified:
+    """Return which examples of a loader the model classifies right; nothing is explained."""
+    scored = _scored(model, loader, judge, regularizers, None, None, unpack, accelerator)
+    return Classified.of([(target, scores) for _, target, scores in scored])
 
 
 @no_graph()
@@ -81,15 +104,15 @@ def _scored(
     loader: Iterable[Any],
     judge: InsertionDeletion | None,
     regularizers: Iterable[Regularizer],
-    explain: Literal["predicted", "label"],
+    explain: Literal["predicted", "label"] | None,
     masked_share: float | None,
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
-    """Yield outputs, targets and scores per example, batch by batch, of all processes."""
+    """Yield outputs, targets and scores per example, batch by batch, of all processes; None explains nothing."""
     from accelerate.utils import send_to_device
 
-    if explain not in ("predicted", "label"):
+    if explain not in ("predicted", "label", None):
         raise ValueError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
     if masked_share is not None and judge is None:
         raise ValueError(
@@ -109,7 +132,9 @@ def _scored(
             target = batch.target
             with failing_together(accelerator):
                 output = call_model(model, batch)
-                scores = {} if judge is None else _judge_batch(judge, batch, explain, masked_share)
+                scores: dict[str, Tensor] = {}
+                if judge is not None and explain is not None:
+                    scores = _judge_batch(judge, batch, explain, masked_share)
                 predicted = _predicted(model, batch, output, judge, announced)
                 scores = scores if predicted is None else {"predicted": predicted, **scores}
             # Gathered without the examples that fill up the last batch, before anything is averaged or decided.

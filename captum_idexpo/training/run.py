@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from captum_idexpo._core import rng
+from captum_idexpo.training.accuracy_floor import Classified
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loaders import is_accelerates, left, with_last
 
@@ -34,6 +35,8 @@ class Run:
         self.epoch, self.step, self.updates = 1, 0, 0
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Any] | None = None
+        self.start_weights: dict[str, Any] | None = None
+        self.start: Classified | None = None
         self.finished = False
         self._start_losses: list[float] = []
         self._sums: dict[str, float] = {}
@@ -116,6 +119,8 @@ class Run:
             "position": [self.epoch, self.step, self.updates],
             "best": [self.best_score, self.best_epoch],
             "best_weights": self.best_weights,
+            "start_weights": self.start_weights,
+            "start": None if self.start is None else self.start.state_dict(),
             "finished": self.finished,
             "start_losses": self._start_losses,
             "sums": self._sums,
@@ -129,6 +134,8 @@ class Run:
         self.epoch, self.step, self.updates = state["position"]
         self.best_score, self.best_epoch = state["best"]
         self.best_weights, self.finished = state["best_weights"], state["finished"]
+        self.start_weights = state.get("start_weights")
+        self.start = None if state.get("start") is None else Classified(**state["start"])
         self._start_losses = state["start_losses"]
         self._sums, self._counts = state["sums"], state["counts"]
         own = randoms[self._accelerator.process_index]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from captum_idexpo.training.accuracy_floor import CHANGE, ERROR, check_max_drop, is_eligible
 from captum_idexpo.visualization.fronts import pareto_front
 
 Settings = dict[str, Any]
@@ -23,6 +24,8 @@ class Sweep(list[Row]):
     Args:
         rows: settings and scores by name.
         settings: the names of the settings; the others are scores.
+        max_accuracy_drop: rows whose "accuracy_change", plus its standard error, is a larger drop are not "eligible".
+            They are left out of the front, and marked in table and plot. None: no limit.
 
     Example:
         >>> from captum_idexpo.training import Sweep
@@ -32,9 +35,23 @@ class Sweep(list[Row]):
         ['weight 0.10', 'n_runs 2.00', 'accuracy 0.85', 'accuracy_standard_error 0.05']
     """
 
-    def __init__(self, rows: Iterable[Row] = (), settings: Iterable[str] = ()) -> None:
-        super().__init__(rows)
+    def __init__(
+        self, rows: Iterable[Row] = (), settings: Iterable[str] = (), max_accuracy_drop: float | None = None
+    ) -> None:
+        self.max_accuracy_drop = check_max_drop(max_accuracy_drop)
+        super().__init__(map(self._judged, rows))
         self.settings = tuple(settings)
+
+    def _judged(self, row: Row) -> Row:
+        """Return a row that says whether its accuracy is within the limit."""
+        if self.max_accuracy_drop is None:
+            return row
+        if CHANGE not in row:
+            raise ValueError(
+                f"max_accuracy_drop needs the score {CHANGE!r}, and {ERROR!r} if it is known, as the evaluation of "
+                f"ExplanationRegularizedTrainer(max_accuracy_drop=...) returns them; given: {sorted(row)}."
+            )
+        return {**row, "eligible": is_eligible(row[CHANGE], row.get(ERROR, 0.0), self.max_accuracy_drop)}
 
     def mean(self, over: str = "seed") -> Sweep:
         """Return the mean scores over one setting, with their standard errors.
@@ -44,7 +61,8 @@ class Sweep(list[Row]):
 
         Returns:
             One row per combination of the other settings: these, "n_runs", and for each score that all of its runs have
-            the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs).
+            the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs). It
+            replaces a standard error that the runs have themselves.
 
         Raises:
             ValueError: there is no such setting; a combination has one run, or two with the same value of it; the rows
@@ -56,7 +74,8 @@ class Sweep(list[Row]):
         groups: dict[str, list[Row]] = {}
         for row in self:
             groups.setdefault(_key({name: row[name] for name in others}), []).append(row)
-        return Sweep([self._mean(runs, others, over) for runs in groups.values()], others)
+        means = [self._mean(runs, others, over) for runs in groups.values()]
+        return Sweep(means, others, self.max_accuracy_drop)
 
     def _mean(self, runs: list[Row], others: list[str], over: str) -> Row:
         """Return the row of runs that differ in one setting alone."""
@@ -67,19 +86,22 @@ class Sweep(list[Row]):
                 f"A standard error needs two runs or more, each with another {over!r}; {first} has {len(runs)} runs "
                 f"with {n_values} values: give the grid two or more different values of {over!r}."
             )
-        taken = [name for name in runs[0] if name == "n_runs" or name.endswith("_standard_error")]
+        errors = {f"{name}_standard_error" for name in runs[0]}
+        foreign = {name for name in runs[0] if name.endswith("_standard_error")} - errors
+        taken = [name for name in runs[0] if name == "n_runs" or name in foreign]
         if taken:
             raise ValueError(f"mean takes single runs whose scores have other names than its own, given: {taken}.")
         row: Row = {**first, "n_runs": len(runs)}
         for score in runs[0]:
-            if score not in self.settings and all(score in run for run in runs):
+            skipped = score in self.settings or score in errors or score == "eligible"
+            if not skipped and all(score in run for run in runs):
                 values = [run[score] for run in runs]
                 row[score] = float(np.mean(values))
                 row[f"{score}_standard_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
         return row
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
-        """Return the rows that no other row beats in both scores, by descending x; none whose score is NaN."""
+        """Return the eligible rows that no other one beats in both scores, by descending x; none whose score is NaN."""
         return pareto_front(self, x, y)
 
     def table(self, x: str = "accuracy", y: str = "insertion") -> str:
@@ -88,9 +110,7 @@ class Sweep(list[Row]):
         names = list(dict.fromkeys(name for row in self for name in row))
         lines = ["| " + " | ".join([*names, "front"]) + " |", "| " + " | ".join(["---"] * (len(names) + 1)) + " |"]
         for row in self:
-            cells = [
-                f"{row[name]:.4g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names
-            ]
+            cells = [_cell(row.get(name, "")) for name in names]
             mark = "yes" if any(row is other for other in front) else ""
             lines.append("| " + " | ".join([*cells, mark]) + " |")
         return "\n".join(lines)
@@ -122,6 +142,8 @@ def sweep(
     run: Callable[..., Mapping[str, float]],
     grid: Mapping[str, Sequence[Any]],
     path: str | Path,
+    *,
+    max_accuracy_drop: float | None = None,
 ) -> Sweep:
     """Run every combination of a grid that has not been run yet, and return all of them.
 
@@ -134,12 +156,15 @@ def sweep(
             `ExplanationRegularizedTrainer.evaluate` for example.
         grid: for each setting the values to try: numbers, strings, booleans or None.
         path: the file of results.
+        max_accuracy_drop: how much accuracy a setting may cost, see `Sweep`. The scores then have "accuracy_change",
+            which `ExplanationRegularizedTrainer(max_accuracy_drop=...)` measures.
 
     Returns:
         A `Sweep`, in the order of the grid.
 
     Raises:
-        ValueError: an empty grid, one with a value twice, or a setting named like a score.
+        ValueError: an empty grid, one with a value twice, or a setting named like a score; a limit of accuracy without
+            "accuracy_change" among the scores.
         TypeError: a value of another type.
 
     Example:
@@ -173,7 +198,13 @@ def sweep(
         _append(path, row)
         done[_key(settings)] = row
     rows = [done[_key(settings)] for settings in combinations]
-    return Sweep(({**row["settings"], **row["scores"]} for row in rows), settings=grid)
+    return Sweep(({**row["settings"], **row["scores"]} for row in rows), grid, max_accuracy_drop)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _read(path: Path) -> dict[str, Row]:

@@ -27,7 +27,8 @@ from captum_idexpo._core.modes import Snapshot, has_new_statistics, is_batch_nor
 from captum_idexpo._core.rng import AnyGenerator
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import checkpoint
-from captum_idexpo.training.evaluation import evaluate, example_scores
+from captum_idexpo.training.accuracy_floor import CHANGE, ERROR, Classified, check_max_drop, is_eligible
+from captum_idexpo.training.evaluation import classify, evaluate, example_scores
 from captum_idexpo.training.fsdp import (
     check_sharding,
     gathered,
@@ -78,6 +79,10 @@ class ExplanationRegularizedTrainer:
             weights, or with large updates: a frozen layer passes on each shift that the layers before it make.
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
+        max_accuracy_drop: how much accuracy the training may cost, as a share of the validation examples (0.01 is one
+            point). An epoch can only be kept if its paired change of accuracy to the start, plus one standard error,
+            is at least minus this. If there is no such epoch, the model keeps its starting weights, with a warning.
+            None: no limit; the validation score alone may trade several points of accuracy for faithfulness.
         patience: stop after this many epochs without a better validation score.
         max_grad_norm: clip the gradient to this norm before each update.
         weight_schedule: (number of updates so far) -> a factor on the terms of all regularizers, such as
@@ -147,6 +152,7 @@ class ExplanationRegularizedTrainer:
         evaluation: InsertionDeletion | None = None,
         freeze_batch_norm: bool = True,
         accuracy_weight: float = 2.0,
+        max_accuracy_drop: float | None = None,
         patience: int = 10,
         max_grad_norm: float | None = None,
         weight_schedule: Callable[[int], float] | None = None,
@@ -178,6 +184,7 @@ class ExplanationRegularizedTrainer:
         self._judges = judges if evaluation is None else [*judges, evaluation]
         self.freeze_batch_norm = freeze_batch_norm
         self.accuracy_weight = accuracy_weight
+        self.max_accuracy_drop = check_max_drop(max_accuracy_drop)
         self.patience = check_count("patience", patience)
         self.max_grad_norm = max_grad_norm
         self.weight_schedule = weight_schedule
@@ -194,6 +201,7 @@ class ExplanationRegularizedTrainer:
         self._average_before: dict[str, Any] | None = None
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._resumed: dict[str, Any] | None = None
+        self._start_weights: dict[str, Any] | None = None
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, epochs: int = 1) -> History:
         """Train, and keep the weights of the epoch with the best validation score.
@@ -207,7 +215,8 @@ class ExplanationRegularizedTrainer:
         Returns:
             One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the seconds of these spent
             on the task, the explainers, the metrics and the backward pass. With a val_loader also the scores of
-            `evaluate` with the prefix "val" ("val_accuracy"), and "valscore". Automatic weights are "<term>_weight",
+            `evaluate` with the prefix "val" ("val_accuracy"), and "valscore"; with `max_accuracy_drop`
+            "val_accuracy_change", its standard error, and "eligible", 1 or 0. Automatic weights are "<term>_weight",
             gradient norms "<term>_gradient_norm". "learning_rate" is there with a scheduler, and
             "deletion_floor_share" is the share of masked copies at the deletion floor.
 
@@ -220,6 +229,8 @@ class ExplanationRegularizedTrainer:
             CheckpointError: a checkpoint could not be written; the one before is untouched.
         """
         check_count("epochs", epochs)
+        if self.max_accuracy_drop is not None and val_loader is None:
+            raise ValueError("max_accuracy_drop compares accuracies on validation data: pass fit(..., val_loader).")
         self._warn_of_new_statistics()
         for regularizer in (*self._unwrapped.known_regularizers, *self._judges):
             regularizer.prepare(self._unpacked(train_loader))
@@ -229,6 +240,10 @@ class ExplanationRegularizedTrainer:
         self.accelerator.gradient_accumulation_steps = self._n_passes
         self._drop_gradients()
         run = self._start(train_loader, val_loader)
+        if self.max_accuracy_drop is not None and val_loader is not None and run.start is None:
+            run.start, run.start_weights = self._classify(val_loader), weights_of(self.model)
+            run.best_weights = run.start_weights
+        self._start_weights = run.start_weights
         while run.epoch <= epochs and not run.finished:
             row: dict[str, float] = {"epoch": run.epoch, **self._train_epoch(train_loader, run, epochs)}
             row.update(self._automatic_weights())
@@ -239,13 +254,15 @@ class ExplanationRegularizedTrainer:
                 self._step_scheduler(row["loss"])
             if val_loader is not None:
                 with self._averaged_weights():
-                    scores = self._evaluate(val_loader)
+                    scores = self._evaluate(val_loader, start=run.start)
                 self._select(run, row, scores)
             self.accelerator.log(row, step=run.epoch)
             for callback in self.callbacks:
                 callback(self, row)
             run.next_epoch()
             self._save(run)
+        if run.start is not None and not run.best_epoch:
+            self._warn_of_lost_accuracy(run)
         if run.best_weights is not None:
             load_weights(self.model, run.best_weights)
         elif self.averaged_model is not None:
@@ -301,6 +318,7 @@ class ExplanationRegularizedTrainer:
             "list of regularizers": [type(regularizer).__name__ for regularizer in self._unwrapped.regularizers],
             "number of judges": len(self._judges),
             "scheduler": self._kind_of_scheduler(),
+            "max_accuracy_drop": self.max_accuracy_drop,
             "averaged_model": None if self.averaged_model is None else type(self.averaged_model).__name__,
             "loss_fn": type(self.loss_fn).__name__ if has_state else None,
         }
@@ -367,8 +385,11 @@ class ExplanationRegularizedTrainer:
             "insertion_gain" and "deletion_gain". For raw outputs (regression)
             neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
             Targets beyond 0 and 1 for a single column are a regression's, too, and have no accuracy.
+            With `max_accuracy_drop`, after `fit`: "accuracy_change" to the weights at the start, paired by example, and
+            "accuracy_change_standard_error".
         """
-        return self._evaluate(self._prepare(loader), explain, masked_share)
+        loader = self._prepare(loader)
+        return self._evaluate(loader, explain, masked_share, self._classified_at_start(loader))
 
     def example_scores(
         self,
@@ -446,7 +467,9 @@ class ExplanationRegularizedTrainer:
                     load_weights(self.model, run.best_weights)
                 raise NonFiniteError(f"The validation score {name!r} turned {value} in epoch {run.epoch}.")
         row.update({name if name == "valscore" else f"val_{name}": value for name, value in scores.items()})
-        if row["valscore"] > run.best_score:
+        if self.max_accuracy_drop is not None:
+            row["eligible"] = float(is_eligible(scores[CHANGE], scores[ERROR], self.max_accuracy_drop))
+        if row.get("eligible", True) and row["valscore"] > run.best_score:
             run.best_score, run.best_epoch = row["valscore"], run.epoch
             run.best_weights = self._weights_to_judge()
         elif run.epoch - run.best_epoch >= self.patience:
@@ -485,6 +508,7 @@ class ExplanationRegularizedTrainer:
         loader: Iterable[Any],
         explain: Literal["predicted", "label"] = "predicted",
         masked_share: float | None = None,
+        start: Classified | None = None,
     ) -> dict[str, float]:
         with gathered(self.model):
             return evaluate(
@@ -496,9 +520,24 @@ class ExplanationRegularizedTrainer:
                 accuracy_weight=self.accuracy_weight,
                 explain=explain,
                 masked_share=masked_share,
+                start=start,
                 unpack=self.unpack,
                 accelerator=self.accelerator,
             )
+
+    def _classify(self, loader: Iterable[Any]) -> Classified:
+        """Return which examples the model classifies right."""
+        with gathered(self.model):
+            regularizers = self._unwrapped.known_regularizers
+            context = {"unpack": self.unpack, "accelerator": self.accelerator}
+            return classify(self.model, loader, self.evaluation, regularizers, **context)
+
+    def _classified_at_start(self, loader: Iterable[Any]) -> Classified | None:
+        """Return which examples the model classified right before it was trained, if accuracy is limited."""
+        if self._start_weights is None:
+            return None
+        with self._having(self._start_weights):
+            return self._classify(loader)
 
     def _train_epoch(self, loader: Iterable[Any], run: Run, epochs: int) -> dict[str, float]:
         """Go over the data once, or over the rest of it, and return the means of the loss and its parts."""
@@ -595,8 +634,14 @@ class ExplanationRegularizedTrainer:
         if self.averaged_model is None:
             yield
             return
+        with self._having(self._weights_to_judge()):
+            yield
+
+    @contextmanager
+    def _having(self, weights: dict[str, Any]) -> Iterator[None]:
+        """Inside, the model has other weights."""
         own = weights_of(self.model)
-        load_weights(self.model, self._weights_to_judge())
+        load_weights(self.model, weights)
         try:
             yield
         finally:
@@ -725,6 +770,16 @@ class ExplanationRegularizedTrainer:
                 "them: pass freeze_batch_norm=False to train from random weights, or run some batches through the new "
                 "layers in training mode first.",
             )
+
+    def _warn_of_lost_accuracy(self, run: Run) -> None:
+        """Warn that no epoch could be kept."""
+        assert self.max_accuracy_drop is not None
+        row = max(run.history, key=lambda row: row.get(f"val_{CHANGE}", -math.inf))
+        warn(
+            f"Every epoch costs more accuracy than max_accuracy_drop={self.max_accuracy_drop} allows; the best changed "
+            f"it by {row[f'val_{CHANGE}']:+.4f} ± {row[f'val_{ERROR}']:.4f}. The model keeps its starting weights. "
+            "Lower the weights of the regularizers or the learning rate, or train with RandomMasking first.",
+        )
 
     def _warn_of_a_bad_start(self, start: float, mean: float) -> None:
         """Warn if the first epoch has undone what the model knew before."""

@@ -10,9 +10,10 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
-    """Return the rows on the Pareto front, by descending x. Rows with a NaN score are left out.
+    """Return the rows on the Pareto front, by descending x.
 
-    No other row is at least as good in both scores and better in one. Of equal rows the first is returned.
+    No other row is at least as good in both scores and better in one. Of equal rows the first is returned. Rows with a
+    NaN score are left out, and rows that are marked as not "eligible" (their accuracy fell too far).
 
     Args:
         rows: the scores of each setting, by name.
@@ -24,7 +25,7 @@ def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
         >>> pareto_front(rows, "accuracy", "insertion")
         [{'accuracy': 0.9, 'insertion': 0.5}]
     """
-    scored = [row for row in rows if not math.isnan(row[x]) and not math.isnan(row[y])]
+    scored = [row for row in rows if row.get("eligible", True) and not math.isnan(row[x] + row[y])]
     scored.sort(key=lambda row: (-row[x], -row[y]))
     best = -math.inf
     front = []

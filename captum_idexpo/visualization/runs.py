@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NO_LOSSES = ("epoch", "deletion_floor_share", "learning_rate")
+_NO_LOSSES = ("epoch", "deletion_floor_share", "learning_rate", "eligible")
+_TOO_COSTLY = "accuracy falls too far"
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -41,13 +42,15 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
     figure = new_figure(1, 2, (8, 3))
     every = dict.fromkeys(name for row in history for name in row)
     names = [name for name in every if name not in _NO_LOSSES and not name.startswith("seconds")]
-    names = [name for name in names if not name.endswith(("_weight", "_gradient_norm"))]
+    names = [name for name in names if not name.endswith(("_weight", "_gradient_norm", "_standard_error"))]
     scores = [name for name in names if name.startswith("val_") or name == "valscore"]
     losses = [name for name in names if name not in scores]
     for axis, group, title in zip(figure.axes, (losses, scores), ("training loss", "validation"), strict=True):
         for number, name in enumerate(group):
             epochs, values = [row["epoch"] for row in history], [row.get(name, math.nan) for row in history]
             axis.plot(epochs, values, **line_look(number), markevery=max(1, len(history) // 12), label=name)
+        if group is scores:
+            _mark_epochs(axis, [row["epoch"] for row in history if not row.get("eligible", True)])
         axis.set(title=title, xlabel="epoch")
         if group:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -56,6 +59,13 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
             axis.set(xticks=[], yticks=[])
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes)
     return figure
+
+
+def _mark_epochs(axis: Axes, epochs: Sequence[float]) -> None:
+    """Shade the epochs that cannot be kept."""
+    for number, epoch in enumerate(epochs):
+        label = "_nolegend_" if number else _TOO_COSTLY
+        axis.axvspan(epoch - 0.5, epoch + 0.5, color="0.85", linewidth=0, zorder=0, label=label)
 
 
 def plot_front(
@@ -69,6 +79,8 @@ def plot_front(
     labels: Sequence[str] = (),
 ) -> Figure:
     """Plot the settings of a sweep by two scores, and join the settings on the front by a line.
+
+    Settings that are not "eligible", whose accuracy falls further than allowed, are crosses.
 
     Args:
         rows: the scores of each setting.
@@ -95,7 +107,10 @@ def plot_front(
     errors = (("xerr", x_error), ("yerr", y_error))
     bars: dict[str, Any] = {side: _column(rows, name) for side, name in errors if name is not None}
     axis.errorbar(_column(rows, x), _column(rows, y), **bars, fmt="none", ecolor="0.7", elinewidth=1)
-    axis.plot(_column(rows, x), _column(rows, y), "o", color=COLORS[0], fillstyle="none", label="settings")
+    kept, costly = _by_eligibility(rows)
+    axis.plot(_column(kept, x), _column(kept, y), "o", color=COLORS[0], fillstyle="none", label="settings")
+    if costly:
+        axis.plot(_column(costly, x), _column(costly, y), "x", color=COLORS[2], label=_TOO_COSTLY)
     points = sorted(zip(_column(front, x), _column(front, y), strict=True))
     axis.plot([a for a, _ in points], [b for _, b in points], "o-", color=COLORS[1], label="front")
     for row, text in zip(front, labels, strict=False):
@@ -119,7 +134,8 @@ def plot_fronts(
 
     Args:
         methods: the scores of each method's settings, by method name, for example a `captum_idexpo.training.Sweep`.
-            Full markers are the settings on the method's Pareto front. Hollow markers are the other settings.
+            Full markers are the settings on the method's Pareto front. Hollow markers are the other settings, crosses
+            those that are not "eligible".
         x, y: names of the scores; higher is better.
         x_error, y_error: names of the scores' standard errors, drawn as bars; None: no bars.
         axis: axis to draw on; None: a new figure.
@@ -140,20 +156,25 @@ def plot_fronts(
     axis = one_axis(axis, (5, 3.5))
     errors = {"xerr": x_error, "yerr": y_error}
     handles: list[Any] = []
-    any_beaten = False
+    any_beaten = any_costly = False
     for number, (name, rows) in enumerate(methods.items()):
         require_some(rows, f"methods[{name!r}]", f'{{"{x}": 0.9, "{y}": 0.5}}')
         look = line_look(number)
         for score in filter(None, (x, y, x_error, y_error)):
             _column(rows, score)
         front = pareto_front(rows, x, y)
-        beaten = [row for row in rows if not any(row is other for other in front)]
+        kept, costly = _by_eligibility(rows)
+        beaten = [row for row in kept if not any(row is other for other in front)]
         handles.append(_draw_points(axis, front, x, y, errors, **look, label=name))
         if beaten:
             _draw_points(axis, beaten, x, y, errors, **look | {"linestyle": "none"}, fillstyle="none", alpha=0.7)
-        any_beaten = any_beaten or bool(beaten)
+        if costly:
+            _draw_points(axis, costly, x, y, errors, **look | {"linestyle": "none", "marker": "x"}, alpha=0.7)
+        any_beaten, any_costly = any_beaten or bool(beaten), any_costly or bool(costly)
     if any_beaten:
         handles += axis.plot([], [], "o", color="black", fillstyle="none", label="beaten by the same method")
+    if any_costly:
+        handles += axis.plot([], [], "x", color="black", linestyle="none", label=_TOO_COSTLY)
     _name_axes(axis, x, y)
     axis.legend(handles=handles, frameon=False, fontsize=8)
     return figure_of(axis)
@@ -167,6 +188,12 @@ def _draw_points(
     return axis.errorbar(
         [row[x] for row in rows], [row[y] for row in rows], **whiskers, capsize=2, elinewidth=1, **look
     )
+
+
+def _by_eligibility(rows: Sequence[Mapping[str, float]]) -> tuple[list[Any], list[Any]]:
+    """Return the rows that may be chosen, and those whose accuracy falls too far."""
+    kept = [row for row in rows if row.get("eligible", True)]
+    return kept, [row for row in rows if not row.get("eligible", True)]
 
 
 def _name_axes(axis: Axes, x: str, y: str) -> None:

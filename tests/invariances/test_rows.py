@@ -99,12 +99,12 @@ def test_regularizer_loss_of_a_batch_is_the_mean_over_its_rows():
     specimen = ZOO["Tanh, AvgPool"]
     model, x, y = specimen.model(), specimen.inputs(5), torch.arange(5) % 3
     mask, annotations = feature_mask(specimen), (specimen.inputs(5, seed=4) > 0).double()
-    lime = attr.Lime(model, Ridge(0.1))
+    lime, settings = attr.Lime(model, Ridge(0.1)), {"baselines": 0.3, "steps_per_update": None}
     regularizers = {
-        "Grad-CAM": InsertionDeletion(attr.LayerGradCam(model, model[3]), baselines=0.3, l2_weight=0.1),
+        "Grad-CAM": InsertionDeletion(attr.LayerGradCam(model, model[3]), l2_weight=0.1, **settings),
         "LIME": InsertionDeletion(
             lime,
-            baselines=0.3,
+            **settings,
             feature_mask=mask,
             attribute_kwargs={"sampling": "independent", "share_masks": True, "n_samples": 12},
         ),

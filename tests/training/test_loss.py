@@ -43,7 +43,7 @@ def test_loss_is_the_sum_of_its_named_parts():
 
 def test_loss_gradient_equals_that_of_a_plain_loop():
     net = smooth_conv_net()
-    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, steps_per_update=None)
     ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0].backward()
     module = [parameter.grad.clone() for parameter in net.parameters()]
     net.zero_grad()
@@ -164,7 +164,7 @@ def test_regularizer_explains_a_wrapped_model_of_keyword_arguments():
     model, twin = Wrapped(OfPixels()), smooth_conv_net()
     losses = []
     for net, layer in ((model, model.model.net[4]), (twin, twin[4])):
-        regularizer = InsertionDeletion(LayerGradCam(net, layer), baselines=0.0)
+        regularizer = InsertionDeletion(LayerGradCam(net, layer), baselines=0.0, steps_per_update=None)
         losses.append(ExplanationRegularizedLoss(net, [regularizer])((X, Y))[0])
     torch.testing.assert_close(*losses)
 

@@ -208,8 +208,8 @@ def test_best_weights_are_restored():
     trainer = make(net, lr=0.3)
     kept, evaluate = [], trainer._evaluate
 
-    def spy(loader, explain):
-        scores = evaluate(loader, explain)
+    def spy(loader, **arguments):
+        scores = evaluate(loader, **arguments)
         kept.append((scores["valscore"], copy.deepcopy(net.state_dict())))
         return scores
 
