@@ -52,7 +52,9 @@ before = copy.deepcopy(model)
 
 # %%
 # The explanation joins the loss. With ``create_graph=True``, which the regularizer sets, a map carries its true
-# gradient into the weights; masked pixels are black. In each update 4 of the 8 steps are drawn for each example.
+# gradient into the weights; masked pixels are black. In each update 4 of the 8 steps are drawn for each example. An
+# epoch may cost one point of accuracy at most. ``n_random_orders`` measures what the map gains over random orders of
+# the same pixels.
 
 
 def make_regularizer(model):
@@ -62,30 +64,39 @@ def make_regularizer(model):
         insertion_weight=0.005,
         deletion_weight=0.005,
         step_size=4,
+        n_random_orders=3,
         attribute_kwargs={"relu_attributions": True},
     )
 
 
 trainer = ExplanationRegularizedTrainer(
-    model, torch.optim.Adam(model.parameters(), lr=1e-3), [make_regularizer(model)], show_progress=False
+    model,
+    torch.optim.Adam(model.parameters(), lr=1e-3),
+    [make_regularizer(model)],
+    max_accuracy_drop=0.01,
+    show_progress=False,
 )
 history = trainer.fit(DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=300), epochs=8)
 history.to_pandas().round(3)
 
 # %%
-# The trainer kept the epoch of the best validation score: twice the accuracy, plus insertion, plus 1 - deletion.
+# Of the epochs that cost no more than that, the trainer kept the one of the best validation score: twice the accuracy,
+# plus insertion, plus 1 - deletion.
 
 figure = history.plot()
 
 # %%
 # On held-out images the same map now marks what the prediction rests on: inserting its highest pixels into a black
-# image makes the class probable sooner, deleting them makes it improbable sooner.
+# image makes the class probable sooner, deleting them makes it improbable sooner. Before, it ranked them little better
+# than random orders do.
 
 scores = {name: make_regularizer(net).scores(x_test) for name, net in (("before", before), ("after", model))}
 for name, net in (("before", before), ("after", model)):
     accuracy = (net(x_test).argmax(1) == y_test).float().mean()
     insertion, deletion = scores[name].insertion.mean(), scores[name].deletion.mean()
-    print(f"{name:7} accuracy {accuracy:.3f}   insertion {insertion:.3f}   1 - deletion {1 - deletion:.3f}")
+    gains = scores[name].insertion_gain.mean(), scores[name].deletion_gain.mean()
+    print(f"{name:7} accuracy {accuracy:.3f}   insertion {insertion:.3f}   1 - deletion {1 - deletion:.3f}", end="")
+    print("   gains {:+.3f} {:+.3f}".format(*gains))
 
 figure = plot_curves(scores)
 
