@@ -236,10 +236,11 @@ pd.DataFrame({name: row for name, (row, *_) in judged.items()}).round(3).T
 
 # %%
 # The map knew where to look before: its largest cell was on the piece nearly always, and is so still. What it marked
-# did not suffice, though. On a grey image, the eighth of the pixels that is marked first now makes the class as probable
-# as a quarter did before. More training alone does nothing of the kind; both gain two points of accuracy. Deletion was
-# low already, as it must be where the map covers the piece; it is a little higher now. Insertion and deletion say
-# whether the network goes by what the map marks, not whether the map is sharp: the share inside does not rise either.
+# did not suffice, though. On a grey image, the eighth of the pixels that is marked first now makes the class as
+# probable as a quarter did before. More training alone does nothing of the kind; both gain two points of accuracy.
+# Deletion was low already, as it must be where the map covers the piece; it is a little higher now. Insertion and
+# deletion say whether the network goes by what the map marks, not whether the map is sharp: the share inside does not
+# rise either.
 
 figure = plot_curves({name: scores for name, (_, scores, _, _) in judged.items()})
 

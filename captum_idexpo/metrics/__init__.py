@@ -9,6 +9,7 @@ from captum_idexpo.metrics._masking import InsertionDeletionScores
 from captum_idexpo.metrics.insertion_deletion import deletion, insertion, insertion_deletion
 from captum_idexpo.metrics.local_fidelity import neighborhood_fidelity, point_fidelity, stability
 from captum_idexpo.metrics.masked_accuracy import masked_accuracy
+from captum_idexpo.metrics.road import road
 from captum_idexpo.metrics.sensitivity_n import sensitivity_n
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "masked_accuracy",
     "neighborhood_fidelity",
     "point_fidelity",
+    "road",
     "sensitivity_n",
     "stability",
 ]
