@@ -18,7 +18,17 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import ExplanationRegularizedLoss, ExplanationRegularizedTrainer
 
 if TYPE_CHECKING:
-    from captum_idexpo import attr, baselines, feature_masks, metrics, regularizers, testing, training, visualization
+    from captum_idexpo import (
+        attr,
+        baselines,
+        feature_masks,
+        jury,
+        metrics,
+        regularizers,
+        testing,
+        training,
+        visualization,
+    )
 
 __all__ = [
     "Batch",
@@ -33,6 +43,7 @@ __all__ = [
     "attr",
     "baselines",
     "feature_masks",
+    "jury",
     "metrics",
     "regularizers",
     "testing",

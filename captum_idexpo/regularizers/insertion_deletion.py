@@ -265,6 +265,26 @@ class InsertionDeletion(Regularizer):
                 return self._hard_scores(batch, labels) if positive is None else self._label_means(batch, positive)
             return self._hard_scores(batch, self.explained(batch).target)
 
+    @no_graph()
+    def scores_and_attribution(
+        self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
+    ) -> tuple[InsertionDeletionScores, tuple[Tensor, ...]]:
+        """Return the hard scores, and the attribution that they judge, made once.
+
+        Args:
+            inputs: a tensor ``(B, ...)`` or a tuple of them.
+            target: the explained class; for "multilabel" the indices ``(B,)`` of the explained labels.
+            additional_forward_args: what the model takes after the inputs.
+
+        Returns:
+            As `scores`, and for each input tensor a map of its shape, or with one channel, in which high values speak
+            for the target.
+        """
+        batch = self._read(inputs, target, None, additional_forward_args)
+        with self.held_in_eval_mode():
+            masking, _ = self._masking(batch, self.explained(batch).target, None, create_graph=False)
+            return masking.result(self.n_random_orders, self.generator), _spread(masking, masking.masks.values)
+
     def masked_accuracy(
         self, inputs: Tensors, target: Any, *, share: float = 0.5, additional_forward_args: object = None
     ) -> Tensor:
@@ -303,14 +323,7 @@ class InsertionDeletion(Regularizer):
         batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():
             masking, _ = self._masking(batch, self.explained(batch).target, None, create_graph=False)
-            spread = masking.locations.layout.spread(masking.locations.values[None])
-            pairs = [(values[0], tensor) for values, tensor in zip(spread, masking.inputs, strict=True)]
-            return tuple(
-                values
-                if values.dim() > 2 and values.shape[2:] == tensor.shape[2:]
-                else values.expand_as(tensor).clone()
-                for values, tensor in pairs
-            )
+            return _spread(masking, masking.locations.values)
 
     @no_graph()
     def predicted_class(self, inputs: Tensors, *, additional_forward_args: object = None) -> Tensor:
@@ -474,6 +487,16 @@ class InsertionDeletion(Regularizer):
         if isinstance(self.baselines, str) and self.baselines != "mean":
             raise ValueError(f"baselines must be numbers, tensors, a callable or 'mean', given: {self.baselines!r}.")
         MemoryBudget.of(self.memory_budget, graph=False)
+
+
+def _spread(masking: Masking, values: Tensor) -> tuple[Tensor, ...]:
+    """Return values of the locations ``(B, D)`` as maps of the inputs' shapes, or with one channel."""
+    spread = masking.locations.layout.spread(values[None])
+    pairs = [(map[0], tensor) for map, tensor in zip(spread, masking.inputs, strict=True)]
+    return tuple(
+        map if map.dim() > 2 and map.shape[2:] == tensor.shape[2:] else map.expand_as(tensor).clone()
+        for map, tensor in pairs
+    )
 
 
 def _like(inputs: Tensors, values: tuple[Baseline, ...]) -> BaselineType:

@@ -6,6 +6,7 @@ Ito's, which colour-blind readers can distinguish. Markers, lines and hatches di
 
 from captum_idexpo.visualization._figures import COLORS
 from captum_idexpo.visualization.bars import plot_attribution_bars
+from captum_idexpo.visualization.comparisons import plot_comparison
 from captum_idexpo.visualization.maps import draw_heat_map, draw_image, plot_explanations, to_captum
 from captum_idexpo.visualization.runs import plot_front, plot_fronts, plot_history
 from captum_idexpo.visualization.scores import plot_curves, plot_quadrants
@@ -15,6 +16,7 @@ __all__ = [
     "draw_heat_map",
     "draw_image",
     "plot_attribution_bars",
+    "plot_comparison",
     "plot_curves",
     "plot_explanations",
     "plot_front",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -38,14 +38,16 @@ def bar_look(index: int) -> dict[str, Any]:
     return {"facecolor": COLORS[index % len(COLORS)], "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
 
 
-def new_figure(n_rows: int, n_columns: int, size: tuple[float, float]) -> Figure:
-    """Return a figure of a size in inches with its axes, without pyplot."""
+def new_figure(
+    n_rows: int, n_columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
+) -> Figure:
+    """Return a figure of a size in inches with its axes, without pyplot; rows of equal or of given heights."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: `pip install 'captum-idexpo[plot]'`.") from error
     figure = Figure(figsize=size, layout="constrained")
-    figure.subplots(n_rows, n_columns)
+    figure.subplots(n_rows, n_columns, height_ratios=heights)
     return figure
 
 

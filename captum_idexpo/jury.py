@@ -1,0 +1,634 @@
+"""A jury: several models compared by several explainers, baselines and metrics, on the same examples.
+
+A gain of one score, with the explainer and the baseline of the training, may be a habit that the model has learned.
+Judges that took no part in the training tell whether it is more: another explainer, another baseline, another metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import captum.metrics
+import torch
+from captum.attr import Attribution
+from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map
+
+from captum_idexpo._core.batch import Batch, Unpack, unpacked
+from captum_idexpo._core.captum import NullProgress, progress
+from captum_idexpo._core.chunks import default_rows_per_forward
+from captum_idexpo._core.errors import InputError, InputTypeError
+from captum_idexpo._core.features import MaskedInputs
+from captum_idexpo._core.inputs import Baselines, Tensors, as_batch, check_count, check_count_or_zero, check_inputs
+from captum_idexpo._core.modes import eval_mode, no_graph
+from captum_idexpo._core.rng import random_state, seeded, set_random_state
+from captum_idexpo._core.targets import Outputs
+from captum_idexpo.baselines import generators_of
+from captum_idexpo.metrics import masked_accuracy
+from captum_idexpo.metrics._scoring import is_raw, log_probabilities
+from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
+from captum_idexpo.metrics.road import road
+from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.visualization.comparisons import LOWER_IS_BETTER, comparison_page, plot_comparison
+
+METRICS = (
+    "accuracy",
+    "masked_accuracy",
+    "insertion",
+    "deletion",
+    "insertion_gain",
+    "deletion_gain",
+    "road",
+    "infidelity",
+    "sensitivity",
+)
+"""The metrics of `compare`, in the order of its results."""
+
+_OF_CLASSES = ("accuracy", "masked_accuracy", "road", "infidelity")
+_BY_MASKS = ("insertion", "deletion", "insertion_gain", "deletion_gain")
+_INFIDELITY_SHARE = 0.2  # of the features is masked in each perturbation
+_PERTURBATIONS_OF_INFIDELITY = 5  # times those of sensitivity, each of which costs an explanation
+FeatureMask = Tensors | Callable[[Any], Tensors] | None
+
+
+class Judge(NamedTuple):
+    """One judge: a metric, with the explainer and the baseline that it uses, None where it uses none."""
+
+    metric: str
+    explainer: str | None = None
+    baseline: str | None = None
+
+    def __str__(self) -> str:
+        """Return its parts in one line."""
+        return ", ".join(part for part in self if part is not None)
+
+
+class Comparison:
+    """What the judges say about each model, see `compare`.
+
+    Args:
+        examples: for each model and judge the value of each example, ``(N,)``.
+        clusters: the cluster of each example, integers ``(N,)``; None: each example is its own.
+        reference: the model that the others are compared with.
+        trained_on: names of explainers, baselines and metrics that took part in training or selection.
+        settings: what else to print on the page.
+
+    Attributes:
+        rows: one mapping for each model and judge: "model", "metric", "explainer", "baseline", "value" (the mean),
+            "standard_error", "difference" (to the reference, paired by example), "difference_standard_error",
+            "better" (in standard errors of the difference, positive where the model is better than the reference; NaN
+            where the difference has no error), "held_out" (None if `trained_on` is not known), "n_examples" and
+            "n_clusters".
+    """
+
+    def __init__(
+        self,
+        examples: Mapping[str, Mapping[Judge, Tensor]],
+        *,
+        clusters: Tensor | None,
+        reference: str,
+        trained_on: frozenset[str] | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.examples = {model: dict(scores) for model, scores in examples.items()}
+        self.clusters = clusters
+        self.reference = reference
+        self.trained_on = trained_on
+        self.settings = dict(settings)
+        self.rows = [self._row(model, judge) for model in self.examples for judge in self.judges]
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models."""
+        return list(self.examples)
+
+    @property
+    def judges(self) -> list[Judge]:
+        """All judges."""
+        return list(self.examples[self.reference])
+
+    def held_out(self, judge: Judge) -> bool | None:
+        """Return True if a judge took no part in the training; None if that is not known."""
+        if self.trained_on is None:
+            return None
+        return not all(part is None or part in self.trained_on for part in judge)
+
+    def row(self, model: str, judge: Judge) -> dict[str, Any]:
+        """Return the row of a model and a judge."""
+        wanted = (model, *judge)
+        return next(
+            row for row in self.rows if (row["model"], row["metric"], row["explainer"], row["baseline"]) == wanted
+        )
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas DataFrame; ImportError without pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("Comparison.to_pandas needs pandas: `pip install 'captum-idexpo[plot]'`.") from error
+        return pd.DataFrame(self.rows)
+
+    def table(self) -> str:
+        """Return a Markdown table: a line for each judge, a column for each model.
+
+        Behind a mean stands the difference to the reference with its standard error. Judges that took part in the
+        training are marked by an asterisk.
+        """
+        heads = ["judge", *self.models]
+        lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+        for judge in self.judges:
+            mark = "*" if self.held_out(judge) is False else ""
+            cells = [_cell(self.row(model, judge), model == self.reference) for model in self.models]
+            lines.append(f"| {' | '.join([f'{judge}{mark}', *cells])} |")
+        return "\n".join(lines)
+
+    def plot(self) -> Any:
+        """Return a figure: for each metric the differences to the reference, with standard errors.
+
+        Raises ImportError without matplotlib.
+        """
+        return plot_comparison(self.rows, self.reference)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page to hand on: verdicts, picture, table and settings, in a single file.
+
+        Raises ImportError without matplotlib. A file that exists is replaced when the page is complete.
+        """
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(comparison_page(self), encoding="utf-8")
+        temporary.replace(path)
+
+    def _row(self, model: str, judge: Judge) -> dict[str, Any]:
+        values = self.examples[model][judge].double()
+        difference = values - self.examples[self.reference][judge].double()
+        change, error = float(difference.mean()), standard_error(difference, self.clusters)
+        sign = -1 if judge.metric in LOWER_IS_BETTER else 1
+        return {
+            "model": model,
+            **judge._asdict(),
+            "value": float(values.mean()),
+            "standard_error": standard_error(values, self.clusters),
+            "difference": change,
+            "difference_standard_error": error,
+            "better": sign * change / error if error > 0 else float("nan"),
+            "held_out": self.held_out(judge),
+            "n_examples": len(values),
+            "n_clusters": len(values) if self.clusters is None else len(self.clusters.unique()),
+        }
+
+
+def standard_error(values: Tensor, clusters: Tensor | None = None) -> float:
+    r"""Return the standard error of the mean of values ``(N,)`` whose clusters are independent of each other.
+
+    It is :math:`\frac1N \sqrt{\frac{G}{G-1} \sum_g (\sum_{i \in g} (v_i - \bar v))^2}` over G clusters. With clusters
+    of one example each that is the usual standard error. NaN for a single cluster.
+    """
+    deviations = values - values.mean()
+    if clusters is not None:
+        _, numbers = clusters.unique(return_inverse=True)
+        deviations = torch.zeros(int(numbers.max()) + 1, dtype=values.dtype).index_add_(0, numbers, deviations)
+    n_clusters = len(deviations)
+    if n_clusters < 2:
+        return float("nan")
+    return float((n_clusters / (n_clusters - 1) * deviations.square().sum()).sqrt()) / len(values)
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[Any],
+    explainers: Mapping[str, Callable[[Any], Attribution]],
+    baselines: Mapping[str, Baselines],
+    metrics: Sequence[str] | None = None,
+    *,
+    reference: str | None = None,
+    trained_on: Iterable[str] | None = None,
+    clusters: Callable[[Batch], Any] | None = None,
+    feature_mask: FeatureMask | Mapping[str, FeatureMask] = None,
+    attribute_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    outputs: Outputs = "logits",
+    explain: Literal["predicted", "label"] = "predicted",
+    fraction: float = 1.0,
+    step_size: int | None = None,
+    n_random_orders: int = 4,
+    masked_share: float = 0.5,
+    n_perturbations: int = 10,
+    perturbation_radius: float = 0.02,
+    unpack: Unpack | None = None,
+    max_examples_per_batch: int | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Comparison:
+    """Judge several models on the same examples, with the same random masks.
+
+    The metrics, of which each example has a value:
+
+    * "accuracy", and "masked_accuracy" with each baseline (`captum_idexpo.metrics.masked_accuracy`);
+    * "insertion", "deletion", and their gains over random orders, "insertion_gain" and "deletion_gain", with each
+      explainer and baseline (`captum_idexpo.metrics.insertion_deletion`, hard);
+    * "road", for images, with each explainer (`captum_idexpo.metrics.road`);
+    * "infidelity", with each explainer and baseline: Captum's, normalised, where a perturbation sets a random fifth of
+      the features to the baseline; lower is better;
+    * "sensitivity", with each explainer: Captum's max-sensitivity; lower is better. It explains each example
+      1 + n_perturbations times, and contains the sampling noise of explainers that have some.
+
+    "road" and "sensitivity" take the explanations with the first baseline.
+
+    Args:
+        models: modules by name, on one device, for example the model before training, trained plainly, and trained with
+            its explanations. They are judged in eval mode.
+        loader: yields (inputs, target) or what `unpack` takes; it is read once.
+        explainers: by name, functions that make an attribution of `captum_idexpo.attr` of a model: classes, such as
+            ``Saliency``, or ``lambda model: LayerGradCam(model, model.layer3)``.
+        baselines: by name, numbers, tensors, or callables of the inputs (`captum_idexpo.baselines`).
+        metrics: those to compute; None: all that fit the outputs and the inputs.
+        reference: the model that the others are compared with; None: the first.
+        trained_on: names of the explainers, baselines and metrics that took part in training or selection, so that the
+            other judges can be marked as held out. Insertion, deletion and their gains, as the target of the training,
+            and accuracy always count as trained. None: nothing is marked.
+        clusters: a function of a `Batch` that returns the cluster of each example, integers ``(B,)`` such as patients
+            or videos. Standard errors then take the clusters as independent, not the examples.
+        feature_mask: as for `captum_idexpo.regularizers.InsertionDeletion`, for all explainers or by their names.
+        attribute_kwargs: by explainer, further arguments of its ``attribute``.
+        outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
+        explain: explain and score each model's own predicted class, or the label.
+        fraction, step_size: as for `captum_idexpo.metrics.insertion_deletion`.
+        n_random_orders: random orders that the gains are measured against.
+        masked_share: share of the features that masked accuracy masks.
+        n_perturbations: perturbations per example, for infidelity five times as many.
+        perturbation_radius: largest change of a value for sensitivity, in the inputs' units.
+        unpack: a function that returns the `captum_idexpo.Batch` of what the loader yields.
+        max_examples_per_batch: rows per forward pass; None: chosen automatically.
+        seed: of all random numbers. Global random streams are put back afterwards.
+        show_progress: show a progress bar over models and batches.
+
+    Returns:
+        A `Comparison`, with ``to_pandas()``, ``table()``, ``plot()`` and ``to_html(path)``.
+
+    Raises:
+        ValueError: an unknown name or metric; a metric that does not fit outputs or inputs; models on several devices;
+            a loader that yields nothing; errors of the metrics.
+        TypeError: no mapping where one is needed; something else than a module or an attribution.
+
+    Example:
+        >>> import torch
+        >>> from captum_idexpo import jury
+        >>> from captum_idexpo.attr import InputXGradient, KernelShap
+        >>> from captum_idexpo.baselines import resampled
+        >>> x, y = torch.randn(40, 5), torch.arange(40) % 3
+        >>> models = {name: torch.nn.Linear(5, 3) for name in ("before", "after")}
+        >>> found = jury.compare(
+        ...     models,
+        ...     [(x[:20], y[:20]), (x[20:], y[20:])],
+        ...     {"gradient": InputXGradient, "KernelSHAP": KernelShap},
+        ...     {"zero": 0.0, "another row": resampled()},
+        ...     metrics=["accuracy", "insertion_gain"],
+        ...     trained_on=["gradient", "zero"],
+        ... )
+        >>> [str(judge) for judge in found.judges if found.held_out(judge)][0]
+        'insertion_gain, gradient, another row'
+    """
+    _check_mapping("models", models, '{"before": before, "after": model}')
+    _check_mapping("explainers", explainers, '{"Saliency": Saliency}')
+    _check_mapping("baselines", baselines, '{"zero": 0.0}')
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(f"models[{name!r}] must be a torch.nn.Module, given: {type(model).__name__}.")
+    reference = next(iter(models)) if reference is None else reference
+    if reference not in models:
+        raise InputError(f"reference={reference!r} is none of the models: {list(models)}.")
+    panel = _Panel(
+        explainers=explainers,
+        baselines=baselines,
+        metrics=_known_metrics(metrics, outputs),
+        by_default=metrics is None,
+        feature_masks=_by_name(feature_mask, explainers, "feature_mask"),
+        attribute_kwargs={name: {} for name in explainers} | _checked_names(attribute_kwargs or {}, explainers),
+        outputs=outputs,
+        explain=_checked_choice(explain),
+        fraction=fraction,
+        step_size=step_size,
+        n_random_orders=check_count_or_zero("n_random_orders", n_random_orders),
+        masked_share=masked_share,
+        n_perturbations=check_count("n_perturbations", n_perturbations),
+        perturbation_radius=perturbation_radius,
+        max_examples_per_batch=max_examples_per_batch,
+    )
+    known = frozenset((*explainers, *baselines, *METRICS))
+    trained = None if trained_on is None else frozenset(trained_on)
+    if trained is not None and trained - known:
+        raise InputError(f"trained_on names {sorted(trained - known)}, which are no judges: {sorted(known)}.")
+    device = _device_of(models)
+    found: dict[str, dict[Judge, list[Tensor]]] = {name: {} for name in models}
+    numbers: list[Tensor] = []
+    generators = [generator for baseline in baselines.values() for generator in generators_of(baseline)]
+    members = {name: panel.members(model) for name, model in models.items()}
+    quiet = seeded(seed, device, generators)
+    with no_graph(), eval_mode(*models.values()), quiet, _bar(loader, len(models), show_progress) as bar:
+        for number, yielded in enumerate(loader):
+            batch = _moved(unpacked(yielded, unpack), device)
+            state = random_state(device, generators)
+            for name, model in models.items():
+                set_random_state(state, device, generators)  # the same numbers for each model
+                for judge, values in panel.judge(model, members[name], batch, seed + number).items():
+                    found[name].setdefault(judge, []).append(values.detach().double().cpu())
+                bar.update()
+            if clusters is not None:
+                numbers.append(_cluster_numbers(clusters(batch), len(as_batch(batch.inputs)[0])))
+    if not found[reference]:
+        raise InputError("The loader yielded no batch to judge on.")
+    return Comparison(
+        {name: {judge: torch.cat(parts) for judge, parts in scores.items()} for name, scores in found.items()},
+        clusters=torch.cat(numbers) if numbers else None,
+        reference=reference,
+        trained_on=None if trained is None else trained | {"accuracy", *_BY_MASKS},
+        settings={
+            "explained class": "predicted by each model" if explain == "predicted" else "label",
+            "share of the locations inserted or deleted": fraction,
+            "random orders": n_random_orders,
+            "share masked for masked accuracy": masked_share,
+            "seed": seed,
+        },
+    )
+
+
+class _Member(NamedTuple):
+    """A model's explainer and a baseline, as one regularizer that explains and scores."""
+
+    explainer: str
+    baseline: str
+    regularizer: InsertionDeletion
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The judges of a comparison and their settings, see `compare`."""
+
+    explainers: Mapping[str, Callable[[Any], Attribution]]
+    baselines: Mapping[str, Baselines]
+    metrics: Sequence[str]
+    by_default: bool
+    feature_masks: Mapping[str, FeatureMask]
+    attribute_kwargs: Mapping[str, Mapping[str, Any]]
+    outputs: Outputs
+    explain: str
+    fraction: float
+    step_size: int | None
+    n_random_orders: int
+    masked_share: float
+    n_perturbations: int
+    perturbation_radius: float
+    max_examples_per_batch: int | None
+
+    def members(self, model: nn.Module) -> list[_Member]:
+        """Return a model's explainers with each baseline."""
+        return [
+            _Member(
+                explainer,
+                baseline,
+                InsertionDeletion(
+                    make(model),
+                    baselines=given,
+                    forward_func=model,
+                    outputs=self.outputs,
+                    feature_mask=self.feature_masks[explainer],
+                    attribute_kwargs=self.attribute_kwargs[explainer],
+                    fraction=self.fraction,
+                    step_size=self.step_size,
+                    n_random_orders=self.n_random_orders if {*self.metrics} & {*_BY_MASKS[2:]} else 0,
+                    generator=Generator(),
+                    max_examples_per_batch=self.max_examples_per_batch,
+                ),
+            )
+            for explainer, make in self.explainers.items()
+            for baseline, given in self.baselines.items()
+        ]
+
+    def judge(self, model: nn.Module, members: list[_Member], batch: Batch, seed: int) -> dict[Judge, Tensor]:
+        """Return the values of all judges for the examples of a batch."""
+        values: dict[Judge, Tensor] = {}
+        metrics = self._fitting(as_batch(batch.inputs))
+        if "accuracy" in metrics:
+            values[Judge("accuracy")] = self._accuracy(model, batch, None, 0.0, seed)
+        if "masked_accuracy" in metrics:
+            for name, baseline in self.baselines.items():
+                values[Judge("masked_accuracy", None, name)] = self._accuracy(
+                    model, batch, baseline, self.masked_share, seed
+                )
+        if {*metrics} - {"accuracy", "masked_accuracy"}:
+            for member in members:
+                member.regularizer.generator = Generator().manual_seed(seed)
+                values |= self._explained(model, member, batch, metrics, seed)
+        return {judge: values[judge] for judge in sorted(values, key=lambda judge: METRICS.index(judge.metric))}
+
+    def _fitting(self, tensors: tuple[Tensor, ...]) -> list[str]:
+        """Return the metrics that fit the inputs: by default "road" for images and "sensitivity" for real numbers."""
+        if not self.by_default:
+            return list(self.metrics)
+        real = all(tensor.is_floating_point() for tensor in tensors)
+        unfit = {"sensitivity"} - ({"sensitivity"} if real else set())
+        if not (real and len(tensors) == 1 and tensors[0].dim() == 4):
+            unfit |= {"road"}
+        return [metric for metric in self.metrics if metric not in unfit]
+
+    def _accuracy(self, model: nn.Module, batch: Batch, baselines: Baselines, share: float, seed: int) -> Tensor:
+        mask = next(iter(self.feature_masks.values()))
+        return masked_accuracy(
+            model,
+            batch.inputs,
+            batch.target,
+            baselines=baselines,
+            feature_mask=mask(batch.inputs) if callable(mask) else mask,
+            additional_forward_args=batch.additional_forward_args,
+            share=share,
+            outputs=self.outputs,
+            generator=Generator().manual_seed(seed),
+            max_examples_per_batch=self.max_examples_per_batch,
+        )
+
+    def _explained(
+        self, model: nn.Module, member: _Member, batch: Batch, metrics: list[str], seed: int
+    ) -> dict[Judge, Tensor]:
+        """Return the values of the judges that need an explanation, made once."""
+        side, regularizer = batch.additional_forward_args, member.regularizer
+        target = batch.target
+        if self.explain == "predicted" and not is_raw(self.outputs):
+            target = regularizer.predicted_class(batch.inputs, additional_forward_args=side)
+        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, additional_forward_args=side)
+        values = {
+            Judge(name, member.explainer, member.baseline): value
+            for name, value in scores._asdict().items()
+            if name in metrics and value is not None
+        }
+        if "infidelity" in metrics:
+            mask = self.feature_masks[member.explainer]
+            judge = Judge("infidelity", member.explainer, member.baseline)
+            values[judge] = self._infidelity(model, batch, maps, target, self.baselines[member.baseline], mask)
+        if member.baseline == next(iter(self.baselines)):
+            if "road" in metrics:
+                generator = Generator().manual_seed(seed)
+                given = {"additional_forward_args": side, "outputs": self.outputs, "generator": generator}
+                rows = self.max_examples_per_batch
+                values[Judge("road", member.explainer)] = _road(model, batch.inputs, maps, target, rows, given)
+            if "sensitivity" in metrics:
+                values[Judge("sensitivity", member.explainer)] = self._sensitivity(regularizer, batch, target, seed)
+        return values
+
+    def _infidelity(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        maps: tuple[Tensor, ...],
+        target: Any,
+        baselines: Baselines,
+        mask: FeatureMask,
+    ) -> Tensor:
+        """Return Captum's infidelity, normalised, of masks of a fifth of the features."""
+        tensors = as_batch(batch.inputs)
+        layout = masked_features(mask(batch.inputs) if callable(mask) else mask, tensors)
+        _, aligned = check_inputs(batch.inputs, baselines, check_finite=False)
+        n_features, n_examples = layout.n_features, len(tensors[0])
+        share = max(_INFIDELITY_SHARE, 1 / n_features)
+        masked = MaskedInputs(tensors, aligned, layout)
+        # The sum over a feature's positions of mask times attribution counts each feature once.
+        sizes = layout.sums(tuple(torch.ones_like(tensor, dtype=maps[0].dtype) for tensor in tensors)).clamp_min(1)
+
+        def perturb(*rows: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            given = rows[0] if isinstance(rows[0], tuple) else rows
+            n_copies = len(given[0]) // n_examples
+            kept = torch.stack(
+                [random_masks(layout, n_examples, tensors[0].device, share, None) for _ in range(n_copies)]
+            )
+            weights = layout.spread((1 - kept.to(sizes.dtype)) / sizes)
+            copies = masked.copies(kept)
+            wide = [weight.expand(n_copies, *tensor.shape) for weight, tensor in zip(weights, tensors, strict=True)]
+            # Captum repeats each example n_copies times in a row.
+            return tuple(each.transpose(0, 1).flatten(0, 1) for each in wide), tuple(
+                each.transpose(0, 1).flatten(0, 1) for each in copies
+            )
+
+        n_perturbations = _PERTURBATIONS_OF_INFIDELITY * self.n_perturbations
+        rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
+        values: Tensor = captum.metrics.infidelity(
+            lambda *inputs: log_probabilities(model(*inputs), self.outputs).exp(),
+            perturb,
+            tensors,
+            tuple(map.expand_as(tensor) for map, tensor in zip(maps, tensors, strict=True)),
+            additional_forward_args=batch.additional_forward_args,
+            target=target,
+            n_perturb_samples=n_perturbations,
+            max_examples_per_batch=min(n_examples * n_perturbations, max(n_examples, rows)),
+            normalize=True,
+        )
+        return values
+
+    def _sensitivity(self, regularizer: InsertionDeletion, batch: Batch, target: Any, seed: int) -> Tensor:
+        """Return Captum's max-sensitivity of the explanation."""
+
+        def explanation(rows: tuple[Tensor, ...], **arguments: Any) -> tuple[Tensor, ...]:
+            regularizer.generator = Generator().manual_seed(seed)
+            inputs = rows if isinstance(batch.inputs, tuple) else rows[0]
+            given = {"target": None, **arguments}
+            return regularizer.attribution(inputs, given.pop("target"), **given)
+
+        side = batch.additional_forward_args
+        arguments = {"additional_forward_args": side} if side is not None else {}
+        values: Tensor = captum.metrics.sensitivity_max(
+            explanation,
+            batch.inputs,
+            perturb_radius=self.perturbation_radius,
+            n_perturb_samples=self.n_perturbations,
+            target=target,
+            **arguments,
+        )
+        return values
+
+
+def _road(
+    model: nn.Module, inputs: Any, maps: tuple[Tensor, ...], target: Any, rows: int | None, given: dict[str, Any]
+) -> Tensor:
+    if isinstance(inputs, tuple):
+        raise InputError(f"ROAD needs images, one tensor (B, C, H, W), given: {len(inputs)} tensors. Leave 'road' out.")
+    return road(model, inputs, maps[0], target=target, max_examples_per_batch=rows, **given)
+
+
+def _cell(row: dict[str, Any], is_reference: bool) -> str:
+    text = f"{row['value']:.3f}"
+    if is_reference:
+        return text
+    return f"{text} ({row['difference']:+.3f} ± {row['difference_standard_error']:.3f})"
+
+
+def _check_mapping(name: str, given: object, example: str) -> None:
+    if not isinstance(given, Mapping):
+        raise InputTypeError(f"{name} must be a mapping by name, such as {example}; given: {type(given).__name__}.")
+    if not given:
+        raise InputError(f"{name} is empty: give at least one, such as {example}.")
+
+
+def _known_metrics(metrics: Sequence[str] | None, outputs: Outputs) -> list[str]:
+    unfit = _OF_CLASSES if is_raw(outputs) else ()
+    if metrics is None:
+        return [metric for metric in METRICS if metric not in unfit]
+    given = [metrics] if isinstance(metrics, str) else list(metrics)
+    unknown = [metric for metric in given if metric not in METRICS]
+    if unknown or not given:
+        raise InputError(f"metrics must be some of {METRICS}, given: {given}.")
+    if {*given} & {*unfit}:
+        raise InputError(f"{sorted({*given} & {*unfit})} need classes, which outputs={outputs!r} do not have.")
+    return [metric for metric in METRICS if metric in given]
+
+
+def _checked_choice(explain: str) -> str:
+    if explain not in ("predicted", "label"):
+        raise InputError(f"explain must be 'predicted' or 'label', given: {explain!r}.")
+    return explain
+
+
+def _checked_names(given: Mapping[str, Any], explainers: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or {*given} - {*explainers}:
+        raise InputError(f"attribute_kwargs must be by explainer, {list(explainers)}; given: {given!r}.")
+    return dict(given)
+
+
+def _by_name(given: Any, explainers: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return one value for each explainer."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(explainers, given)
+    if {*given} - {*explainers}:
+        raise InputError(f"{name} names {sorted({*given} - {*explainers})}, which are no explainers: {[*explainers]}.")
+    return {explainer: given.get(explainer) for explainer in explainers}
+
+
+def _device_of(models: Mapping[str, nn.Module]) -> torch.device:
+    devices = {next(iter(model.parameters()), torch.zeros(())).device for model in models.values()}
+    if len(devices) > 1:
+        raise InputError(f"The models lie on several devices, {sorted(map(str, devices))}: move them to one.")
+    return devices.pop()
+
+
+def _cluster_numbers(given: Any, n_examples: int) -> Tensor:
+    numbers = torch.as_tensor(given).cpu()
+    if numbers.shape != (n_examples,) or numbers.is_floating_point():
+        raise InputError(
+            f"clusters must return one integer per example, ({n_examples},); given: {numbers.dtype} of shape "
+            f"{tuple(numbers.shape)}."
+        )
+    return numbers
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    moved: Batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    return moved
+
+
+@contextmanager
+def _bar(loader: Iterable[Any], n_models: int, show_progress: bool) -> Iterator[Any]:
+    """Yield a progress bar over batches and models."""
+    total = len(loader) * n_models if isinstance(loader, Sized) else None
+    with (progress if show_progress else NullProgress)(total=total, desc="jury") as bar:
+        yield bar

@@ -1,0 +1,333 @@
+"""The jury: its values against the metrics themselves, its errors against literal formulas, its page."""
+
+from __future__ import annotations
+
+import html.parser
+import math
+
+import captum.metrics
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_idexpo import Batch, jury
+from captum_idexpo.attr import InputXGradient, KernelShap, LayerGradCam, Saliency
+from captum_idexpo.baselines import noise, resampled
+from captum_idexpo.jury import Judge, compare, standard_error
+from captum_idexpo.metrics import insertion_deletion, masked_accuracy, road
+from captum_idexpo.visualization import plot_comparison
+from tests.helpers import smooth_conv_net, smooth_net
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(24, 6, dtype=torch.float64, generator=G), torch.arange(24) % 3
+IMAGES = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=G)
+LOADER = DataLoader(TensorDataset(X, Y), batch_size=10)
+MODELS = {"before": smooth_net(seed=0), "plain": smooth_net(seed=1), "trained": smooth_net(seed=2)}
+EXPLAINERS = {"gradient": InputXGradient, "KernelSHAP": KernelShap}
+BASELINES = {"zero": 0.0, "one": 1.0}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return compare(MODELS, LOADER, EXPLAINERS, BASELINES, reference="plain", trained_on=["gradient", "zero"])
+
+
+def test_jury_has_every_judge_for_every_model(found):
+    judges = {str(judge) for judge in found.judges}
+    assert {"accuracy", "masked_accuracy, one", "insertion, KernelSHAP, one", "sensitivity, gradient"} <= judges
+    assert "road, gradient" not in judges  # rows are no images
+    per_model = 1 + 2 + 4 * 4 + 4 + 2  # accuracy, masked, insertion to gains, infidelity, sensitivity
+    assert len(found.judges) == per_model
+    assert len(found.rows) == 3 * per_model
+    assert all(len(values) == 24 for scores in found.examples.values() for values in scores.values())
+
+
+def test_jury_values_are_those_of_the_metrics(found):
+    model = MODELS["trained"]
+    predicted = model(X).argmax(1)
+    maps = InputXGradient(model).attribute(X, target=predicted)
+    scores = insertion_deletion(model, X, maps, baselines=1.0, target=predicted)
+    own = found.examples["trained"]
+    torch.testing.assert_close(own[Judge("insertion", "gradient", "one")], scores.insertion.detach())
+    torch.testing.assert_close(own[Judge("deletion", "gradient", "one")], scores.deletion.detach())
+    torch.testing.assert_close(own[Judge("accuracy")], (predicted == Y).double())
+    # Masks are drawn batch by batch, from the seed plus the number of the batch.
+    masked = [
+        masked_accuracy(model, x, y, baselines=1.0, generator=torch.Generator().manual_seed(number))
+        for number, (x, y) in enumerate(LOADER)
+    ]
+    torch.testing.assert_close(own[Judge("masked_accuracy", None, "one")], torch.cat(masked).double())
+
+
+def test_jury_judges_all_models_with_the_same_random_numbers():
+    twins = {"a": MODELS["trained"], "b": MODELS["trained"]}
+    baselines = {
+        "noise": noise(generator=torch.Generator().manual_seed(3)),
+        "global noise": noise(),
+        "row": resampled(),
+    }
+    pair = compare(twins, LOADER, EXPLAINERS, baselines)
+    for judge in pair.judges:
+        assert torch.equal(pair.examples["a"][judge], pair.examples["b"][judge]), judge
+    again = compare(twins, LOADER, EXPLAINERS, baselines)
+    other = compare(twins, LOADER, EXPLAINERS, baselines, seed=1)
+    gain = Judge("insertion_gain", "KernelSHAP", "noise")
+    assert torch.equal(pair.examples["a"][gain], again.examples["a"][gain])
+    assert not torch.equal(pair.examples["a"][gain], other.examples["a"][gain])
+    first, second = pair.examples["a"][Judge("masked_accuracy", None, "global noise")].split([10, 14])
+    assert len(first) == 10
+    assert len(second) == 14
+
+
+def test_jury_leaves_random_streams_modes_and_generators_alone():
+    generator = torch.Generator().manual_seed(5)
+    model = smooth_conv_net().train()
+    before, own = torch.random.get_rng_state(), generator.get_state()
+    compare({"a": model}, [(IMAGES, Y[:8])], {"gradient": InputXGradient}, {"noise": noise(generator=generator)})
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(generator.get_state(), own)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_jury_judges_images_by_road_and_captums_metrics():
+    net = smooth_conv_net().eval()
+    explainers = {"Grad-CAM": lambda model: LayerGradCam(model, model[4])}
+    found = compare({"net": net}, [(IMAGES, Y[:8])], explainers, {"zero": 0.0, "one": 1.0}, explain="label")
+    maps = LayerGradCam(net, net[4]).attribute(IMAGES, target=Y[:8]).detach()
+    generator = torch.Generator().manual_seed(0)
+    expected = road(net, IMAGES, maps, target=Y[:8], generator=generator)
+    torch.testing.assert_close(found.examples["net"][Judge("road", "Grad-CAM")], expected)
+    assert [judge for judge in found.judges if judge.metric == "sensitivity"] == [Judge("sensitivity", "Grad-CAM")]
+    assert all(row["value"] >= 0 for row in found.rows if row["metric"] in ("infidelity", "sensitivity"))
+
+
+def test_infidelity_of_exact_attributions_of_a_linear_model_is_zero():
+    """With small logits the probabilities change nearly linearly."""
+
+    class Random(InputXGradient):
+        def attribute(self, inputs, *args, create_graph=False, **kwargs):
+            return torch.randn(inputs.shape, dtype=inputs.dtype, generator=torch.Generator().manual_seed(0))
+
+    Random.attribute.__signature__ = InputXGradient.attribute.__signature__
+    model = nn.Linear(6, 1).double()
+    with torch.no_grad():
+        model.weight.mul_(1e-3)
+    explainers = {"exact": InputXGradient, "random": Random}
+    found = compare({"linear": model}, [(X, Y % 2)], explainers, {"zero": 0.0}, ["infidelity"])
+    exact, random = (found.examples["linear"][Judge("infidelity", name, "zero")].mean() for name in explainers)
+    assert float(exact) < 1e-3 * float(random)
+
+
+def test_infidelity_equals_captums_for_features_that_are_columns():
+    model, generator = MODELS["before"], torch.Generator().manual_seed(0)
+    found = compare(
+        {"a": model}, [(X, Y)], {"gradient": InputXGradient}, {"one": 1.0}, ["infidelity"], n_perturbations=40
+    )
+    predicted = model(X).argmax(1)
+
+    def perturb(rows):
+        noise = torch.rand(rows.shape, generator=generator)
+        masked = noise >= noise.kthvalue(6, dim=1, keepdim=True).values  # one column of six is nearest to a fifth
+        return masked.double(), torch.where(masked, torch.ones_like(rows), rows)
+
+    expected = captum.metrics.infidelity(
+        lambda x: model(x).softmax(1), perturb, X, InputXGradient(model).attribute(X, target=predicted),
+        target=predicted, n_perturb_samples=200, normalize=True,
+    )  # fmt: skip
+    ours = found.examples["a"][Judge("infidelity", "gradient", "one")]
+    correlation = np.corrcoef(ours.numpy(), expected.detach().numpy())[0, 1]
+    assert correlation > 0.95
+    assert float(ours.mean()) == pytest.approx(float(expected.detach().mean()), rel=0.2)
+
+
+# --- errors and marks ----------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_and_their_errors_literal(found):
+    judge = Judge("insertion", "KernelSHAP", "one")
+    row = found.row("trained", judge)
+    difference = found.examples["trained"][judge] - found.examples["plain"][judge]
+    assert row["difference"] == pytest.approx(float(difference.mean()))
+    assert row["difference_standard_error"] == pytest.approx(float(difference.std()) / math.sqrt(24))
+    assert row["better"] == pytest.approx(row["difference"] / row["difference_standard_error"])
+    deletion = found.row("trained", Judge("deletion", "KernelSHAP", "one"))
+    assert deletion["better"] == pytest.approx(-deletion["difference"] / deletion["difference_standard_error"])
+    reference = found.row("plain", judge)
+    assert reference["difference"] == 0.0
+    assert math.isnan(reference["better"])
+
+
+def test_standard_error_takes_clusters_as_independent():
+    values = torch.randn(12, dtype=torch.float64, generator=G)
+    assert standard_error(values) == pytest.approx(float(values.std()) / math.sqrt(12))
+    assert standard_error(values, torch.arange(12) * 7) == pytest.approx(standard_error(values))
+    # Three copies of each example say no more than one.
+    repeated, clusters = values.repeat_interleave(3), torch.arange(12).repeat_interleave(3)
+    assert standard_error(repeated, clusters) == pytest.approx(standard_error(values))
+    assert standard_error(repeated) < 0.6 * standard_error(values)
+    assert math.isnan(standard_error(values, torch.zeros(12, dtype=torch.long)))
+    assert math.isnan(standard_error(values[:1]))
+
+
+def test_clusters_of_the_loader_reach_the_errors():
+    def patients(batch):
+        return (batch.inputs[:, 0] > 0).long() + 2 * (batch.inputs[:, 1] > 0).long()
+
+    found = compare(MODELS, LOADER, EXPLAINERS, BASELINES, ["insertion"], clusters=patients)
+    numbers = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()
+    row = found.rows[-1]
+    judge = Judge(row["metric"], row["explainer"], row["baseline"])
+    difference = found.examples["trained"][judge] - found.examples["before"][judge]
+    assert row["difference_standard_error"] == pytest.approx(standard_error(difference, numbers))
+    assert row["n_clusters"] == 4
+
+
+def test_held_out_judges_are_those_with_a_part_that_the_training_did_not_have(found):
+    marks = {str(judge): found.held_out(judge) for judge in found.judges}
+    assert marks["insertion, gradient, zero"] is False
+    assert marks["deletion_gain, gradient, zero"] is False
+    assert marks["accuracy"] is False
+    for judge in ("insertion, gradient, one", "insertion, KernelSHAP, zero", "infidelity, gradient, zero"):
+        assert marks[judge] is True
+    assert marks["masked_accuracy, zero"] is True
+    unknown = compare(MODELS, LOADER, EXPLAINERS, BASELINES, ["accuracy"])
+    assert {row["held_out"] for row in unknown.rows} == {None}
+    masked = compare(MODELS, LOADER, EXPLAINERS, BASELINES, ["masked_accuracy"], trained_on=["zero", "masked_accuracy"])
+    assert [masked.held_out(judge) for judge in masked.judges] == [False, True]
+
+
+# --- other inputs --------------------------------------------------------------------------------------------------
+
+
+def test_jury_of_a_regression_leaves_out_what_needs_classes():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    found = compare({"a": model}, [(X, X[:, 0])], EXPLAINERS, BASELINES, outputs="raw")
+    metrics = {judge.metric for judge in found.judges}
+    assert metrics == {"insertion", "deletion", "insertion_gain", "deletion_gain", "sensitivity"}
+    with pytest.raises(ValueError, match="need classes"):
+        compare({"a": model}, [(X, X[:, 0])], EXPLAINERS, BASELINES, ["accuracy"], outputs="raw")
+
+
+@pytest.mark.parametrize("outputs", ["logits", "multilabel"])
+def test_jury_of_one_logit_and_of_labels(outputs):
+    n_outputs, target = (1, Y % 2) if outputs == "logits" else (4, torch.randint(2, (24, 4), generator=G))
+    models = {name: nn.Linear(6, n_outputs).double() for name in "ab"}
+    found = compare(models, [(X, target)], EXPLAINERS, BASELINES, outputs=outputs)
+    assert all(math.isfinite(row["value"]) for row in found.rows)
+    if outputs == "logits":  # exact attributions of a linear model rank better than chance, for both classes
+        gains = found.examples["a"][Judge("insertion_gain", "KernelSHAP", "zero")]
+        predicted = models["a"](X)[:, 0] > 0
+        assert gains[predicted].mean() > 0 < gains[~predicted].mean()
+
+
+def test_jury_takes_side_inputs_tuples_and_masks_by_explainer():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth_net(n_features=8)
+
+        def forward(self, a, b, shift):
+            return self.net(torch.cat([a, b], dim=1) + shift)
+
+    shift = torch.randn(24, 8, dtype=torch.float64, generator=G)
+    batch = Batch((X, X[:, :2]), Y, additional_forward_args=shift)
+    groups = (torch.arange(6) // 2, torch.tensor([3, 3]))
+    found = compare(
+        {"a": Two(), "b": Two()}, [batch], EXPLAINERS, {"zero": (0.0, 0.0)}, feature_mask={"KernelSHAP": groups},
+        attribute_kwargs={"KernelSHAP": {"n_samples": 20}},
+    )  # fmt: skip
+    assert all(math.isfinite(row["value"]) for row in found.rows)
+    with pytest.raises(ValueError, match="ROAD needs images"):
+        compare({"a": Two()}, [batch], EXPLAINERS, {"zero": (0.0, 0.0)}, ["road"])
+
+
+class Parsed(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_comparison_page_is_one_file_with_verdicts_table_and_picture(found, tmp_path):
+    path = tmp_path / "page.html"
+    found.to_html(path)
+    text = path.read_text(encoding="utf-8")
+    page = Parsed(text)
+    assert not page.open
+    assert page.tags.count("tr") == 1 + len(found.judges)
+    assert "data:image/png;base64," in text
+    assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
+    assert "judges that took no part in the training" in text
+    assert "the same 24 examples" in text
+    assert list(tmp_path.iterdir()) == [path]
+    odd = compare({"<b>&": MODELS["before"], "x": MODELS["plain"]}, LOADER, EXPLAINERS, BASELINES, ["accuracy"])
+    odd.to_html(path)
+    assert "<b>&" not in path.read_text()
+    assert "&lt;b&gt;&amp;" in path.read_text()
+
+
+def test_comparison_table_and_frame_name_all_judges(found):
+    lines = found.table().splitlines()
+    assert len(lines) == 2 + len(found.judges)
+    assert lines[0] == "| judge | before | plain | trained |"
+    assert any(line.startswith("| insertion, gradient, zero* |") for line in lines)
+    frame = found.to_pandas()
+    assert list(frame.columns[:5]) == ["model", "metric", "explainer", "baseline", "value"]
+    assert len(frame) == len(found.rows)
+
+
+def test_comparison_plot_has_an_axis_for_each_metric_and_hollow_markers(found):
+    figure = found.plot()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert {title.split(" (")[0].replace(" ", "_") for title in titles} == {judge.metric for judge in found.judges}
+    assert "deletion (lower is better)" in titles
+    (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("insertion (")]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "gradient, zero", "gradient, one", "KernelSHAP, zero", "KernelSHAP, one",
+    ]  # fmt: skip
+    markers = [line for line in axis.lines if line.get_marker() in "os^Dv<>" and len(line.get_xdata()) == 1]
+    assert [line.get_fillstyle() for line in markers] == ["none", "full", "full", "full"] * 2
+    alone = compare({"a": MODELS["before"]}, LOADER, EXPLAINERS, BASELINES, ["accuracy"])
+    assert plot_comparison(alone.rows, "a").axes[0].lines
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments"),
+    [
+        (TypeError, "models must be a mapping", {"models": [smooth_net()]}),
+        (ValueError, "models is empty", {"models": {}}),
+        (TypeError, r"models\['f'\] must be a torch.nn.Module", {"models": {"f": lambda x: x}}),
+        (TypeError, "explainers must be a mapping", {"explainers": [Saliency]}),
+        (TypeError, "explainer must be an attribution", {"explainers": {"f": lambda model: model}}),
+        (TypeError, "baselines must be a mapping", {"baselines": 0.0}),
+        (ValueError, "metrics must be some of", {"metrics": ["faithfulness"]}),
+        (ValueError, "metrics must be some of", {"metrics": []}),
+        (ValueError, "reference='other' is none of the models", {"reference": "other"}),
+        (ValueError, r"trained_on names \['black'\]", {"trained_on": ["black"]}),
+        (ValueError, "feature_mask names", {"feature_mask": {"LIME": None}}),
+        (ValueError, "attribute_kwargs must be by explainer", {"attribute_kwargs": {"n_samples": 5}}),
+        (ValueError, "explain must be", {"explain": "both"}),
+        (ValueError, "yielded no batch", {"loader": []}),
+        (ValueError, "clusters must return one integer per example", {"clusters": lambda batch: batch.inputs}),
+        (ValueError, "n_perturbations", {"n_perturbations": 0}),
+        (ValueError, r"images \(B, C, H, W\)", {"metrics": ["road"]}),
+    ],
+)
+def test_jury_errors_name_bad_arguments(error, text, arguments):
+    given = {"models": MODELS, "loader": LOADER, "explainers": EXPLAINERS, "baselines": BASELINES, **arguments}
+    with pytest.raises(error, match=text):
+        jury.compare(**given)
