@@ -143,7 +143,8 @@ def comparison_page(comparison: Comparison) -> str:
 <p>Every model was judged on the same {examples}, with the same random masks. Differences are to
 <strong>{reference}</strong> and paired by example; ± is one standard error{clusters}.</p>
 {_verdicts(comparison)}
-<img alt="Differences of each model to {reference}, one panel for each metric" src="data:image/png;base64,{encoded}">
+<div class="wide"><img alt="Differences of each model to {reference}, one panel for each metric"
+src="data:image/png;base64,{encoded}"></div>
 {_table(comparison)}
 <h2>Settings</h2>
 <dl>{settings}</dl>
@@ -201,10 +202,11 @@ def _cell(row: Mapping[str, Any], reference: str) -> str:
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-img { max-width: 100%; background: white; padding: 0.5rem; box-sizing: border-box; }
+img { width: 100%; min-width: 40rem; background: white; padding: 0.5rem; box-sizing: border-box; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap; }
+tbody th { white-space: normal; min-width: 9rem; }
 small { opacity: 0.75; }
 .mark { font-size: 0.8rem; opacity: 0.75; }
 .better { background: #56b4e955; }
