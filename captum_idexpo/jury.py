@@ -253,6 +253,8 @@ def compare(
         clusters: a function of a `Batch` that returns the cluster of each example, integers ``(B,)`` such as patients
             or videos. Standard errors then take the clusters as independent, not the examples.
         feature_mask: as for `captum_idexpo.regularizers.InsertionDeletion`, for all explainers or by their names.
+        Masked
+            accuracy masks the features of the first explainer that has one.
         attribute_kwargs: by explainer, further arguments of its ``attribute``.
         outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
         explain: explain and score each model's own predicted class, or the label.
@@ -436,7 +438,8 @@ class _Panel:
         return [metric for metric in self.metrics if metric not in unfit]
 
     def _accuracy(self, model: nn.Module, batch: Batch, baselines: Baselines, share: float, seed: int) -> Tensor:
-        mask = next(iter(self.feature_masks.values()))
+        given = (mask for mask in self.feature_masks.values() if mask is not None)
+        mask = next(given, None)
         return masked_accuracy(
             model,
             batch.inputs,
