@@ -19,7 +19,7 @@ FLOORS = [
     {"attr", "feature_masks", "baselines", "keyword_model"},
     {"metrics", "testing"},
     {"regularizers", "visualization"},
-    {"training"},
+    {"training", "jury"},
     {"__init__", "__main__"},
 ]
 MODULES = ["captum_idexpo", *(f"captum_idexpo.{name}" for name in ("attr", "metrics", "regularizers", "training"))]

@@ -24,6 +24,8 @@ NEEDS = {
     "History.plot": ("plot", "sys.modules.update({'matplotlib.figure': None}); history.plot()"),
     "History.to_pandas": ("plot", "history.to_pandas()"),
     "Sweep.to_pandas": ("plot", "Sweep([{'accuracy': 0.5}]).to_pandas()"),
+    "Comparison.to_pandas": ("plot", "compared.to_pandas()"),
+    "Comparison.plot": ("plot", "sys.modules.update({'matplotlib.figure': None}); compared.plot()"),
 }
 
 PREAMBLE = """
@@ -36,6 +38,9 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 inputs = torch.ones(2, 3)
 images = torch.zeros(1, 3, 8, 8)
 history = History([{"epoch": 1, "loss": 0.5}])
+compared = captum_idexpo.jury.compare(
+    {"a": model}, [(inputs, torch.tensor([0, 1]))], {"Saliency": attr.Saliency}, {"zero": 0.0}, ["accuracy"]
+)
 """
 
 

@@ -168,6 +168,9 @@ RAISED = {
         X, target=1, sampling="independent"
     ),
     "A generator with Captum": lambda _: ridge_lime(generator=torch.Generator()),
+    "LIME or KernelSHAP of more": lambda _: Sparsity(KernelShap(nn.Linear(2000, 3)))(
+        torch.randn(4, 2000), torch.tensor([0, 1, 2, 0])
+    ),
     "GradientShap without": lambda _: Sparsity(GradientShap(net())),
     "A convergence delta": lambda _: Sparsity(
         GradientShap(net()), attribute_kwargs={"baselines": X, "return_convergence_delta": True}
