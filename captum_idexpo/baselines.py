@@ -165,7 +165,8 @@ def resampled(data: Tensors | None = None, *, generator: Generator | None = None
 
     Args:
         data: the examples to draw from, a tensor ``(N, ...)`` or a tuple of them. None: the other examples of the
-            batch, each equally likely. An example's score then depends on its batch.
+            batch, each equally likely. An example's score then depends on its batch, and a last batch of one example
+            is refused: pass ``data``, or ``drop_last=True`` to the loader.
         generator: source of the choice; None: torch's global generator.
 
     Raises:
@@ -278,9 +279,16 @@ def _chosen(tensor: Tensor, kinds: list[Baseline], index: Tensor) -> Tensor:
     """Return for each example the baseline of the kind with its number."""
     result = torch.empty_like(tensor)
     for number, kind in enumerate(kinds):
+        if not tensor.is_floating_point() and _is_fractional(kind):
+            raise InputTypeError(f"mixture was given fractions for inputs of {tensor.dtype}: give whole numbers.")
         rows = (index == number).view(-1, *[1] * (tensor.dim() - 1))
         result = torch.where(rows, torch.as_tensor(kind, device=tensor.device).to(tensor.dtype), result)
     return result
+
+
+def _is_fractional(value: Baseline) -> bool:
+    numbers = torch.as_tensor(value)
+    return numbers.is_floating_point() and bool((numbers != numbers.round()).any())
 
 
 def _normal(tensor: Tensor, generator: Generator | None) -> Tensor:

@@ -75,7 +75,7 @@ def road(
     (images,), _ = check_inputs(inputs, None, check_finite)
     if images.dim() != 4 or not images.is_floating_point():
         raise InputError(f"ROAD fills in the pixels of images (B, C, H, W), given: {tuple(images.shape)}.")
-    if not shares or not all(0 < share < 1 for share in shares):
+    if not isinstance(shares, Sequence) or not shares or not all(0 < share < 1 for share in shares):
         raise InputError(f"shares must be numbers in (0, 1), given: {shares}.")
     check_not_negative("noise", noise)
     if attributions.dim() == 4:
@@ -99,6 +99,8 @@ def road(
         return scorer(rows, examples, n_copies, "probability")
 
     scores = evaluate_given(evaluate, (torch.stack(copies),), scorer.max_rows)
+    if check_finite:
+        require_finite((scores,), "the forward function's output on imputed images")
     least, most = scores.unflatten(1, (2, len(shares))).mean(dim=2).unbind(1)
     difference: Tensor = least - most
     return difference
@@ -108,7 +110,7 @@ def imputed(images: Tensor, mask: Tensor) -> Tensor:
     """Return images whose masked pixels are the weighted mean of their eight neighbours, the masked ones included.
 
     That is a linear system with one unknown for each masked pixel and channel, symmetric and positive definite, which
-    conjugate gradients solve for the whole batch.
+    conjugate gradients solve for the whole batch, in single precision at least.
 
     Args:
         images: ``(B, C, H, W)``.
@@ -117,6 +119,7 @@ def imputed(images: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Images of the same shape. Where everything is masked, 0.
     """
+    dtype, images = images.dtype, images.to(torch.promote_types(images.dtype, torch.float32))
     mask = mask.expand_as(images)
     known = torch.where(mask, 0.0, images)
     degree = _neighbors(torch.ones_like(images[:1]))
@@ -136,7 +139,7 @@ def imputed(images: Tensor, mask: Tensor) -> Tensor:
         residual = residual - step * image_of
         before, squared = squared, _squared_norm(residual)
         direction = residual + squared / before.clamp_min(torch.finfo(images.dtype).tiny) * direction
-    return torch.where(mask, solution, images)
+    return torch.where(mask, solution, images).to(dtype)
 
 
 def _neighbors(images: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ for a CNN on digits, 0.47 for a ResNet-18 on Imagenette, 0.34 to 0.67 for networ
 
 _MOSTLY_KEPT = 2 / 3
 """Where so many predictions stay the same, masks do little harm, even if chance alone would explain it: one class may
-be far more frequent than the others."""
+be far more frequent than the others. Of several labels most are false anyway, so they are judged by chance alone."""
+
+_ONE_CLASS = 0.9
+"""Sum of the squared shares of the predicted classes from which on a batch counts as one of a single class."""
 
 
 class MaskReading:
@@ -52,12 +55,16 @@ class MaskReading:
         self._plain.append(plain.cpu())
         self._masked.append(masked.cpu())
         agreement, plain_shares, masked_shares = self._statistics()
-        if len(agreement) < _FEW_EXAMPLES:
+        # Where nearly all examples are of one class, agreement says nothing: it is that of chance.
+        is_varied = float(plain_shares.mean(0).square().sum(-1).mean()) < _ONE_CLASS
+        if len(agreement) < _FEW_EXAMPLES or not is_varied:
+            self.is_settled = len(agreement) >= _ENOUGH_EXAMPLES
             return None
         kappa, error = _kappa_with_error(agreement, plain_shares, masked_shares)
         self.is_settled = len(agreement) >= _ENOUGH_EXAMPLES or abs(kappa - _READS) > 2 * error
         kept = float(agreement.mean())
-        if kappa + 2 * error >= _READS or kept > _MOSTLY_KEPT:
+        has_one_decision = plain_shares.shape[1] == 1
+        if kappa + 2 * error >= _READS or (has_one_decision and kept > _MOSTLY_KEPT):
             return None
         return (
             f"With half of the features masked at random, the prediction stays the same for only {kept:.0%} of the "

@@ -286,15 +286,22 @@ class InsertionDeletion(Regularizer):
             return masking.result(self.n_random_orders, self.generator), _spread(masking, masking.masks.values)
 
     def masked_accuracy(
-        self, inputs: Tensors, target: Any, *, share: float = 0.5, additional_forward_args: object = None
+        self,
+        inputs: Tensors,
+        target: Any,
+        *,
+        share: float = 0.5,
+        additional_forward_args: object = None,
+        generator: Generator | None = None,
     ) -> Tensor:
         """Return `captum_idexpo.metrics.masked_accuracy` with this regularizer's baselines and feature mask, ``(B,)``.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: the labels.
-            share: share of the features that is masked, drawn per example from `generator`.
+            share: share of the features that is masked, drawn per example.
             additional_forward_args: what the model takes after the inputs.
+            generator: source of the masks; None: that of the regularizer.
         """
         batch = self._read(inputs, target, None, additional_forward_args)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
@@ -308,7 +315,7 @@ class InsertionDeletion(Regularizer):
                 additional_forward_args=batch.additional_forward_args,
                 share=share,
                 outputs=self.outputs,
-                generator=self.generator,
+                generator=self.generator if generator is None else generator,
                 max_examples_per_batch=self.max_examples_per_batch,
             )
 
@@ -400,7 +407,8 @@ class InsertionDeletion(Regularizer):
         }
         if side is not None:
             offered["additional_forward_args"] = side
-        self._report_unread_masks(batch, baselines, feature_mask, max_rows)
+        given = {"baselines": baselines, "feature_mask": feature_mask, **self.attribute_kwargs}
+        self._report_unread_masks(batch, given["baselines"], given["feature_mask"], max_rows)
         maps, cells = self._located(inputs, tensors, None if one_column else target, create_graph, offered)
         locations = Locations.of(maps, tensors, groups, self.group_reduction)
         require_finite((locations.values.detach(),), "attributions")

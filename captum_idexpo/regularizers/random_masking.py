@@ -24,7 +24,7 @@ from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import Baselines, Tensors, check_inputs
 from captum_idexpo._core.rng import drawn_for, source
-from captum_idexpo._core.targets import Outputs, explained_class, positive_labels, soft_classes
+from captum_idexpo._core.targets import Outputs, explained_class, positive_labels, soft_classes, target_indices
 from captum_idexpo.baselines import generators_of
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.metrics.masked_accuracy import masked_features
@@ -140,11 +140,10 @@ def _expected(log_p: Tensor, target: Any, outputs: Outputs) -> Tensor:
     if isinstance(target, Tensor) and target.is_floating_point():
         soft = target if soft_classes(target) is not None else _two_classes(target, log_p)
         if soft is not None:
+            if soft.shape != log_p.shape:
+                raise InputError(f"Soft labels {tuple(target.shape)} do not fit {log_p.shape[1]} classes.")
             return (soft.to(log_p) * log_p).sum(dim=1)
-    labels = torch.as_tensor(explained_class(target, outputs), device=log_p.device).expand(len(log_p))
-    if not bool(((labels >= 0) & (labels < log_p.shape[1])).all()):
-        raise IndexError(f"The labels lie between {int(labels.min())} and {int(labels.max())}: out of range.")
-    return log_p.gather(1, labels[:, None])[:, 0]
+    return _picked(log_p, explained_class(target, outputs))
 
 
 def _two_classes(target: Tensor, log_p: Tensor) -> Tensor | None:
@@ -155,10 +154,23 @@ def _two_classes(target: Tensor, log_p: Tensor) -> Tensor | None:
     return torch.cat([1 - of_class_1, of_class_1], dim=1)
 
 
+def _picked(values: Tensor, labels: Any) -> Tensor:
+    """Return the value of each row's label, ``(B,)``, of values ``(B, C)``."""
+    index = target_indices(labels, len(values), values.device)
+    if index is None or index.shape[1] != 1:
+        raise InputError(f"RandomMasking needs the labels, one class per example; given: {labels!r}.")
+    if not bool(((index >= 0) & (index < values.shape[1])).all()):
+        raise IndexError(
+            f"The labels lie between {int(index.min())} and {int(index.max())}, out of range for {values.shape[1]} "
+            "classes."
+        )
+    return values.gather(1, index)[:, 0]
+
+
 def _label_losses(output: Tensor, target: Any) -> Tensor:
     positive = positive_labels(target)
     if positive is None:  # indices of labels
-        return -F.logsigmoid(output.gather(1, torch.as_tensor(target, device=output.device)[:, None]))[:, 0]
+        return -F.logsigmoid(_picked(output, target))
     if positive.shape != output.shape:
         raise InputError(f"The multi-hot target {tuple(positive.shape)} does not fit outputs {tuple(output.shape)}.")
     return F.binary_cross_entropy_with_logits(output, positive.to(output), reduction="none").mean(dim=1)

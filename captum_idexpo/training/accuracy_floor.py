@@ -35,7 +35,7 @@ def paired_change(before: Classified, after: Classified) -> dict[str, float]:
     Raises:
         ValueError: the examples are not the same ones in the same order.
     """
-    if len(before.right) != len(after.right) or not _equal(before.labels, after.labels):
+    if not before.has_the_examples_of(after):
         raise ValueError(
             "max_accuracy_drop compares the predictions for each example with those at the start, but the loader "
             "yields other examples, or in another order, in each pass: give a DataLoader with shuffle=False over the "
@@ -60,12 +60,12 @@ class Classified:
 
     @classmethod
     def of(cls, scored: list[tuple[Any, dict[str, Tensor]]]) -> Classified:
-        """Return the predictions of all batches, from their targets and scores.
+        """Return the predictions of all batches, from their labels and scores.
 
         Raises:
             ValueError: a batch has no accuracy.
         """
-        if not all("accuracy" in scores and isinstance(target, Tensor) for target, scores in scored):
+        if not all("accuracy" in scores for _, scores in scored):
             raise ValueError(
                 "max_accuracy_drop needs the accuracy of a classifier, and these outputs and targets have none: leave "
                 "it out for a regression."
@@ -74,10 +74,11 @@ class Classified:
             torch.cat([scores["accuracy"].cpu() for _, scores in scored]), torch.cat([y.cpu() for y, _ in scored])
         )
 
+    def has_the_examples_of(self, other: Classified) -> bool:
+        """Return True if another pass had the same labels in the same order."""
+        same_shape = self.labels.shape == other.labels.shape
+        return same_shape and bool((self.labels == other.labels).all())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds."""
         return {"right": self.right, "labels": self.labels}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a == b).all())

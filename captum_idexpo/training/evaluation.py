@@ -52,9 +52,9 @@ def evaluate(
     classified: list[tuple[Any, dict[str, Tensor]]] = []
     scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
     with closing(scored) as batches:
-        for output, target, scores in batches:
+        for output, target, labels, scores in batches:
             if start is not None:
-                classified.append((target, scores))
+                classified.append((labels, scores))
             n_examples = _n_examples(output, target)
             scores = {"loss": loss_fn(output, target).expand(1), **scores}
             for name, values in scores.items():
@@ -77,7 +77,7 @@ def classify(
 ) -> Classified:
     """Return which examples of a loader the model classifies right; nothing is explained."""
     scored = _scored(model, loader, judge, regularizers, None, None, unpack, accelerator)
-    return Classified.of([(target, scores) for _, target, scores in scored])
+    return Classified.of([(labels, scores) for _, _, labels, scores in scored])
 
 
 @no_graph()
@@ -94,7 +94,7 @@ def example_scores(
 ) -> dict[str, Tensor]:
     """Return the scores per example; see `ExplanationRegularizedTrainer.example_scores`."""
     scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
-    batches = [scores for _, _, scores in scored]
+    batches = [scores for _, _, _, scores in scored]
     names = [name for name in batches[0] if all(name in scores for scores in batches)]
     return {name: torch.cat([scores[name].cpu() for scores in batches]) for name in names}
 
@@ -108,8 +108,11 @@ def _scored(
     masked_share: float | None,
     unpack: Unpack | None,
     accelerator: Accelerator,
-) -> GeneratorType[tuple[Any, Any, dict[str, Tensor]], None, None]:
-    """Yield outputs, targets and scores per example, batch by batch, of all processes; None explains nothing."""
+) -> GeneratorType[tuple[Any, Any, Any, dict[str, Tensor]], None, None]:
+    """Yield outputs, targets, labels and scores per example, batch by batch, of all processes.
+
+    Labels are targets as accuracy takes them. With None to explain, nothing is.
+    """
     from accelerate.utils import send_to_device
 
     if explain not in ("predicted", "label", None):
@@ -123,6 +126,7 @@ def _scored(
     announced = [*judges, *regularizers]
     of_classes = [each for each in announced if not is_raw(each.outputs)]
     n_examples = 0
+    masks = torch.Generator().manual_seed(torch.initial_seed())  # a stream of their own: they change no other score
     # Every evaluation draws the same masks, from the seeds that the user has set.
     generators = [generator for judge in judges for generator in judge.generators]
     same_numbers = seeded(torch.initial_seed(), accelerator.device, generators)
@@ -134,7 +138,7 @@ def _scored(
                 output = call_model(model, batch)
                 scores: dict[str, Tensor] = {}
                 if judge is not None and explain is not None:
-                    scores = _judge_batch(judge, batch, explain, masked_share)
+                    scores = _judge_batch(judge, batch, explain, masked_share, masks)
                 predicted = _predicted(model, batch, output, judge, announced)
                 scores = scores if predicted is None else {"predicted": predicted, **scores}
             # Gathered without the examples that fill up the last batch, before anything is averaged or decided.
@@ -142,7 +146,12 @@ def _scored(
             n_examples += _n_examples(output, target)
             predicted = scores.pop("predicted", None)
             labels = of_classes[0].transformed(target) if of_classes else target
-            yield output, target, {**_accuracy(predicted, labels, bool(of_classes), _is_column(output)), **scores}
+            yield (
+                output,
+                target,
+                labels,
+                {**_accuracy(predicted, labels, bool(of_classes), _is_column(output)), **scores},
+            )
     if not n_examples:
         raise ValueError("The loader yielded no batch to evaluate on.")
 
@@ -158,7 +167,9 @@ def _n_examples(output: Any, target: Any) -> int:
     return int(find_batch_size(target)) if of_tensors else len(target)
 
 
-def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str, masked_share: float | None) -> dict[str, Tensor]:
+def _judge_batch(
+    judge: InsertionDeletion, batch: Batch, explain: str, masked_share: float | None, masks: torch.Generator
+) -> dict[str, Tensor]:
     """Return hard scores per example, ``(B,)``."""
     needs_target = explain == "label" or is_raw(judge.outputs)
     result = judge.scores(
@@ -170,7 +181,7 @@ def _judge_batch(judge: InsertionDeletion, batch: Batch, explain: str, masked_sh
     if masked_share is not None:
         side = batch.additional_forward_args
         scores["masked_accuracy"] = judge.masked_accuracy(
-            batch.inputs, batch.target, share=masked_share, additional_forward_args=side
+            batch.inputs, batch.target, share=masked_share, additional_forward_args=side, generator=masks
         )
     if is_raw(judge.outputs):
         return scores

@@ -46,11 +46,7 @@ class Sweep(list[Row]):
         """Return a row that says whether its accuracy is within the limit."""
         if self.max_accuracy_drop is None:
             return row
-        if CHANGE not in row:
-            raise ValueError(
-                f"max_accuracy_drop needs the score {CHANGE!r}, and {ERROR!r} if it is known, as the evaluation of "
-                f"ExplanationRegularizedTrainer(max_accuracy_drop=...) returns them; given: {sorted(row)}."
-            )
+        _require_change(row)
         return {**row, "eligible": is_eligible(row[CHANGE], row.get(ERROR, 0.0), self.max_accuracy_drop)}
 
     def mean(self, over: str = "seed") -> Sweep:
@@ -181,6 +177,7 @@ def sweep(
         | 0.01 | 0 | 0.89 | 0.6 | yes |
     """
     path = Path(path)
+    check_max_drop(max_accuracy_drop)
     if not grid or not all(len(values) for values in grid.values()):
         raise ValueError("The grid is empty: give each setting at least one value.")
     grid = {name: [_plain(name, value) for value in values] for name, values in grid.items()}
@@ -194,11 +191,21 @@ def sweep(
         scores = run(**settings)
         if set(scores) & set(settings):
             raise ValueError(f"Scores and settings share names: {sorted(set(scores) & set(settings))}.")
+        if max_accuracy_drop is not None:
+            _require_change(scores)
         row = {"settings": settings, "scores": {name: float(value) for name, value in scores.items()}}
         _append(path, row)
         done[_key(settings)] = row
     rows = [done[_key(settings)] for settings in combinations]
     return Sweep(({**row["settings"], **row["scores"]} for row in rows), grid, max_accuracy_drop)
+
+
+def _require_change(scores: Mapping[str, Any]) -> None:
+    if CHANGE not in scores:
+        raise ValueError(
+            f"max_accuracy_drop needs the score {CHANGE!r}, and {ERROR!r} if it is known, as the evaluation of "
+            f"ExplanationRegularizedTrainer(max_accuracy_drop=...) returns them; given: {sorted(scores)}."
+        )
 
 
 def _cell(value: object) -> str:

@@ -27,7 +27,7 @@ from captum_idexpo._core.modes import Snapshot, has_new_statistics, is_batch_nor
 from captum_idexpo._core.rng import AnyGenerator
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.training import checkpoint
-from captum_idexpo.training.accuracy_floor import CHANGE, ERROR, Classified, check_max_drop, is_eligible
+from captum_idexpo.training.accuracy_floor import CHANGE, ERROR, Classified, check_max_drop, is_eligible, paired_change
 from captum_idexpo.training.evaluation import classify, evaluate, example_scores
 from captum_idexpo.training.fsdp import (
     check_sharding,
@@ -242,6 +242,7 @@ class ExplanationRegularizedTrainer:
         run = self._start(train_loader, val_loader)
         if self.max_accuracy_drop is not None and val_loader is not None and run.start is None:
             run.start, run.start_weights = self._classify(val_loader), weights_of(self.model)
+            paired_change(run.start, self._classify(val_loader))  # now rather than after an epoch: is the order fixed?
             run.best_weights = run.start_weights
         self._start_weights = run.start_weights
         while run.epoch <= epochs and not run.finished:
@@ -382,11 +383,11 @@ class ExplanationRegularizedTrainer:
         Returns:
             "loss" (the task's), "accuracy", "insertion", "deletion", "one_minus_deletion" and "valscore" (eq. 15).
             Without an `InsertionDeletion` to judge, only loss, accuracy and valscore; one with ``n_random_orders`` adds
-            "insertion_gain" and "deletion_gain". For raw outputs (regression)
-            neither accuracy nor one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
-            Targets beyond 0 and 1 for a single column are a regression's, too, and have no accuracy.
-            With `max_accuracy_drop`, after `fit`: "accuracy_change" to the weights at the start, paired by example, and
-            "accuracy_change_standard_error".
+            "insertion_gain" and "deletion_gain". For raw outputs (regression) neither accuracy nor one_minus_deletion,
+            and the valscore is insertion - deletion - accuracy_weight x loss. Targets beyond 0 and 1 for a single
+            column are a regression's, too, and have no accuracy. With `max_accuracy_drop`, after `fit`:
+            "accuracy_change" to the weights at the start, paired by example, and "accuracy_change_standard_error"; a
+            loader in another order in each pass has none, with a warning.
         """
         loader = self._prepare(loader)
         return self._evaluate(loader, explain, masked_share, self._classified_at_start(loader))
@@ -537,7 +538,11 @@ class ExplanationRegularizedTrainer:
         if self._start_weights is None:
             return None
         with self._having(self._start_weights):
-            return self._classify(loader)
+            start, again = self._classify(loader), self._classify(loader)
+        if start.has_the_examples_of(again):
+            return start
+        warn("The loader yields its examples in another order in each pass: the change of accuracy is left out.")
+        return None
 
     def _train_epoch(self, loader: Iterable[Any], run: Run, epochs: int) -> dict[str, float]:
         """Go over the data once, or over the rest of it, and return the means of the loss and its parts."""
