@@ -6,11 +6,12 @@ Judges that took no part in the training tell whether it is more: another explai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import captum.metrics
 import torch
@@ -22,11 +23,19 @@ from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.captum import NullProgress, progress
 from captum_idexpo._core.chunks import default_rows_per_forward
 from captum_idexpo._core.errors import InputError, InputTypeError
-from captum_idexpo._core.features import MaskedInputs
-from captum_idexpo._core.inputs import Baselines, Tensors, as_batch, check_count, check_count_or_zero, check_inputs
+from captum_idexpo._core.features import FeatureLayout, MaskedInputs
+from captum_idexpo._core.inputs import (
+    Baselines,
+    Tensors,
+    as_batch,
+    check_count,
+    check_count_or_zero,
+    check_inputs,
+    check_not_negative,
+)
 from captum_idexpo._core.modes import eval_mode, no_graph
 from captum_idexpo._core.rng import random_state, seeded, set_random_state
-from captum_idexpo._core.targets import Outputs
+from captum_idexpo._core.targets import Outputs, explained_class, positive_labels
 from captum_idexpo.baselines import generators_of
 from captum_idexpo.metrics import masked_accuracy
 from captum_idexpo.metrics._scoring import is_raw, log_probabilities
@@ -51,6 +60,7 @@ METRICS = (
 _OF_CLASSES = ("accuracy", "masked_accuracy", "road", "infidelity")
 _BY_MASKS = ("insertion", "deletion", "insertion_gain", "deletion_gain")
 _INFIDELITY_SHARE = 0.2  # of the features is masked in each perturbation
+_BATCHES = 2**20  # at most, so that runs with neighbouring seeds share no seed of a batch
 _PERTURBATIONS_OF_INFIDELITY = 5  # times those of sensitivity, each of which costs an explanation
 FeatureMask = Tensors | Callable[[Any], Tensors] | None
 
@@ -138,12 +148,12 @@ class Comparison:
         Behind a mean stands the difference to the reference with its standard error. Judges that took part in the
         training are marked by an asterisk.
         """
-        heads = ["judge", *self.models]
+        heads = ["judge", *map(_escaped, self.models)]
         lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
         for judge in self.judges:
             mark = "*" if self.held_out(judge) is False else ""
             cells = [_cell(self.row(model, judge), model == self.reference) for model in self.models]
-            lines.append(f"| {' | '.join([f'{judge}{mark}', *cells])} |")
+            lines.append(f"| {' | '.join([f'{_escaped(judge)}{mark}', *cells])} |")
         return "\n".join(lines)
 
     def plot(self) -> Any:
@@ -234,7 +244,7 @@ def compare(
     * "infidelity", with each explainer and baseline: Captum's, normalised, where a perturbation sets a random fifth of
       the features to the baseline; lower is better;
     * "sensitivity", with each explainer: Captum's max-sensitivity; lower is better. It explains each example
-      1 + n_perturbations times, and contains the sampling noise of explainers that have some.
+      1 + n_perturbations times, and contains the sampling noise of explainers that have some. Baselines are the same.
 
     "road" and "sensitivity" take the explanations with the first baseline.
 
@@ -253,8 +263,7 @@ def compare(
         clusters: a function of a `Batch` that returns the cluster of each example, integers ``(B,)`` such as patients
             or videos. Standard errors then take the clusters as independent, not the examples.
         feature_mask: as for `captum_idexpo.regularizers.InsertionDeletion`, for all explainers or by their names.
-        Masked
-            accuracy masks the features of the first explainer that has one.
+            Masked accuracy masks the features of the first explainer that has one.
         attribute_kwargs: by explainer, further arguments of its ``attribute``.
         outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
         explain: explain and score each model's own predicted class, or the label.
@@ -314,13 +323,15 @@ def compare(
         explain=_checked_choice(explain),
         fraction=fraction,
         step_size=step_size,
-        n_random_orders=check_count_or_zero("n_random_orders", n_random_orders),
+        n_random_orders=_checked_orders(n_random_orders, metrics),
         masked_share=masked_share,
         n_perturbations=check_count("n_perturbations", n_perturbations),
-        perturbation_radius=perturbation_radius,
+        perturbation_radius=check_not_negative("perturbation_radius", perturbation_radius),
         max_examples_per_batch=max_examples_per_batch,
     )
     known = frozenset((*explainers, *baselines, *METRICS))
+    if isinstance(trained_on, str):
+        raise InputTypeError(f"trained_on must be a list of names, given: {trained_on!r}. Pass [{trained_on!r}].")
     trained = None if trained_on is None else frozenset(trained_on)
     if trained is not None and trained - known:
         raise InputError(f"trained_on names {sorted(trained - known)}, which are no judges: {sorted(known)}.")
@@ -336,7 +347,7 @@ def compare(
             state = random_state(device, generators)
             for name, model in models.items():
                 set_random_state(state, device, generators)  # the same numbers for each model
-                for judge, values in panel.judge(model, members[name], batch, seed + number).items():
+                for judge, values in panel.judge(model, members[name], batch, seed * _BATCHES + number).items():
                     found[name].setdefault(judge, []).append(values.detach().double().cpu())
                 bar.update()
             if clusters is not None:
@@ -412,40 +423,49 @@ class _Panel:
 
     def judge(self, model: nn.Module, members: list[_Member], batch: Batch, seed: int) -> dict[Judge, Tensor]:
         """Return the values of all judges for the examples of a batch."""
+        inputs = batch.inputs
+        metrics = self._fitting(as_batch(inputs))
+        # Drawn once for a batch, so that all judges see the same baselines and groups.
+        baselines = {name: given(inputs) if callable(given) else given for name, given in self.baselines.items()}
+        masks = {name: given(inputs) if callable(given) else given for name, given in self.feature_masks.items()}
         values: dict[Judge, Tensor] = {}
-        metrics = self._fitting(as_batch(batch.inputs))
+        accuracy = functools.partial(self._accuracy, model, batch, masks, seed)
         if "accuracy" in metrics:
-            values[Judge("accuracy")] = self._accuracy(model, batch, None, 0.0, seed)
+            values[Judge("accuracy")] = accuracy(None, 0.0)
         if "masked_accuracy" in metrics:
-            for name, baseline in self.baselines.items():
-                values[Judge("masked_accuracy", None, name)] = self._accuracy(
-                    model, batch, baseline, self.masked_share, seed
-                )
+            for name, baseline in baselines.items():
+                values[Judge("masked_accuracy", None, name)] = accuracy(baseline, self.masked_share)
         if {*metrics} - {"accuracy", "masked_accuracy"}:
             for member in members:
+                member.regularizer.baselines = baselines[member.baseline]
+                member.regularizer.feature_mask = masks[member.explainer]
                 member.regularizer.generator = Generator().manual_seed(seed)
                 values |= self._explained(model, member, batch, metrics, seed)
         return {judge: values[judge] for judge in sorted(values, key=lambda judge: METRICS.index(judge.metric))}
 
     def _fitting(self, tensors: tuple[Tensor, ...]) -> list[str]:
         """Return the metrics that fit the inputs: by default "road" for images and "sensitivity" for real numbers."""
-        if not self.by_default:
-            return list(self.metrics)
         real = all(tensor.is_floating_point() for tensor in tensors)
-        unfit = {"sensitivity"} - ({"sensitivity"} if real else set())
-        if not (real and len(tensors) == 1 and tensors[0].dim() == 4):
-            unfit |= {"road"}
+        is_image = real and len(tensors) == 1 and tensors[0].dim() == 4
+        unfit = ({"road"} if not is_image else set()) | ({"sensitivity"} if not real else set())
+        if unfit & {*self.metrics} and not self.by_default:
+            given = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+            raise InputError(
+                f"'road' needs images (B, C, H, W), 'sensitivity' floating-point inputs; given: {given}. Leave "
+                f"{sorted(unfit & {*self.metrics})} out of metrics."
+            )
         return [metric for metric in self.metrics if metric not in unfit]
 
-    def _accuracy(self, model: nn.Module, batch: Batch, baselines: Baselines, share: float, seed: int) -> Tensor:
-        given = (mask for mask in self.feature_masks.values() if mask is not None)
-        mask = next(given, None)
+    def _accuracy(
+        self, model: nn.Module, batch: Batch, masks: Mapping[str, Any], seed: int, baselines: Baselines, share: float
+    ) -> Tensor:
+        """Return which examples are classified right, with the groups of the first explainer that has some."""
         return masked_accuracy(
             model,
             batch.inputs,
             batch.target,
             baselines=baselines,
-            feature_mask=mask(batch.inputs) if callable(mask) else mask,
+            feature_mask=next((mask for mask in masks.values() if mask is not None), None),
             additional_forward_args=batch.additional_forward_args,
             share=share,
             outputs=self.outputs,
@@ -457,69 +477,69 @@ class _Panel:
         self, model: nn.Module, member: _Member, batch: Batch, metrics: list[str], seed: int
     ) -> dict[Judge, Tensor]:
         """Return the values of the judges that need an explanation, made once."""
-        side, regularizer = batch.additional_forward_args, member.regularizer
-        target = batch.target
-        if self.explain == "predicted" and not is_raw(self.outputs):
-            target = regularizer.predicted_class(batch.inputs, additional_forward_args=side)
-        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, additional_forward_args=side)
+        regularizer, target = member.regularizer, self._target(member.regularizer, batch)
+        side = {"additional_forward_args": batch.additional_forward_args}
+        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, **side)
         values = {
             Judge(name, member.explainer, member.baseline): value
             for name, value in scores._asdict().items()
             if name in metrics and value is not None
         }
         if "infidelity" in metrics:
-            mask = self.feature_masks[member.explainer]
             judge = Judge("infidelity", member.explainer, member.baseline)
-            values[judge] = self._infidelity(model, batch, maps, target, self.baselines[member.baseline], mask)
+            values[judge] = self._infidelity(model, regularizer, batch, maps, target)
         if member.baseline == next(iter(self.baselines)):
             if "road" in metrics:
-                generator = Generator().manual_seed(seed)
-                given = {"additional_forward_args": side, "outputs": self.outputs, "generator": generator}
-                rows = self.max_examples_per_batch
-                values[Judge("road", member.explainer)] = _road(model, batch.inputs, maps, target, rows, given)
+                generator, rows = Generator().manual_seed(seed), self.max_examples_per_batch
+                given = {"outputs": self.outputs, "generator": generator, "max_examples_per_batch": rows, **side}
+                values[Judge("road", member.explainer)] = road(model, batch.inputs, maps[0], target=target, **given)
             if "sensitivity" in metrics:
                 values[Judge("sensitivity", member.explainer)] = self._sensitivity(regularizer, batch, target, seed)
         return values
 
+    def _target(self, regularizer: InsertionDeletion, batch: Batch) -> Any:
+        """Return the explained class of each example, ``(B,)``; of raw outputs what the loader yields."""
+        if is_raw(self.outputs):
+            return batch.target if callable(self.outputs) else regularizer.explained(batch).target
+        if self.explain == "predicted":
+            side = batch.additional_forward_args
+            return regularizer.predicted_class(batch.inputs, additional_forward_args=side)
+        if self.outputs == "multilabel" and positive_labels(batch.target) is not None:
+            raise InputError(
+                "explain='label' needs the index of one label per example, (B,), given: a multi-hot target. Let the "
+                "loader yield indices, or take explain='predicted'."
+            )
+        return explained_class(batch.target, self.outputs)
+
     def _infidelity(
         self,
         model: nn.Module,
+        regularizer: InsertionDeletion,
         batch: Batch,
         maps: tuple[Tensor, ...],
         target: Any,
-        baselines: Baselines,
-        mask: FeatureMask,
     ) -> Tensor:
         """Return Captum's infidelity, normalised, of masks of a fifth of the features."""
-        tensors = as_batch(batch.inputs)
-        layout = masked_features(mask(batch.inputs) if callable(mask) else mask, tensors)
-        _, aligned = check_inputs(batch.inputs, baselines, check_finite=False)
-        n_features, n_examples = layout.n_features, len(tensors[0])
-        share = max(_INFIDELITY_SHARE, 1 / n_features)
+        tensors, aligned = check_inputs(batch.inputs, regularizer.baselines, check_finite=False)
+        layout = masked_features(cast("Tensors | None", regularizer.feature_mask), tensors)
+        n_examples, share = len(tensors[0]), max(_INFIDELITY_SHARE, 1 / layout.n_features)
         masked = MaskedInputs(tensors, aligned, layout)
-        # The sum over a feature's positions of mask times attribution counts each feature once.
-        sizes = layout.sums(tuple(torch.ones_like(tensor, dtype=maps[0].dtype) for tensor in tensors)).clamp_min(1)
+        weights = _weights(regularizer, layout, tensors)
 
-        def perturb(*rows: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            given = rows[0] if isinstance(rows[0], tuple) else rows
-            n_copies = len(given[0]) // n_examples
-            kept = torch.stack(
-                [random_masks(layout, n_examples, tensors[0].device, share, None) for _ in range(n_copies)]
-            )
-            weights = layout.spread((1 - kept.to(sizes.dtype)) / sizes)
-            copies = masked.copies(kept)
-            wide = [weight.expand(n_copies, *tensor.shape) for weight, tensor in zip(weights, tensors, strict=True)]
-            # Captum repeats each example n_copies times in a row.
-            return tuple(each.transpose(0, 1).flatten(0, 1) for each in wide), tuple(
-                each.transpose(0, 1).flatten(0, 1) for each in copies
-            )
+        def perturb(rows: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            n_copies = len(rows[0] if isinstance(rows, tuple) else rows) // n_examples
+            draws = [random_masks(layout, n_examples, tensors[0].device, share, None) for _ in range(n_copies)]
+            kept = torch.stack(draws)
+            removed = layout.spread((1 - kept.to(weights.dtype)) * weights)
+            wide = [each.expand(n_copies, *tensor.shape) for each, tensor in zip(removed, tensors, strict=True)]
+            return _example_by_example(wide), _example_by_example(masked.copies(kept))
 
         n_perturbations = _PERTURBATIONS_OF_INFIDELITY * self.n_perturbations
         rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
         values: Tensor = captum.metrics.infidelity(
             lambda *inputs: log_probabilities(model(*inputs), self.outputs).exp(),
             perturb,
-            tensors,
+            tensors if len(tensors) > 1 else tensors[0],
             tuple(map.expand_as(tensor) for map, tensor in zip(maps, tensors, strict=True)),
             additional_forward_args=batch.additional_forward_args,
             target=target,
@@ -531,32 +551,62 @@ class _Panel:
 
     def _sensitivity(self, regularizer: InsertionDeletion, batch: Batch, target: Any, seed: int) -> Tensor:
         """Return Captum's max-sensitivity of the explanation."""
+        tensors = as_batch(batch.inputs)
+        given = regularizer.baselines, regularizer.feature_mask
 
-        def explanation(rows: tuple[Tensor, ...], **arguments: Any) -> tuple[Tensor, ...]:
+        def explanation(rows: tuple[Tensor, ...], target: Any = None, **side: Any) -> tuple[Tensor, ...]:
+            n_copies = len(rows[0]) // len(tensors[0])
+            baselines, mask = (_repeated(each, tensors, n_copies) for each in given)
+            regularizer.baselines, regularizer.feature_mask = baselines, mask
             regularizer.generator = Generator().manual_seed(seed)
-            inputs = rows if isinstance(batch.inputs, tuple) else rows[0]
-            given = {"target": None, **arguments}
-            return regularizer.attribution(inputs, given.pop("target"), **given)
+            return regularizer.attribution(rows if isinstance(batch.inputs, tuple) else rows[0], target, **side)
 
         side = batch.additional_forward_args
-        arguments = {"additional_forward_args": side} if side is not None else {}
+        n_examples, n_perturbations = len(tensors[0]), self.n_perturbations
+        rows = self.max_examples_per_batch or n_examples
         values: Tensor = captum.metrics.sensitivity_max(
             explanation,
             batch.inputs,
+            perturb_func=_moved_uniformly,
             perturb_radius=self.perturbation_radius,
-            n_perturb_samples=self.n_perturbations,
+            n_perturb_samples=n_perturbations,
+            max_examples_per_batch=min(n_examples * n_perturbations, max(n_examples, rows)),
             target=target,
-            **arguments,
+            **({} if side is None else {"additional_forward_args": side}),
         )
+        regularizer.baselines, regularizer.feature_mask = given
         return values
 
 
-def _road(
-    model: nn.Module, inputs: Any, maps: tuple[Tensor, ...], target: Any, rows: int | None, given: dict[str, Any]
-) -> Tensor:
-    if isinstance(inputs, tuple):
-        raise InputError(f"ROAD needs images, one tensor (B, C, H, W), given: {len(inputs)} tensors. Leave 'road' out.")
-    return road(model, inputs, maps[0], target=target, max_examples_per_batch=rows, **given)
+def _weights(regularizer: InsertionDeletion, layout: FeatureLayout, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Return what each position of a feature counts, ``(1 or B, D)``.
+
+    A position of a map holds the mean attribution of its feature. An explainer of groups gives one value for each
+    group, which counts once. The values of other explainers add up over the positions.
+    """
+    ones = tuple(torch.ones_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+    sizes = layout.sums(ones).clamp_min(1)
+    return 1 / sizes if regularizer.explains_groups else torch.ones_like(sizes)
+
+
+def _example_by_example(copies: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return copies ``(n, B, ...)`` as rows, all copies of an example in a row, as Captum repeats them."""
+    return tuple(each.transpose(0, 1).flatten(0, 1) for each in copies)
+
+
+def _repeated(given: Any, tensors: tuple[Tensor, ...], n_copies: int) -> Any:
+    """Return baselines or masks of each example for n copies of it in a row; others as they are."""
+    if isinstance(given, tuple):
+        pairs = zip(given, tensors, strict=True)
+        return tuple(_repeated(each, (tensor,), n_copies) for each, tensor in pairs)
+    is_of_examples = isinstance(given, Tensor) and given.dim() == tensors[0].dim() and len(given) > 1
+    return given.repeat_interleave(n_copies, dim=0) if is_of_examples else given
+
+
+def _moved_uniformly(inputs: Any, radius: float) -> tuple[Tensor, ...]:
+    """Return inputs plus uniform noise, in their own dtype, which Captum's function does not keep."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(each + radius * (2 * torch.rand_like(each) - 1) for each in tensors)
 
 
 def _cell(row: dict[str, Any], is_reference: bool) -> str:
@@ -564,6 +614,11 @@ def _cell(row: dict[str, Any], is_reference: bool) -> str:
     if is_reference:
         return text
     return f"{text} ({row['difference']:+.3f} ± {row['difference_standard_error']:.3f})"
+
+
+def _escaped(name: object) -> str:
+    """Return a name that does not end a cell of a Markdown table."""
+    return str(name).replace("|", "\\|")
 
 
 def _check_mapping(name: str, given: object, example: str) -> None:
@@ -574,7 +629,7 @@ def _check_mapping(name: str, given: object, example: str) -> None:
 
 
 def _known_metrics(metrics: Sequence[str] | None, outputs: Outputs) -> list[str]:
-    unfit = _OF_CLASSES if is_raw(outputs) else ()
+    unfit = (*_OF_CLASSES, *(["sensitivity"] if callable(outputs) else [])) if is_raw(outputs) else ()
     if metrics is None:
         return [metric for metric in METRICS if metric not in unfit]
     given = [metrics] if isinstance(metrics, str) else list(metrics)
@@ -584,6 +639,12 @@ def _known_metrics(metrics: Sequence[str] | None, outputs: Outputs) -> list[str]
     if {*given} & {*unfit}:
         raise InputError(f"{sorted({*given} & {*unfit})} need classes, which outputs={outputs!r} do not have.")
     return [metric for metric in METRICS if metric in given]
+
+
+def _checked_orders(n_random_orders: int, metrics: Sequence[str] | None) -> int:
+    if check_count_or_zero("n_random_orders", n_random_orders) == 0 and {*(metrics or METRICS)} & {*_BY_MASKS[2:]}:
+        raise InputError("Gains need random orders: pass n_random_orders=4, or metrics without the gains.")
+    return n_random_orders
 
 
 def _checked_choice(explain: str) -> str:
@@ -615,6 +676,8 @@ def _device_of(models: Mapping[str, nn.Module]) -> torch.device:
 
 
 def _cluster_numbers(given: Any, n_examples: int) -> Tensor:
+    if not isinstance(given, Tensor) and not all(isinstance(number, int) for number in given):
+        raise InputTypeError(f"clusters must return integers, given: {given!r}. Number the clusters.")
     numbers = torch.as_tensor(given).cpu()
     if numbers.shape != (n_examples,) or numbers.is_floating_point():
         raise InputError(

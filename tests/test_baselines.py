@@ -74,6 +74,7 @@ def test_blurred_series_and_tuples_need_their_axes():
         (resampled(), ROWS[:1], ValueError, r"resampled\(data=train_inputs\)"),
         (resampled(ROWS[:, :3]), ROWS, ValueError, "no examples of the inputs' shapes"),
         (resampled((ROWS, ROWS[:2])), (ROWS, ROWS), ValueError, "no examples of the inputs' shapes"),
+        (mixture(0.5), torch.zeros(2, 3, dtype=torch.long), TypeError, "whole numbers"),
         (mixture(0.0, (1.0, 2.0)), ROWS, ValueError, "baselines holds 2 values for 1"),
     ],
 )

@@ -223,6 +223,68 @@ def test_jury_of_one_logit_and_of_labels(outputs):
         assert gains[predicted].mean() > 0 < gains[~predicted].mean()
 
 
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        (smooth_net(), torch.nn.functional.one_hot(Y, 3).double()),
+        (nn.Linear(6, 1).double(), (Y % 2).double()),
+        (nn.Linear(6, 1).double(), (Y % 2).double()[:, None]),
+    ],
+)
+def test_jury_explains_labels_of_every_form(model, target):
+    found = compare({"a": model}, [(X, target)], EXPLAINERS, BASELINES, explain="label")
+    labels = target.argmax(1) if target.shape[-1] == 3 else target.flatten().long()
+    plain = compare({"a": model}, [(X, labels)], EXPLAINERS, BASELINES, explain="label")
+    for judge, values in plain.examples["a"].items():
+        torch.testing.assert_close(found.examples["a"][judge], values)
+    many = torch.ones(24, 3)
+    with pytest.raises(ValueError, match="index of one label per example"):
+        compare({"a": smooth_net()}, [(X, many)], EXPLAINERS, BASELINES, outputs="multilabel", explain="label")
+
+
+def test_sensitivity_holds_drawn_baselines_and_takes_those_of_each_example():
+    """The explanation of a nearly linear model hardly moves with its input, as long as the baseline stays."""
+    model = nn.Linear(6, 3).double()
+    explainers = {"KernelSHAP": KernelShap}
+    values = [
+        float(compare({"a": model}, [(X, Y)], explainers, {"b": given}, ["sensitivity"]).rows[0]["value"])
+        for given in (0.0, noise(generator=torch.Generator().manual_seed(7)), resampled(), X.flip(0))
+    ]
+    assert max(values) < 3 * values[0]
+    masks = {"KernelSHAP": torch.arange(6).expand(24, 6) // torch.tensor([1, 2, 3]).repeat(8)[:, None]}
+    found = compare({"a": model}, [(X, Y)], explainers, {"b": 0.0}, ["sensitivity"], feature_mask=masks)
+    assert math.isfinite(found.rows[0]["value"])
+
+
+def test_infidelity_of_groups_of_different_sizes_adds_up_gradients_and_not_group_values():
+    """Of a linear model both attributions are exact, whatever the groups."""
+    model = nn.Linear(6, 1).double()
+    with torch.no_grad():
+        model.weight.mul_(1e-3)
+    mask, zero = torch.tensor([0, 1, 1, 2, 2, 2]), {"zero": 0.0}
+    found = compare({"a": model}, [(X, Y % 2)], EXPLAINERS, zero, ["infidelity"], feature_mask=mask)
+    gradient, shapley = (row["value"] for row in found.rows)
+    assert gradient == pytest.approx(shapley, rel=1e-3)
+    assert gradient < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_jury_judges_models_of_half_precision(dtype):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3)).to(dtype)
+    batch = (IMAGES.to(dtype), Y[:8])
+    found = compare({"a": net}, [batch], {"gradient": InputXGradient}, {"zero": 0.0}, max_examples_per_batch=8)
+    assert all(math.isfinite(row["value"]) for row in found.rows)
+
+
+def test_jury_draws_other_numbers_for_every_batch_and_seed():
+    batches = [(X[:8], Y[:8])] * 2
+    found = compare({"a": smooth_net()}, batches, EXPLAINERS, BASELINES, ["insertion_gain"])
+    first, second = found.examples["a"][Judge("insertion_gain", "gradient", "one")].split(8)
+    assert not torch.equal(first, second)
+    other = compare({"a": smooth_net()}, batches, EXPLAINERS, BASELINES, ["insertion_gain"], seed=1)
+    assert not torch.equal(other.examples["a"][Judge("insertion_gain", "gradient", "one")][:8], second)
+
+
 def test_jury_takes_side_inputs_tuples_and_masks_by_explainer():
     class Two(nn.Module):
         def __init__(self):
@@ -240,7 +302,7 @@ def test_jury_takes_side_inputs_tuples_and_masks_by_explainer():
         attribute_kwargs={"KernelSHAP": {"n_samples": 20}},
     )  # fmt: skip
     assert all(math.isfinite(row["value"]) for row in found.rows)
-    with pytest.raises(ValueError, match="ROAD needs images"):
+    with pytest.raises(ValueError, match="'road' needs images"):
         compare({"a": Two()}, [batch], EXPLAINERS, {"zero": (0.0, 0.0)}, ["road"])
 
 
@@ -324,6 +386,12 @@ def test_comparison_plot_has_an_axis_for_each_metric_and_hollow_markers(found):
         (ValueError, "yielded no batch", {"loader": []}),
         (ValueError, "clusters must return one integer per example", {"clusters": lambda batch: batch.inputs}),
         (ValueError, "n_perturbations", {"n_perturbations": 0}),
+        (ValueError, "perturbation_radius", {"perturbation_radius": -1.0}),
+        (ValueError, "Gains need random orders", {"n_random_orders": 0}),
+        (ValueError, "Gains need random orders", {"n_random_orders": 0, "metrics": ["insertion_gain"]}),
+        (TypeError, "trained_on must be a list of names", {"trained_on": "gradient"}),
+        (TypeError, "clusters must return integers", {"clusters": lambda batch: ["a"] * len(batch.target)}),
+        (ValueError, "floating-point inputs", {"loader": [(X.long(), Y)], "metrics": ["sensitivity"]}),
         (ValueError, r"images \(B, C, H, W\)", {"metrics": ["road"]}),
     ],
 )

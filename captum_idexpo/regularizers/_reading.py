@@ -21,8 +21,9 @@ _MOSTLY_KEPT = 2 / 3
 """Where so many predictions stay the same, masks do little harm, even if chance alone would explain it: one class may
 be far more frequent than the others. Of several labels most are false anyway, so they are judged by chance alone."""
 
-_ONE_CLASS = 0.9
-"""Sum of the squared shares of the predicted classes from which on a batch counts as one of a single class."""
+_ONE_CLASS = 0.1
+"""Up to this probability that two examples are decided differently (summed over labels), a batch counts as one of a
+single class."""
 
 
 class MaskReading:
@@ -56,7 +57,7 @@ class MaskReading:
         self._masked.append(masked.cpu())
         agreement, plain_shares, masked_shares = self._statistics()
         # Where nearly all examples are of one class, agreement says nothing: it is that of chance.
-        is_varied = float(plain_shares.mean(0).square().sum(-1).mean()) < _ONE_CLASS
+        is_varied = float((1 - plain_shares.mean(0).square().sum(-1)).sum()) > _ONE_CLASS
         if len(agreement) < _FEW_EXAMPLES or not is_varied:
             self.is_settled = len(agreement) >= _ENOUGH_EXAMPLES
             return None

@@ -205,6 +205,11 @@ class InsertionDeletion(Regularizer):
         return list(dict.fromkeys([*super().generators, *generators_of(self.baselines)]))
 
     @property
+    def explains_groups(self) -> bool:
+        """True if the explainer takes the feature mask and gives one value for each of its groups."""
+        return "feature_mask" in self._explaining.takes
+
+    @property
     def floor_share(self) -> Tensor | None:
         """The share of masked copies at the deletion floor in the last call; None without a floor."""
         return self.measurements.get(_FLOOR_SHARE)

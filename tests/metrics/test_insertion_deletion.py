@@ -517,6 +517,14 @@ def test_gains_average_over_the_orders_and_repeat_with_the_generator():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_gains_draw_an_order_for_each_example():
+    net = smooth_net(n_features=4)
+    same = ROWS[:1].expand(30, 4)
+    for temperature in (None, "auto"):
+        scores = insertion_deletion(net, same, same, target=0, temperature=temperature, n_random_orders=1)
+        assert len({round(float(gain), 9) for gain in scores.insertion_gain.detach()}) > 5
+
+
 def test_gains_of_groups_shuffle_the_groups_that_an_example_has():
     """A group that an example lacks takes no place in its order: two groups have two orders, three have six."""
     net, x = smooth_net(n_features=4).requires_grad_(False), ROWS[:2]

@@ -94,12 +94,35 @@ def test_road_sees_what_the_network_uses_and_not_the_shape_of_the_mask():
     assert road(counts_zeros, images, maps, target=1).abs().max() == 0
 
 
+def test_road_of_one_logit_turns_the_sign_for_class_0():
+    net = smooth_conv_net(n_classes=1)
+    two = lambda x: torch.cat([torch.zeros(len(x), 1), net(x)], dim=1)  # noqa: E731
+    target = torch.tensor([0, 1, 0])
+    signed = torch.where(target.view(-1, 1, 1) == 1, MAPS, -MAPS)  # MAPS explain the column
+    expected = road(two, IMAGES, signed, target=target, noise=0.0)
+    torch.testing.assert_close(road(net, IMAGES, MAPS, target=target, noise=0.0), expected)
+
+
+def test_road_solves_half_precision_in_single_precision_and_reports_nan():
+    images = IMAGES.half() + 4
+    mask = torch.rand(3, 1, 6, 6, generator=G) < 0.6
+    torch.testing.assert_close(imputed(images, mask), imputed(images.float(), mask).half())
+    assert imputed(images, mask).dtype == torch.float16
+
+    def breaks(x):
+        return torch.where((x == IMAGES[:1]).flatten(1).all(1, keepdim=True), 1.0, torch.nan) * torch.ones(len(x), 2)
+
+    with pytest.raises(ValueError, match="imputed images"):
+        road(breaks, IMAGES[:1], MAPS[:1], target=1)
+
+
 @pytest.mark.parametrize(
     ("error", "text", "arguments"),
     [
         (ValueError, r"images \(B, C, H, W\)", {"inputs": torch.randn(3, 6), "attributions": torch.randn(3, 6)}),
         (ValueError, r"shares must be numbers in \(0, 1\)", {"shares": (0.5, 1.0)}),
         (ValueError, "shares", {"shares": ()}),
+        (ValueError, "shares", {"shares": 0.5}),
         (ValueError, "noise", {"noise": -1.0}),
         (ValueError, "target is missing", {"target": None}),
         (ValueError, "NaN or infinity in attributions", {"attributions": MAPS / 0}),

@@ -100,6 +100,14 @@ def test_random_masking_draws_a_share_of_its_own_for_each_example():
     assert (features / 2400).tolist() == pytest.approx([0.5] * 6, abs=0.04)
 
 
+def test_random_masking_shares_differ_within_a_batch():
+    spy = Spy(smooth_net(n_features=40))
+    x, y = torch.randn(300, 40, dtype=torch.float64, generator=G), torch.zeros(300, dtype=torch.long)
+    RandomMasking(spy, baselines=9.0, generator=seeded())(x, y)
+    shares = (spy.rows[0] == 9).double().mean(1)
+    assert float(shares.std()) == pytest.approx(12**-0.5, abs=0.04)  # of U(0, 1); one share for all would give 0.08
+
+
 def test_random_masking_masks_pixels_of_images_and_groups():
     spy, images = Spy(smooth_conv_net()), torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=G)
     RandomMasking(spy, baselines=9.0)(images, Y[:3])
@@ -130,7 +138,9 @@ def test_random_masking_keeps_statistics_and_streams():
         (ValueError, "weight", {"weight": -1.0}, Y),
         (TypeError, r"mean_inputs\(train_loader\)", {"baselines": "mean"}, Y),
         (ValueError, "axis|axes|broadcast|fit", {"baselines": torch.zeros(5)}, Y),
-        (IndexError, "out of range", {}, Y + 1),
+        (IndexError, "out of range for 3 classes", {}, Y + 1),
+        (ValueError, "do not fit 3 classes", {}, torch.full((8, 4), 0.25)),
+        (IndexError, "out of range for 3 classes", {"outputs": "multilabel"}, Y + 1),
         (TypeError, r"argmax\(dim=1\)", {}, torch.ones(8, 3, dtype=torch.long)),
         (ValueError, "does not fit outputs", {"outputs": "multilabel"}, torch.ones(8, 2)),
         (ValueError, "do not fit the outputs", {"outputs": "raw"}, torch.ones(8, 2)),
@@ -236,6 +246,40 @@ def test_reading_is_judged_where_there_are_classes_or_labels(outputs):
     assert bool(warnings_of(lambda: regularizer(x, target))) == (outputs != "raw")
     gradients = InsertionDeletion(InputXGradient(Blind(by_pattern=True)), baselines=0.0, outputs=outputs)
     assert not warnings_of(lambda: gradients(x, target))  # which asks no masked copies
+
+
+def test_batches_of_one_class_say_nothing():
+    """As a loader that is sorted by class yields them: agreement is chance, however well masks are read."""
+    x, _ = rows(400)
+    for model in (smooth_net(), Blind(by_pattern=True)):
+        predicted = model(x).argmax(1)
+        judge = InsertionDeletion(KernelShap(model), baselines=0.0)
+        alike = x[predicted == predicted.mode().values][:60]
+        assert not warnings_of(lambda judge=judge, alike=alike: judge.scores(alike))
+    assert warnings_of(lambda: judge.scores(x[:100]))  # the blind one was not settled by one class
+
+
+def test_labels_that_are_mostly_false_are_judged_by_chance():
+    class Sparse(nn.Module):
+        def forward(self, x):
+            found = 9.0 * F.one_hot((x[:, 0] * 100).long().abs() % 20, 20) - 4.0 + 0.01 * x[:, :1]
+            return torch.where((x == 0).any(1, keepdim=True), -4.0 + 0.01 * x[:, 1:2] * torch.ones(1, 20), found)
+
+    x, _ = rows(100)
+    judge = InsertionDeletion(KernelShap(Sparse()), model=nn.Identity(), baselines=0.0, outputs="multilabel")
+    assert warnings_of(lambda: judge.scores(x))
+
+
+def test_reading_is_judged_with_the_baselines_of_the_explainer():
+    class ReadsFives(Blind):
+        def forward(self, x):
+            return super().forward(torch.where(x == 5, 1e-3, x))
+
+    x, y = rows(100)
+    for own, given, warns in ((5.0, 0.0, True), (0.0, 5.0, False)):
+        arguments = {"baselines": own, "attribute_kwargs": {"baselines": given}}
+        regularizer = InsertionDeletion(KernelShap(ReadsFives(by_pattern=True)), **arguments)
+        assert bool(warnings_of(lambda regularizer=regularizer: regularizer(x, y))) == warns
 
 
 def test_frequent_class_that_masks_leave_is_not_warned_of():

@@ -202,6 +202,48 @@ def test_sweep_front_and_table_leave_out_what_costs_too_much(tmp_path):
         sweep(lambda weight: {"accuracy": 1.0}, {"weight": [0.1]}, tmp_path / "other.jsonl", max_accuracy_drop=0.01)
 
 
+def test_sweep_checks_the_limit_before_the_first_run_and_the_scores_after_it(tmp_path):
+    calls = []
+
+    def run(weight):
+        calls.append(weight)
+        return {"accuracy": 1.0}
+
+    for limit, n_calls in ((5, 0), (0.01, 1)):
+        with pytest.raises(ValueError, match="max_accuracy_drop"):
+            sweep(run, {"weight": [1, 2, 3]}, tmp_path / "early.jsonl", max_accuracy_drop=limit)
+        assert len(calls) == n_calls
+
+
+def test_evaluation_of_a_shuffled_loader_leaves_the_change_out():
+    trainer = trainer_of(network(), max_accuracy_drop=0.5)
+    trainer.fit(*loaders(), epochs=1)
+    shuffled = DataLoader(TRAIN, 8, shuffle=True, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="another order in each pass"):
+        scores = trainer.evaluate(shuffled)
+    assert "accuracy_change" not in scores
+    assert "accuracy" in scores
+
+
+def test_limit_reads_labels_out_of_structured_targets():
+    model = network()
+    judge = InsertionDeletion(
+        InputXGradient(model), baselines=0.0, target_transform=lambda target: target["label"], step_size=1
+    )
+    trainer = ExplanationRegularizedTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        (),
+        lambda output, target: cross_entropy(output, target["label"]),
+        evaluation=judge,
+        max_accuracy_drop=0.5,
+        show_progress=False,
+    )
+    batch = [(X, {"label": Y})]
+    (row,) = trainer.fit(batch, batch)
+    assert "val_accuracy_change" in row
+
+
 def test_sweep_mean_judges_the_mean_change():
     changes = {0.1: (0.0, -0.03), 0.2: (-0.05, -0.06)}
     rows = [
