@@ -37,12 +37,16 @@ from captum_idexpo.attr import (
 from captum_idexpo.attr.coalitions import KERNEL_SHAP_SAMPLINGS
 from captum_idexpo.attr.sampling import LIME_SAMPLINGS
 from captum_idexpo.attr.surrogates import BayesianRidge, BayesianShapleyRegression, Lasso, LinearRegression, Ridge
+from captum_idexpo.baselines import blurred, mixture, noise, resampled
+from captum_idexpo.jury import compare
 from captum_idexpo.metrics import (
     LocalLinearModels,
     insertion,
     insertion_deletion,
+    masked_accuracy,
     neighborhood_fidelity,
     point_fidelity,
+    road,
     sensitivity_n,
     stability,
 )
@@ -51,6 +55,7 @@ from captum_idexpo.regularizers import (
     GaussianNeighbors,
     InsertionDeletion,
     MaskedNeighbors,
+    RandomMasking,
     RightForTheRightReasons,
     SaliencyGuided,
     Smoothness,
@@ -249,11 +254,39 @@ def test_insertion_deletion_on_the_device_equals_that_on_the_cpu(temperature, fe
         maps = LayerGradCam(net, net[4]).attribute(x, target=Y.to(device), create_graph=True)
         maps = LayerAttribution.interpolate(maps, (6, 6))
         mask = None if feature_mask is None else feature_mask.to(device)
+        orders = {"n_random_orders": 2, "generator": torch.Generator().manual_seed(0)}
         return insertion_deletion(
-            net, x, maps, baselines=put, target=Y.to(device), feature_mask=mask, temperature=temperature
+            net, x, maps, baselines=put, target=Y.to(device), feature_mask=mask, temperature=temperature, **orders
         ), net
 
     assert_same_on(device, compute)
+
+
+def test_masked_accuracy_and_road_on_the_device_equal_those_on_the_cpu(device):
+    values = []
+    for where in (CPU, device):
+        net, x = smooth_conv_net().to(where).eval(), IMAGES.to(where)
+        baselines = mixture(0.0, blurred(1.0), resampled(generator=torch.Generator().manual_seed(1)), noise(
+            generator=torch.Generator().manual_seed(2)), generator=torch.Generator().manual_seed(3))  # fmt: skip
+        right = masked_accuracy(
+            net, x, Y.to(where), baselines=baselines, generator=torch.Generator().manual_seed(0), share=0.3
+        )
+        imputed = road(net, x, x, target=Y.to(where), generator=torch.Generator().manual_seed(0))
+        values.append([right.cpu(), imputed.detach().cpu()])
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+
+
+def test_jury_on_the_device_agrees_with_the_cpu(device):
+    found = []
+    for where in (CPU, device):
+        net = smooth_conv_net().to(where)
+        explainers = {"Grad-CAM": lambda model: LayerGradCam(model, model[4])}
+        found.append(compare({"net": net}, [(IMAGES, Y)], explainers, {"zero": 0.0, "blur": blurred(1.0)}))
+    for judge, values in found[0].examples["net"].items():
+        if judge.metric in ("infidelity", "sensitivity"):  # whose random numbers are the device's own
+            assert found[1].examples["net"][judge].isfinite().all()
+        else:
+            torch.testing.assert_close(found[1].examples["net"][judge], values, atol=1e-5, rtol=1e-5)
 
 
 def test_random_metrics_on_the_device_equal_those_on_the_cpu(device):
@@ -278,14 +311,15 @@ def test_random_metrics_on_the_device_equal_those_on_the_cpu(device):
 
 def regularizers(net):
     """One of each kind; what they draw comes from generators on the CPU."""
-    g = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    g = [torch.Generator().manual_seed(seed) for seed in range(8)]
     lime, cam = Lime(net, Ridge(0.1), MaskSimilarity()), LayerGradCam(net, net[4])
     masks = {"sampling": "independent", "n_samples": 20}
     held = {"baselines": 0.0, "deletion_floor": None}
     return {
         "Grad-CAM": InsertionDeletion(cam, steps_per_update=2, generator=g[0], **held),
         "LIME": InsertionDeletion(lime, feature_mask=SUPERPIXELS, attribute_kwargs=masks, generator=g[1], **held),
-        "a mean": InsertionDeletion(cam, baselines="mean"),
+        "a mean": InsertionDeletion(cam, baselines="mean", steps_per_update=None),
+        "random masking": RandomMasking(net, baselines=noise(generator=g[6]), generator=g[7]),
         "RRR": RightForTheRightReasons(net),
         "saliency-guided": SaliencyGuided(net, generator=g[2]),
         "smoothness": Smoothness(captum_idexpo.attr.InputXGradient(net)),
