@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NO_LOSSES = ("epoch", "deletion_floor_share", "learning_rate", "eligible")
+_MAX_NAMES_INSIDE = 6
 _TOO_COSTLY = "accuracy falls too far"
 
 
@@ -39,12 +40,15 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
     require_some(history, "history", '{"epoch": 1, "loss": 0.7}')
     if any("epoch" not in row for row in history):
         raise ValueError('A row of the history has no "epoch": give each the number of its own.')
-    figure = new_figure(1, 2, (8, 3))
     every = dict.fromkeys(name for row in history for name in row)
     names = [name for name in every if name not in _NO_LOSSES and not name.startswith("seconds")]
     names = [name for name in names if not name.endswith(("_weight", "_gradient_norm", "_standard_error"))]
     scores = [name for name in names if name.startswith("val_") or name == "valscore"]
     losses = [name for name in names if name not in scores]
+    many = max(len(losses), len(scores)) > _MAX_NAMES_INSIDE
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2} if many else {}
+    n_lines = math.ceil(max(len(losses), len(scores) + 1) / 2)
+    figure = new_figure(1, 2, (8, 3 + 0.17 * n_lines * many))
     for axis, group, title in zip(figure.axes, (losses, scores), ("training loss", "validation"), strict=True):
         for number, name in enumerate(group):
             epochs, values = [row["epoch"] for row in history], [row.get(name, math.nan) for row in history]
@@ -54,7 +58,7 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
         axis.set(title=title, xlabel="epoch")
         if group:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.legend(frameon=False, fontsize=7)
+            axis.legend(frameon=False, fontsize=7, **below)
         else:
             axis.set(xticks=[], yticks=[])
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes)
