@@ -189,6 +189,11 @@ def test_gains_of_the_judge_reach_evaluation_history_and_examples():
         assert scores[name] == pytest.approx(float(examples[name].mean()))
         assert examples[name].shape == (40,)
     assert scores["insertion_gain"] > 0.01 < scores["deletion_gain"]
+    first = trainer.example_scores([(X, y)])
+    torch.manual_seed(torch.initial_seed())  # from which every evaluation draws
+    direct = judge.scores(X)
+    torch.testing.assert_close(first["insertion_gain"], direct.insertion_gain)
+    torch.testing.assert_close(first["deletion_gain"], direct.deletion_gain)
     expected = 2 * scores["accuracy"] + scores["insertion"] + scores["one_minus_deletion"]
     assert scores["valscore"] == pytest.approx(expected)  # eq. (15) as before
     (row,) = trainer.fit(loader, loader)
