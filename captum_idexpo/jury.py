@@ -244,7 +244,7 @@ def compare(
     * "infidelity", with each explainer and baseline: Captum's, normalised, where a perturbation sets a random fifth of
       the features to the baseline; lower is better;
     * "sensitivity", with each explainer: Captum's max-sensitivity; lower is better. It explains each example
-      1 + n_perturbations times, and contains the sampling noise of explainers that have some. Baselines are the same.
+      1 + n_perturbations times, with fixed baselines, and contains the sampling noise of explainers that have some.
 
     "road" and "sensitivity" take the explanations with the first baseline.
 
@@ -258,8 +258,8 @@ def compare(
         metrics: those to compute; None: all that fit the outputs and the inputs.
         reference: the model that the others are compared with; None: the first.
         trained_on: names of the explainers, baselines and metrics that took part in training or selection, so that the
-            other judges can be marked as held out. Insertion, deletion and their gains, as the target of the training,
-            and accuracy always count as trained. None: nothing is marked.
+            other judges can be marked as held out. Accuracy, insertion, deletion and the gains always count as metrics
+            of the training. None: nothing is marked.
         clusters: a function of a `Batch` that returns the cluster of each example, integers ``(B,)`` such as patients
             or videos. Standard errors then take the clusters as independent, not the examples.
         feature_mask: as for `captum_idexpo.regularizers.InsertionDeletion`, for all explainers or by their names.

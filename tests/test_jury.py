@@ -256,6 +256,15 @@ def test_sensitivity_holds_drawn_baselines_and_takes_those_of_each_example():
     assert math.isfinite(found.rows[0]["value"])
 
 
+def test_sensitivity_of_inputs_that_do_not_move_is_zero_since_masks_are_the_same():
+    settings = {"attribute_kwargs": {"KernelSHAP": {"n_samples": 12, "sampling": "independent"}}}
+    judges = {"KernelSHAP": KernelShap}, {"zero": 0.0}, ["sensitivity"]
+    still = compare(MODELS, LOADER, *judges, perturbation_radius=0.0, **settings)
+    assert {row["value"] for row in still.rows} == {0.0}
+    moved = compare(MODELS, LOADER, *judges, **settings)
+    assert all(row["value"] > 0 for row in moved.rows)
+
+
 def test_infidelity_of_groups_of_different_sizes_adds_up_gradients_and_not_group_values():
     """Of a linear model both attributions are exact, whatever the groups."""
     model = nn.Linear(6, 1).double()

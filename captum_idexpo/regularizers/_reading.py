@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _ENOUGH_COPIES = 64
@@ -53,8 +52,8 @@ class MaskReading:
             plain: predicted classes ``(B,)``, or which labels are predicted ``(B, L)``.
             masked: the same for masked copies, ``(B, n, ...)``.
         """
-        self._plain.append(plain.cpu())
-        self._masked.append(masked.cpu())
+        self._plain.append(plain.long().cpu())
+        self._masked.append(masked.long().cpu())
         agreement, plain_shares, masked_shares = self._statistics()
         # Where nearly all examples are of one class, agreement says nothing: it is that of chance.
         is_varied = float((1 - plain_shares.mean(0).square().sum(-1)).sum()) > _ONE_CLASS
@@ -80,11 +79,12 @@ class MaskReading:
 
         Decisions are shares of the copies. There is one decision (K = 1) of C classes, or one for each label.
         """
-        n_classes = 1 + int(max(each.max() for each in (*self._plain, *self._masked)))
+        # Only the classes that occur are counted: a model may have very many.
+        classes = torch.cat([each.flatten() for each in (*self._plain, *self._masked)]).unique()
         agreements, plains, maskeds = [], [], []
         for plain, masked in zip(self._plain, self._masked, strict=True):
-            hot = F.one_hot(plain.long().reshape(len(plain), 1, -1), n_classes).double()
-            hot_masked = F.one_hot(masked.long().reshape(*masked.shape[:2], -1), n_classes).double()
+            hot = (plain.reshape(len(plain), 1, -1, 1) == classes).double()
+            hot_masked = (masked.reshape(*masked.shape[:2], -1, 1) == classes).double()
             agreements.append((hot * hot_masked).sum(3).mean((1, 2)))
             plains.append(hot[:, 0])
             maskeds.append(hot_masked.mean(1))

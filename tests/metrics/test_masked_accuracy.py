@@ -8,7 +8,7 @@ from torch import nn
 
 from captum_idexpo import NonFiniteError
 from captum_idexpo.metrics import masked_accuracy
-from tests.helpers import smooth_conv_net, smooth_net
+from tests.helpers import Spy, smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 6, generator=G), torch.arange(12) % 3
@@ -17,18 +17,6 @@ IMAGES = torch.randn(5, 2, 6, 6, generator=G)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-class Spy(nn.Module):
-    """Keeps the rows of the last pass."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs):
-        self.rows = inputs
-        return self.model(*inputs)
 
 
 @pytest.mark.parametrize(("share", "n_masked"), [(0.0, 0), (0.25, 2), (0.3, 2), (0.5, 3), (0.75, 4), (1.0, 6)])

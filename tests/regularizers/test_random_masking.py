@@ -16,7 +16,7 @@ from captum_idexpo.baselines import noise
 from captum_idexpo.metrics import masked_accuracy
 from captum_idexpo.regularizers import InsertionDeletion, RandomMasking, Sparsity
 from captum_idexpo.testing import assert_trainable
-from tests.helpers import smooth_conv_net, smooth_net
+from tests.helpers import Spy, smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(1)
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=G), torch.arange(8) % 3
@@ -24,18 +24,6 @@ X, Y = torch.randn(8, 6, dtype=torch.float64, generator=G), torch.arange(8) % 3
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-class Spy(nn.Module):
-    """Keeps the rows of the last pass."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs):
-        self.rows = inputs
-        return self.model(*inputs)
 
 
 @pytest.mark.parametrize(
