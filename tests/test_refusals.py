@@ -193,7 +193,9 @@ RAISED = {
     "``baselines=": lambda _: InsertionDeletion(Saliency(net()), baselines="mean")(X, Y),
     "``weight=": lambda _: Sparsity(Saliency(net()), weight="auto")(X, Y),
     "Annotations that are missing": lambda _: RightForTheRightReasons(net())(X, Y),
-    "A compiled model": lambda _: trainer_of(torch.compile(net(), backend="eager"), [Fidelity(net())]),
+    "A compiled model": lambda _: trainer_of(
+        compiled := torch.compile(net(), backend="eager"), [Sparsity(Saliency(compiled))]
+    ),
     "LBFGS": lambda _: trainer_of(net(), optimizer=torch.optim.LBFGS),
     "A model whose parameters": lambda _: trainer_of(frozen()),
     "An iterator": lambda _: trainer_of(net()).fit(iter([(X, Y)]), epochs=2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
+from captum_idexpo._core.compiled import can_run_eagerly, eagerly, has_compiled_parts, original
 from captum_idexpo._core.errors import InputError
-from captum_idexpo._core.modes import depends_on_batch, is_compiled, module_of, no_graph, precision
+from captum_idexpo._core.modes import depends_on_batch, module_of, no_graph, precision
 
 # On a CPU a layer output of about 2 MB stays in the caches and is large enough to occupy the cores. This size is mostly
 # within a few percent of the fastest one, measured on networks from 64 to 65,000 values. Larger passes are slower: 400
@@ -81,8 +82,8 @@ def look(
 ) -> Look:
     """Evaluate a few rows, check that rows do not influence each other, and choose the chunk size.
 
-    The chunk size of a module is chosen from its largest layer output. Otherwise it is chosen from the inputs' size:
-    for a forward function that is not a module, and for a compiled module, which hooks might compile again.
+    The chunk size of a module is chosen from its largest layer output, that of another forward function from the
+    inputs' size. A compiled model is looked at without its compiled code.
 
     Args:
         forward_func: the function that `evaluate` calls.
@@ -95,6 +96,17 @@ def look(
     Raises:
         InputError: the rows of a forward pass influence each other.
     """
+    with eagerly(module_of(forward_func)):
+        return _looked(forward_func, evaluate, inputs, max_rows, together)
+
+
+def _looked(
+    forward_func: Callable[..., Any],
+    evaluate: Evaluate,
+    inputs: tuple[Tensor, ...],
+    max_rows: int | None,
+    together: bool,
+) -> Look:
     n_examples = len(inputs[0])
     if together:
         return Look(evaluate(repeated_rows(inputs), slice(0, n_examples), 1), n_examples, n_examples)
@@ -146,16 +158,16 @@ def _measured(
 
 
 def _layers(module: nn.Module | None) -> set[nn.Module]:
-    """Return the modules whose outputs are measured; none for a compiled model.
+    """Return the modules whose outputs are measured; none for a compiled model that hooks would compile again.
 
     Parametrizations are left out, since they return weights. The model itself is left out unless its class is
     PyTorch's own: it may call functions, so the size of its output does not tell how large its layer outputs are.
     """
-    parts = [] if module is None else list(module.modules())
-    if module is None or any(map(is_compiled, parts)):
+    if module is None or (has_compiled_parts(module) and not can_run_eagerly()):
         return set()
-    layers = set(parts)
-    for part in parts:
+    module = original(module)
+    layers = set(module.modules())
+    for part in module.modules():
         if isinstance(part, ParametrizationList):
             layers -= set(part.modules())
     return layers if type(module).__module__.startswith("torch.nn.") else layers - {module}
@@ -236,6 +248,19 @@ def even_slices(total: int, at_most: int) -> Iterator[slice]:
     """
     n_slices = -(-total // max(1, at_most))
     return slices(total, -(-total // max(1, n_slices)))
+
+
+def of_one_size(parts: Iterable[slice]) -> list[slice]:
+    """Return slices of which the last one, if it is shorter, begins earlier, so that it overlaps the one before it."""
+    parts = list(parts)
+    size = parts[0].stop - parts[0].start
+    return [*parts[:-1], slice(max(0, parts[-1].stop - size), parts[-1].stop)]
+
+
+def overlaps(parts: Sequence[slice]) -> list[int]:
+    """Return how many entries at the start of each slice are those of the one before it."""
+    ends = [parts[0].start, *(part.stop for part in parts)]
+    return [end - part.start for end, part in zip(ends, parts, strict=False)]
 
 
 def copies_per_forward(plain: Tensor, together: Callable[[list[int]], Any], tensors: tuple[Tensor, ...]) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from captum_idexpo._core.captum import TargetType, select_targets
-from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, slices
+from captum_idexpo._core.chunks import ROWS_TO_LOOK_AT, even_slices, of_one_size, overlaps, slices
+from captum_idexpo._core.compiled import has_compiled_parts
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.memory import Chunk, MemoryBudget
+from captum_idexpo._core.modes import module_of
 from captum_idexpo._core.targets import captum_target, require_tensor
 
 Perturbation = Callable[..., tuple[Tensor, ...]]
@@ -36,6 +38,9 @@ class BatchForward:
     Raises:
         InputError: the target has neither one entry per example nor one for all.
         InputTypeError: the target does not hold integers; the output is not a tensor.
+
+    Attributes:
+        is_compiled: True if the forward function is a model with compiled parts.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class BatchForward:
         self.target = target = captum_target(target, n_examples)
         self.additional_forward_args = additional_forward_args
         self.n_examples = n_examples
+        self.is_compiled = has_compiled_parts(module_of(forward_func))
         if isinstance(target, Tensor) and target.numel() == 1:
             target = target.reshape(())  # Captum treats it as a number
         self._target = repeated_for_chunks(target, n_examples)
@@ -63,6 +69,8 @@ class BatchForward:
 
     def __call__(self, rows: tuple[Tensor, ...], examples: slice = slice(None), n_copies: int = 1) -> Any:
         """Return the output on ``n_copies`` copies of the given examples, ordered copy by copy."""
+        if self.is_compiled:  # which would be compiled again for rows that are views
+            rows = tuple(row.clone() for row in rows)
         additional = [
             _repeated(argument, self.n_examples, examples, n_copies) if isinstance(argument, Tensor) else argument
             for argument in self.additional_forward_args
@@ -152,6 +160,7 @@ def evaluate_copies(
     through: Sequence[Tensor] = (),
     memory: MemoryBudget | None = None,
     on_forward: Callable[[], object] = lambda: None,
+    one_size: bool = False,
 ) -> Tensor:
     """Evaluate ``n_copies`` perturbed copies of each example, at most ``max_rows`` rows at a time.
 
@@ -166,6 +175,8 @@ def evaluate_copies(
         memory: bounds the activations that the graph keeps; `evaluate` must then return one value per row. None: no
             bound.
         on_forward: called after each forward pass (progress bars).
+        one_size: all chunks have as many rows, which a compiled model needs; a last chunk that would be smaller repeats
+            rows of the one before it.
 
     Returns:
         ``(n_examples, n_copies, ...)``, with a graph if gradients are enabled.
@@ -183,11 +194,12 @@ def evaluate_copies(
         memory.look(evaluate_chunk, (slice(0, few), slice(0, n_copies_of_few)), through)
         fitting = memory.admit(n_examples * n_copies)
         max_rows = max_rows if fitting is None else min(max_rows, fitting)
+    tiles = of_one_size if one_size else list
     blocks = [
-        [(examples, copies) for copies in even_slices(n_copies, max_rows // (examples.stop - examples.start))]
-        for examples in slices(n_examples, max_rows)
+        (examples, tiles(even_slices(n_copies, max_rows // (examples.stop - examples.start))))
+        for examples in tiles(slices(n_examples, max_rows))
     ]
-    chunks = [chunk for block in blocks for chunk in block]
+    chunks = [(examples, part) for examples, copies in blocks for part in copies]
     values = []
     if memory is None or fitting is None:
         for chunk in chunks:
@@ -197,14 +209,26 @@ def evaluate_copies(
         values = memory.evaluate(evaluate_chunk, chunks, through, on_forward)
     in_order = iter(values)
     columns = [
-        torch.cat([next(in_order) for _ in block]).unflatten(0, (n_copies, -1))  # a block's chunks share their examples
-        for block in blocks
+        _joined([next(in_order) for _ in copies], copies, examples.stop - examples.start).unflatten(0, (n_copies, -1))
+        for examples, copies in blocks  # the chunks of a block share their examples
     ]
-    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).transpose(0, 1)
+    whole = [column.transpose(0, 1) for column in columns]
+    return _joined(whole, [examples for examples, _ in blocks])
+
+
+def _joined(values: list[Tensor], parts: list[slice], n_rows: int = 1) -> Tensor:
+    """Concatenate the values of slices, ``n_rows`` for each entry, and drop what a slice repeats of the one before."""
+    repeated = zip(values, overlaps(parts), strict=True)
+    new = [value[n * n_rows :] if n else value for value, n in repeated]
+    return new[0] if len(new) == 1 else torch.cat(new)
 
 
 def evaluate_given(
-    evaluate: Callable[[tuple[Tensor, ...], slice, int], Tensor], copies: tuple[Tensor, ...], max_rows: int
+    evaluate: Callable[[tuple[Tensor, ...], slice, int], Tensor],
+    copies: tuple[Tensor, ...],
+    max_rows: int,
+    *,
+    one_size: bool = False,
 ) -> Tensor:
     """Return the values ``(B, n, ...)`` of given copies, tensors ``(n, B, ...)``; see `evaluate_copies`."""
 
@@ -212,7 +236,7 @@ def evaluate_given(
         return tuple(tensor[some, examples] for tensor in copies)
 
     n_copies, n_examples = copies[0].shape[:2]
-    return evaluate_copies(evaluate, chosen, n_examples, n_copies, max_rows)
+    return evaluate_copies(evaluate, chosen, n_examples, n_copies, max_rows, one_size=one_size)
 
 
 def evaluate_batches(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_idexpo._core.modes import copied_buffers, is_compiled, no_graph, precision, put_back
+from captum_idexpo._core.compiled import eagerly, is_compiled
+from captum_idexpo._core.modes import copied_buffers, no_graph, precision, put_back
 from captum_idexpo._core.rng import accelerators, kept_streams, set_streams, streams
 
 Chunk = tuple[slice, slice]
@@ -44,6 +45,7 @@ class MemoryBudget:
             raise ValueError(f"memory_budget must be a positive number of bytes, or None; given: {n_bytes}.")
         self._left = n_bytes
         self._bytes_per_row = 0.0
+        self._models = models
         self._modules = [module for model in models if model is not None for module in model.modules()]
         parameters = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
         self._leaves: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters}
@@ -68,7 +70,8 @@ class MemoryBudget:
 
         stand_ins = _cut_off(through)
         before = _Conditions(self._modules, through[0].device)
-        with before.noted(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        saved = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with eagerly(*self._models), before.noted(), saved:
             values = evaluate(chunk, stand_ins)
         before.restore()
         leaves = [leaf for leaf in leaves_of(values) if all(leaf is not tensor for tensor in stand_ins)]
@@ -158,8 +161,10 @@ class _TwoPasses(torch.autograd.Function):
                 return parts
             wanted = {i: t for i, t in enumerate([*through, *tensors[ctx.n_through :]]) if t.requires_grad}
             _check_leaves(values, list(wanted.values()))
-            # Retained, since tensors that the forward function closes over may be in the next chunk's graph, too.
-            found = torch.autograd.grad(values, list(wanted.values()), gradient, retain_graph=True, allow_unused=True)
+            # Retained, since tensors that the forward function closes over may be in the next chunk's graph, too. What
+            # torch.compile made does not allow it.
+            retain = not condition.is_compiled
+            found = torch.autograd.grad(values, list(wanted.values()), gradient, retain, allow_unused=True)
         for index, part in zip(wanted, found, strict=True):
             parts[index] = part
         return parts
@@ -184,6 +189,7 @@ class _Conditions:
         self._device = device
         self._devices = [own for own in accelerators(device) if own == device]
         self._known = modules
+        self.is_compiled = any(map(is_compiled, modules))
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -195,7 +201,7 @@ class _Conditions:
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
             self._note(module)
-        if any(map(is_compiled, self._known)):  # a hook would make the model compile again each time
+        if self.is_compiled:  # a hook would make the model compile again each time
             yield
             return
         handle = register_module_forward_pre_hook(lambda module, _: self._note(module))

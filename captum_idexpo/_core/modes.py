@@ -51,11 +51,6 @@ def depends_on_batch(module: nn.Module) -> bool:
     return module.training and (is_batch_norm(module) or depends_on_mode(module))
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return True if torch.compile made the module, or if its own `compile` method has been called."""
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def module_of(function: object) -> nn.Module | None:
     """Return the module behind a forward function: itself, or the one whose bound method it is."""
     if isinstance(function, nn.Module):
@@ -153,6 +148,8 @@ def refused_inside_checkpoints(modules: Iterable[nn.Module], why: str, *, output
     """
 
     def refuse(module: nn.Module, _args: object) -> None:
+        if torch.compiler.is_compiling():  # a compiled graph keeps the conditions that it was traced under
+            return
         callers: Iterable[str] = calling_modules()
         if output_only:  # leave out a checkpoint that calls this module itself
             callers = dropwhile(lambda name: name == "torch.nn.modules.module", callers)

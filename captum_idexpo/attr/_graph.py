@@ -120,7 +120,7 @@ def by_gradients(
     if not create_graph:
         with no_weights_left():  # parts of the attribution may be computed under torch.no_grad
             return _map(compute(_copies(inputs, of_inputs, detached=True)), Tensor.detach)
-    computed = _with_graph(explainer, lambda given: compute(_copies(given, of_inputs)), inputs)
+    computed = _with_graph(explainer, lambda given: compute(_copies(given, of_inputs)), inputs, gradients=True)
     if with_delta:
         attribution, delta = computed
         return attribution, delta.detach()
@@ -145,14 +145,14 @@ def by_outputs(explainer: Attribution, compute: Computation, inputs: Tensors, cr
     if not create_graph:
         with no_graph():
             return of_copies(inputs)
-    return _with_graph(explainer, of_copies, inputs)
+    return _with_graph(explainer, of_copies, inputs, gradients=False)
 
 
-def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors) -> Any:
+def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors, *, gradients: bool) -> Any:
     """Return the result of `compute` with its graph; raise RuntimeError if there is no graph."""
     name = type(explainer).__name__
     require_gradients_enabled(name)
-    with _keeping() as inner, twice_differentiable(explainer):
+    with _keeping(gradients) as inner, twice_differentiable(explainer):
         computed = compute(inputs)
     anchor = inner.anchor(computed)
     if anchor is None:
@@ -206,11 +206,12 @@ def depends_on_leaf(tensor: Tensor, *, except_for: list[Tensor]) -> bool:
 
 
 @contextmanager
-def _keeping() -> Iterator[InnerGradients]:
+def _keeping(gradients: bool) -> Iterator[InnerGradients]:
+    """Have the attributions inside keep their graph, and the gradients that are taken inside, if there are any."""
     inner = InnerGradients()
     token = _outer.set(inner)
     try:
-        with inner:
+        with inner if gradients else nullcontext():
             yield inner
     finally:
         _outer.reset(token)

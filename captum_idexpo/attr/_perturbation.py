@@ -207,6 +207,7 @@ class Problem:
             through=self.inputs,
             memory=memory,
             on_forward=on_forward,
+            one_size=forward.is_compiled,
         )
         if torch.is_grad_enabled() and not outputs.requires_grad:
             raise no_graph_error(name)

@@ -23,10 +23,12 @@ from captum_idexpo._core.captum import (
     progress,
 )
 from captum_idexpo._core.chunks import copies_per_forward, repeated_rows, slices
+from captum_idexpo._core.compiled import eagerly
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.features import FeatureLayout, MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_batches
 from captum_idexpo._core.inputs import Tensors, as_baselines, as_tuple, check_optional_count
+from captum_idexpo._core.modes import module_of
 from captum_idexpo.attr._graph import by_outputs, note_output
 from captum_idexpo.attr._trainable import TensorOrTensors, logged
 
@@ -96,7 +98,8 @@ class BatchOutputs:
                 pairs = zip(perturbed, self.tensors, strict=True)
                 return self._evaluate(tuple(torch.cat([pair[kind] for kind in order]) for pair in pairs), len(order))
 
-            at_a_time = copies_per_forward(self.plain, together, self.tensors)
+            with eagerly(module_of(self._forward.forward_func)):
+                at_a_time = copies_per_forward(self.plain, together, self.tensors)
         bar_class: Any = progress if show_progress else NullProgress
         with bar_class(total=1 + math.ceil(n_copies / at_a_time), desc=self._description) as bar:
             bar.update()

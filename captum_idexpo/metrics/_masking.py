@@ -228,7 +228,14 @@ class Masking:
 
         through = (self.masks.values, *self.inputs)
         scores = evaluate_copies(
-            evaluate, perturb, n_examples, len(thresholds), self.scorer.max_rows, through=through, memory=self.memory
+            evaluate,
+            perturb,
+            n_examples,
+            len(thresholds),
+            self.scorer.max_rows,
+            through=through,
+            memory=self.memory,
+            one_size=self.scorer.is_compiled,
         )
         if self.check_finite:
             require_finite((scores.detach(),), f"the forward function's output during {direction}", NAN_OF_MASKED_ROWS)

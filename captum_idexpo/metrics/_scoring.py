@@ -62,6 +62,7 @@ class TargetScorer:
 
     Attributes:
         max_rows: chunk size.
+        is_compiled: True if the forward function is a model with compiled parts.
 
     Raises:
         ValueError: ``outputs`` is unknown; the target is missing; the target or the output has the wrong shape; the
@@ -93,6 +94,7 @@ class TargetScorer:
         seen = look(forward_func, self._output, inputs, max_rows, together=together)
         output: Tensor = seen.output
         self.max_rows = seen.max_rows
+        self.is_compiled = self._forward.is_compiled
         self.n_columns: int = output[0].numel()
         self.one_column = self.n_columns == 1 and not is_raw(outputs) and outputs != "multilabel"
         if not callable(outputs):

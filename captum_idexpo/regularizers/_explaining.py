@@ -187,6 +187,14 @@ class Explaining:
             )
 
 
+def takes_gradients(explainer: Attribution | None) -> bool:
+    """Return True unless the attribution is made of outputs on perturbed inputs alone; also where there is none."""
+    if isinstance(explainer, captum.NoiseTunnel):
+        return takes_gradients(explainer.attribution_method)
+    of_outputs = isinstance(explainer, captum.PerturbationAttribution)
+    return not of_outputs or isinstance(explainer, (LayerAttribution, captum.NeuronAttribution))
+
+
 def require_attribution(explainer: object) -> Attribution:
     """Return an explainer; TypeError for anything that is no attribution."""
     if not isinstance(explainer, Attribution):

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._core.batch import Batch, as_side_inputs
 from captum_idexpo._core.captum import TargetType
 from captum_idexpo._core.chunks import default_rows_per_forward
+from captum_idexpo._core.compiled import eagerly
 from captum_idexpo._core.errors import InputError, NonFiniteError, warn
 from captum_idexpo._core.features import MaskedInputs
 from captum_idexpo._core.forward import BatchForward, evaluate_given
@@ -30,7 +31,13 @@ from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 from captum_idexpo.metrics._locations import constant_maps_message
 from captum_idexpo.metrics._scoring import check_outputs, is_raw, predicted_class
 from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
-from captum_idexpo.regularizers._explaining import Explaining, layer_cells, per_row, require_attribution
+from captum_idexpo.regularizers._explaining import (
+    Explaining,
+    layer_cells,
+    per_row,
+    require_attribution,
+    takes_gradients,
+)
 from captum_idexpo.regularizers._reading import MaskReading
 
 Weight = float | Literal["auto"]
@@ -250,6 +257,14 @@ class Regularizer(nn.Module):
         return {} if self._explaining is None else self._explaining.arguments
 
     @property
+    def needs_second_derivative(self) -> bool:
+        """True if the terms contain gradients of the model, whose own gradient is a second derivative.
+
+        Compiled models have none. A subclass whose terms are made of the model's outputs alone returns False.
+        """
+        return True
+
+    @property
     def generators(self) -> list[Generator]:
         """The random generators that the terms draw from, beside the global ones. A resumed run restores them."""
         of_explainer = [] if self._explaining is None else self._explaining.generators
@@ -302,7 +317,8 @@ class Regularizer(nn.Module):
             return
         tensors = as_batch(batch.inputs)
         n_examples, device = len(tensors[0]), tensors[0].device
-        with no_graph(), seeded(0, device, self.generators), held_in_eval_mode(*self.models):
+        held = held_in_eval_mode(*self.models)
+        with no_graph(), seeded(0, device, self.generators), held, eagerly(*self.models):
             _, aligned = check_inputs(batch.inputs, baselines, check_finite=False)
             layout = masked_features(feature_mask(batch.inputs) if callable(feature_mask) else feature_mask, tensors)
             n_copies = reading.n_copies(n_examples)
@@ -361,7 +377,8 @@ class Regularizer(nn.Module):
         assert self._explaining is not None
         if self._n_columns is None:
             # Looked at once, and without a trace in random streams: a run that is resumed looks again.
-            with no_graph(), kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(*self.models):
+            streams, held = kept_streams(accelerators(tensors[0].device)), held_in_eval_mode(*self.models)
+            with no_graph(), streams, held, eagerly(*self.models):
                 self._n_columns = self._explaining.n_columns(tensors, batch.additional_forward_args)
         return self._n_columns
 
@@ -524,3 +541,8 @@ class AttributionPenalty(Penalty):
 
     def __init__(self, term: str, explainer: Attribution, **arguments: Any) -> None:
         super().__init__(term, require_attribution(explainer).forward_func, explainer=explainer, **arguments)
+
+    @property
+    def needs_second_derivative(self) -> bool:
+        """True if the explainer takes gradients of the model."""
+        return takes_gradients(self.explainer)

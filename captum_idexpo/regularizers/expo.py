@@ -19,9 +19,10 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.chunks import look
+from captum_idexpo._core.compiled import has_compiled_parts
 from captum_idexpo._core.forward import BatchForward, evaluate_given
 from captum_idexpo._core.inputs import as_batch, check_count, check_optional_count
-from captum_idexpo._core.modes import precision
+from captum_idexpo._core.modes import module_of, precision
 from captum_idexpo._core.targets import Outputs
 from captum_idexpo.metrics._scoring import TargetScorer
 from captum_idexpo.regularizers.base import Penalty, Weight
@@ -72,6 +73,11 @@ class _LocalPenalty(Penalty):
         self.max_examples_per_batch = check_optional_count("max_examples_per_batch", max_examples_per_batch)
 
     @property
+    def needs_second_derivative(self) -> bool:
+        """False: the term is made of outputs alone."""
+        return False
+
+    @property
     def generators(self) -> list[Generator]:
         """The random generators that the neighbours are drawn from, beside the global ones."""
         return list(dict.fromkeys([*super().generators, *self.neighborhood.generators]))
@@ -105,7 +111,8 @@ class _LocalPenalty(Penalty):
         # Differences of neighbouring outputs are smaller than what half precision resolves.
         with torch.autocast(tensors[0].device.type, enabled=False):
             function, max_rows = self._function(tensors, batch)
-            return [evaluate_given(function, some, max_rows) for some in copies]
+            compiled = has_compiled_parts(module_of(self.forward_func))
+            return [evaluate_given(function, some, max_rows, one_size=compiled) for some in copies]
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from captum_idexpo.metrics._masking import (
 )
 from captum_idexpo.metrics._scoring import TargetScorer, is_raw, predicted_class
 from captum_idexpo.metrics.masked_accuracy import masked_accuracy
-from captum_idexpo.regularizers._explaining import Explaining, per_row, require_attribution
+from captum_idexpo.regularizers._explaining import Explaining, per_row, require_attribution, takes_gradients
 from captum_idexpo.regularizers.base import Regularizer, check_n_labels
 
 DELETION_FORMS = ("ratio", "log", "complement")
@@ -198,6 +198,11 @@ class InsertionDeletion(Regularizer):
         self.n_random_orders = check_count_or_zero("n_random_orders", n_random_orders)
         self._floor_reported = False
         self._check_settings()
+
+    @property
+    def needs_second_derivative(self) -> bool:
+        """True if the explainer takes gradients of the model."""
+        return takes_gradients(self.explainer)
 
     @property
     def generators(self) -> list[Generator]:

@@ -101,6 +101,11 @@ class RandomMasking(Penalty):
         self.feature_mask = feature_mask
 
     @property
+    def needs_second_derivative(self) -> bool:
+        """False: the term is made of outputs alone."""
+        return False
+
+    @property
     def generators(self) -> list[Generator]:
         """The random generators that masks and baselines are drawn from, beside the global ones."""
         return list(dict.fromkeys([*super().generators, *generators_of(self.baselines)]))

@@ -27,7 +27,7 @@ from captum_idexpo.attr import Saliency
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._scoring import log_probabilities
 from captum_idexpo.regularizers._annotations import averaged_like, check_annotations
-from captum_idexpo.regularizers._explaining import widened
+from captum_idexpo.regularizers._explaining import takes_gradients, widened
 from captum_idexpo.regularizers.base import Penalty, Weight
 
 
@@ -112,6 +112,11 @@ class RightForTheRightReasons(Penalty):
             raise ValueError(f"annotates must be 'wrong' or 'right', given: {annotates!r}.")
         self.annotates = annotates
         self._warned = False
+
+    @property
+    def needs_second_derivative(self) -> bool:
+        """True for the input gradient, and for an explainer that takes gradients of the model."""
+        return takes_gradients(self.explainer)
 
     def penalty(self, batch: Batch) -> Tensor:
         """Return the squared evidence in forbidden places, summed over features, averaged over the batch.

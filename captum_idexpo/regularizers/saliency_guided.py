@@ -94,6 +94,11 @@ class SaliencyGuided(Penalty):
         self.fraction = fraction
         self.value_range = value_range
 
+    @property
+    def needs_second_derivative(self) -> bool:
+        """False: the gradient that chooses the features is not trained through."""
+        return False
+
     def penalty(self, batch: Batch) -> Tensor:
         """Return KL(p(x) || p(x~)), averaged over the batch."""
         tensors = as_batch(batch.inputs)

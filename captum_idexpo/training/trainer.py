@@ -21,11 +21,13 @@ from torch.utils.checkpoint import CheckpointError
 from torch.utils.data import DataLoader
 
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
+from captum_idexpo._core.compiled import can_run_eagerly, eagerly, has_compiled_parts
 from captum_idexpo._core.errors import NonFiniteError, warn
 from captum_idexpo._core.inputs import check_count, check_optional_count
-from captum_idexpo._core.modes import Snapshot, has_new_statistics, is_batch_norm, is_compiled, no_graph, training_mode
+from captum_idexpo._core.modes import Snapshot, has_new_statistics, is_batch_norm, no_graph, training_mode
 from captum_idexpo._core.rng import AnyGenerator
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers.base import Regularizer
 from captum_idexpo.training import checkpoint
 from captum_idexpo.training.accuracy_floor import CHANGE, ERROR, Classified, check_max_drop, is_eligible, paired_change
 from captum_idexpo.training.evaluation import classify, evaluate, example_scores
@@ -111,9 +113,9 @@ class ExplanationRegularizedTrainer:
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
         ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the optimizer is
-            LBFGS; the model is compiled and has regularizers; the model is sharded in a way that cannot be trained
-            (FSDP1, layers only, with statistics of its own in each process); `averaged_model` belongs to another model;
-            `scheduler_interval` is "update" for ReduceLROnPlateau; an argument is out of range.
+            LBFGS; a regularizer needs the second derivative of a compiled model; the model is sharded in a way that
+            cannot be trained (FSDP1, layers only, with statistics of its own in each process); `averaged_model` belongs
+            to another model; `scheduler_interval` is "update" for ReduceLROnPlateau; an argument is out of range.
         TypeError: a generator of an unknown kind; `averaged_model` is no AveragedModel.
 
     Example:
@@ -169,7 +171,7 @@ class ExplanationRegularizedTrainer:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, given: {max_grad_norm}.")
         loss = ExplanationRegularizedLoss(model, regularizers, loss_fn, unpack=unpack)
-        check_differentiable_twice(model, loss.regularizers)
+        _check_compiled(loss.regularizers, model)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
         self._unwrapped = loss
@@ -721,7 +723,7 @@ class ExplanationRegularizedTrainer:
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
         norms = {}
-        with self._without_trace(run), gathered(self.model):
+        with eagerly(self.model), self._without_trace(run), gathered(self.model):
             with self.accelerator.autocast():
                 terms = self._unwrapped.terms(batch)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -761,7 +763,7 @@ class ExplanationRegularizedTrainer:
         """Return True if the task loss on a batch is finite with the current weights, in every process."""
         from accelerate.utils import send_to_device
 
-        with self._without_trace(run), self.accelerator.autocast(), gathered(self.model):
+        with eagerly(self.model), self._without_trace(run), self.accelerator.autocast(), gathered(self.model):
             read = send_to_device(unpacked(batch, self.unpack), self.accelerator.device)
             finite = self.loss_fn(call_model(self.model, read), read.target).isfinite().all()
         return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
@@ -826,17 +828,25 @@ class ExplanationRegularizedTrainer:
         return self._prepared[id(loader)][1]
 
 
-def check_differentiable_twice(model: nn.Module, regularizers: Iterable[nn.Module]) -> None:
-    """Refuse a compiled model before training starts, since it has no second derivative.
-
-    Raises:
-        ValueError: a compiled model with regularizers; says what to do.
-    """
-    if any(map(is_compiled, model.modules())) and any(True for _ in regularizers):
-        raise ValueError(
-            "torch.compile has no double backward, which explanation regularizers need: train the module that was "
-            "given to torch.compile (and leave model.compile() out), and compile it afterwards."
-        )
+def _check_compiled(regularizers: Iterable[nn.Module], model: nn.Module) -> None:
+    """Refuse regularizers of a compiled model that need its second derivative, before training starts."""
+    for regularizer in regularizers:
+        explained = regularizer.models if isinstance(regularizer, Regularizer) else [model]
+        if not has_compiled_parts(*explained):
+            continue
+        name = type(regularizer).__name__
+        if getattr(regularizer, "needs_second_derivative", True):
+            raise ValueError(
+                f"torch.compile has no second derivative, which {name} needs: give {name} and its explainer the module "
+                "that was given to torch.compile, and leave model.compile() out. A regularizer of your own that takes "
+                "no gradients says so by `needs_second_derivative = False`."
+            )
+        if not can_run_eagerly():
+            raise ValueError(
+                f"{name} of a compiled model needs torch.compiler.set_stance, so that not every kind of call is "
+                f"compiled, and PyTorch {torch.__version__} has none: install PyTorch 2.6 or later, or train the "
+                "module that was given to torch.compile."
+            )
 
 
 @contextmanager

@@ -128,22 +128,6 @@ def test_callbacks_trackers_and_csv_receive_each_epoch(tmp_path):
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in history]
 
 
-def test_compiled_model_is_refused_before_training_starts():
-    net = smooth_net()
-    compiled = torch.compile(net, backend="eager")
-    with pytest.raises(ValueError, match=r"torch\.compile has no double backward"):
-        trainer_of(compiled, [RightForTheRightReasons(net)])
-    trainer_of(compiled)  # plain training is the compiler's business
-
-
-def test_compiled_model_in_place_is_refused():
-    net = smooth_net()
-    regularizer = Sparsity(InputXGradient(net))
-    net.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"leave model\.compile\(\) out"):
-        trainer_of(net, [regularizer])
-
-
 def test_mean_baselines_are_measured_once():
     net = smooth_conv_net()
     mean = "".join(["me", "an"])  # read from a file, say: an equal string, not the same
