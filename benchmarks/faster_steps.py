@@ -142,7 +142,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     for job, rows in results.items():
         for name, row in rows.items():
             ratio = Ratio.of(row["seconds"], rows[AS_IT_IS]["seconds"])
-            pays = pays_after(row, rows) if JOBS[job][name].compiled else ""
+            pays = pays_after(row, rows) if JOBS[job][name] == Switches(compiled=True) else ""
             spread = f"{ratio.low:.2f} to {ratio.high:.2f}"
             lines.append(f"| {job} | {name} | **{ratio.median:.2f}** | {spread} | {row['cosine']:.6f} | {pays} |")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # cifar10.py
 
 import report
 from jobs import Job, agreement, jobs
-from memory import measure
+from memory import STEPS, measure
 from models import SUBJECTS
 from timing import interleaved, peak_megabytes
 
@@ -42,9 +42,8 @@ def run(names: list[str], device: torch.device, rounds: int, quantus: bool, path
         return
     result = {"gradient's cosine to float64": agreement(SUBJECTS["resnet20"], device)}
     store(path, device, "resnet20", "faster models, agreement", result)
-    for n_samples in (50, 200):  # of 200 the whole graph takes eleven gigabytes
-        budgets = measure(n_samples, 3, device, whole_graph=n_samples == 50)
-        store(path, device, "resnet20", f"ID-ExpO step with LIME, {n_samples} samples", {"bounded memory": budgets})
+    for step in STEPS:
+        store(path, device, "resnet20", step.title, {"bounded memory": measure(step, 3, device)})
 
 
 def measured(job: Job, rounds: int, device: torch.device) -> dict[str, object]:

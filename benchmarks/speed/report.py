@@ -85,7 +85,7 @@ def _others(subjects: dict[str, dict[str, Any]]) -> list[str]:
         for contender, rounds in result.get("bounded memory", {}).items():
             seconds = sorted(second for second, _ in rounds)[len(rounds) // 2]
             peak = max(peak for _, peak in rounds)
-            text.append(f"* ResNet-20, {job}, 32 examples, {contender}: {seconds:.1f} s, {peak:.0f} MB over the model.")
+            text.append(f"* ResNet-20, {job}, {contender}: {seconds:.1f} s, {peak:.0f} MB over the model.")
         for name, cosine in result.get("gradient's cosine to float64", {}).items():
             text.append(f"* ResNet-20, gradient of ID-ExpO with Grad-CAM, {name}: cosine to float64's {cosine:.7f}.")
     return text

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -58,8 +59,13 @@ class MemoryBudget:
         formed = budget if isinstance(budget, MemoryBudget) else cls(budget, *models)
         return formed if graph else None
 
-    def look(self, evaluate: Evaluate, chunk: Chunk, through: Sequence[Tensor]) -> None:
-        """Evaluate a small chunk, measure the bytes per row that its graph keeps, and find the graph's leaves."""
+    def look(
+        self, evaluate: Evaluate, chunk: Chunk, through: Sequence[Tensor], made_leaves: Sequence[Tensor] = ()
+    ) -> None:
+        """Evaluate a small chunk, measure the bytes per row that its graph keeps, and find the graph's leaves.
+
+        For the arguments see `evaluate`.
+        """
         storages: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ class MemoryBudget:
         with eagerly(*self._models), before.noted(), saved:
             values = evaluate(chunk, stand_ins)
         before.restore()
-        leaves = [leaf for leaf in leaves_of(values) if all(leaf is not tensor for tensor in stand_ins)]
+        leaves = _others(leaves_of(values), [*stand_ins, *made_leaves])
         self._leaves.update({id(leaf): leaf for leaf in leaves})
         for leaf in self._leaves.values():  # graphs keep views of leaves, which take no additional memory
             storages.pop(leaf.untyped_storage().data_ptr(), None)
@@ -95,6 +101,7 @@ class MemoryBudget:
         chunks: Sequence[Chunk],
         through: Sequence[Tensor],
         on_forward: Callable[[], object],
+        made_leaves: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Return the values ``(n_rows,)`` of each chunk, on a graph that keeps no activations.
 
@@ -103,9 +110,11 @@ class MemoryBudget:
             chunks: the chunks to evaluate.
             through: tensors that the copies are made of and that gradients flow to.
             on_forward: called after each chunk of the first pass.
+            made_leaves: leaves that `evaluate` makes itself, such as copies of inputs whose gradient it takes. It puts
+                those of its last call here.
         """
         conditions = [_Conditions(self._modules, through[0].device) for _ in chunks]
-        arguments = (evaluate, chunks, conditions, on_forward, len(through))
+        arguments = (evaluate, chunks, conditions, on_forward, made_leaves, len(through))
         return list(_TwoPasses.apply(*arguments, *through, *self._leaves.values()))
 
 
@@ -119,11 +128,13 @@ class _TwoPasses(torch.autograd.Function):
         chunks: Sequence[Chunk],
         conditions: Sequence[_Conditions],
         on_forward: Callable[[], object],
+        made_leaves: Sequence[Tensor],
         n_through: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)  # so that autograd refuses weights that were changed in between
         ctx.evaluate, ctx.chunks, ctx.conditions, ctx.n_through = evaluate, chunks, conditions, n_through
+        ctx.made_leaves = made_leaves
         values = []
         with no_graph():
             for chunk, condition in zip(chunks, conditions, strict=True):
@@ -145,7 +156,7 @@ class _TwoPasses(torch.autograd.Function):
         for index, gradient in enumerate(gradients):
             parts = _TwoPasses._second_pass(ctx, index, gradient, tensors)
             totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
-        return (None, None, None, None, None, *totals)
+        return (None, None, None, None, None, None, *totals)
 
     @staticmethod
     def _second_pass(ctx: Any, index: int, gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -160,7 +171,7 @@ class _TwoPasses(torch.autograd.Function):
             if not values.requires_grad:
                 return parts
             wanted = {i: t for i, t in enumerate([*through, *tensors[ctx.n_through :]]) if t.requires_grad}
-            _check_leaves(values, list(wanted.values()))
+            _check_leaves(values, [*wanted.values(), *ctx.made_leaves])
             # Retained, since tensors that the forward function closes over may be in the next chunk's graph, too. What
             # torch.compile made does not allow it.
             retain = not condition.is_compiled
@@ -180,7 +191,7 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 class _Conditions:
-    """Conditions of an evaluation besides its arguments: modes, buffers, random state, autocast, cuDNN.
+    """Conditions of an evaluation besides its arguments: modes, buffers, torch's and NumPy's random state, autocast.
 
     They are recorded during the forward pass. The backward pass enters them again, any number of times.
     """
@@ -197,6 +208,7 @@ class _Conditions:
         self._modes: dict[nn.Module, bool] = {}
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._streams = streams(self._devices)
+        self._numpy = np.random.get_state(legacy=False)  # from which Captum draws for GradientShap
         self._precision = precision(self._device)
         self._cudnn = torch.backends.cudnn.enabled
         for module in self._known:
@@ -218,6 +230,7 @@ class _Conditions:
     def restore(self) -> None:
         """Put back the random state and the buffers that an evaluation changed."""
         set_streams(self._streams, self._devices)
+        np.random.set_state(self._numpy)
         for module, copies in self._buffers.items():
             if self._modes[module]:  # a module updates its buffers only in training mode
                 put_back(module, copies)
@@ -233,6 +246,8 @@ class _Conditions:
         with ExitStack() as stack:
             stack.enter_context(kept_streams(self._devices))
             set_streams(self._streams, self._devices)
+            stack.callback(np.random.set_state, np.random.get_state(legacy=False))
+            np.random.set_state(self._numpy)
             autocast = self._precision if self._precision != torch.float32 else None
             stack.enter_context(torch.autocast(self._device.type, dtype=autocast, enabled=autocast is not None))
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
@@ -268,21 +283,25 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
     return leaves
 
 
+def _others(leaves: list[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf for leaf in leaves if all(leaf is not other for other in known)]
+
+
 def _check_repeated(values: Tensor, first: Tensor, rough: bool) -> None:
     """Raise RuntimeError if the second pass does not repeat the first one: its gradient would be wrong."""
     tolerance = 0.1 if rough else 1e-3 if first.dtype == torch.float32 else 1e-6
     if bool(((values - first).abs() > tolerance * first.abs().amax()).any()):
         raise RuntimeError(
             "With a memory_budget the forward function is evaluated again in the backward pass, where it returned "
-            "other values: it draws random numbers that are not torch's, or something it uses was changed in between "
-            "(BatchNorm's statistics by a forward pass in training mode, an argument, a mode). Call backward() before "
-            "such a change, or leave memory_budget out."
+            "other values: it draws random numbers that are neither torch's nor NumPy's, or something it uses was "
+            "changed in between (BatchNorm's statistics by a forward pass in training mode, an argument, a mode). Call "
+            "backward() before such a change, or leave memory_budget out."
         )
 
 
 def _check_leaves(values: Tensor, known: list[Tensor]) -> None:
     """Raise RuntimeError if the graph has unknown leaves: their gradient would be missing without notice."""
-    if any(all(leaf is not other for other in known) for leaf in leaves_of(values)):
+    if _others(leaves_of(values), known):
         raise RuntimeError(
             "With a memory_budget, the forward function used a parameter or tensor on masked copies that it does not "
             "use on the inputs themselves (a router, baselines that require gradient), so its gradient would be "

@@ -83,6 +83,7 @@ class LRP(captum.attr.LRP):
         verbose: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class Deconvolution(captum.attr.Deconvolution):
@@ -93,6 +94,7 @@ class Deconvolution(captum.attr.Deconvolution):
         additional_forward_args: object | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class DeepLift(captum.attr.DeepLift):
@@ -106,6 +108,7 @@ class DeepLift(captum.attr.DeepLift):
         custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class DeepLiftShap(captum.attr.DeepLiftShap):
@@ -120,6 +123,7 @@ class DeepLiftShap(captum.attr.DeepLiftShap):
         *,
         internal_batch_size: int | None = None,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class GradientShap(captum.attr.GradientShap):
@@ -135,6 +139,7 @@ class GradientShap(captum.attr.GradientShap):
         *,
         internal_batch_size: int | None = None,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class GuidedBackprop(captum.attr.GuidedBackprop):
@@ -145,6 +150,7 @@ class GuidedBackprop(captum.attr.GuidedBackprop):
         additional_forward_args: object | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class GuidedGradCam(captum.attr.GuidedGradCam):
@@ -157,6 +163,7 @@ class GuidedGradCam(captum.attr.GuidedGradCam):
         attribute_to_layer_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class InputXGradient(captum.attr.InputXGradient):
@@ -167,6 +174,7 @@ class InputXGradient(captum.attr.InputXGradient):
         additional_forward_args: object | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class IntegratedGradients(captum.attr.IntegratedGradients):
@@ -182,6 +190,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         return_convergence_delta: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class InternalInfluence(captum.attr.InternalInfluence):
@@ -198,6 +207,7 @@ class InternalInfluence(captum.attr.InternalInfluence):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerActivation(captum.attr.LayerActivation):
@@ -225,6 +235,7 @@ class LayerConductance(captum.attr.LayerConductance):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerDeepLift(captum.attr.LayerDeepLift):
@@ -240,6 +251,7 @@ class LayerDeepLift(captum.attr.LayerDeepLift):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerDeepLiftShap(captum.attr.LayerDeepLiftShap):
@@ -255,6 +267,7 @@ class LayerDeepLiftShap(captum.attr.LayerDeepLiftShap):
         *,
         internal_batch_size: int | None = None,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerFeatureAblation(captum.attr.LayerFeatureAblation):
@@ -295,6 +308,7 @@ class LayerGradCam(captum.attr.LayerGradCam):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerGradientShap(captum.attr.LayerGradientShap):
@@ -311,6 +325,7 @@ class LayerGradientShap(captum.attr.LayerGradientShap):
         *,
         internal_batch_size: int | None = None,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerGradientXActivation(captum.attr.LayerGradientXActivation):
@@ -323,6 +338,7 @@ class LayerGradientXActivation(captum.attr.LayerGradientXActivation):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerIntegratedGradients(captum.attr.LayerIntegratedGradients):
@@ -340,6 +356,7 @@ class LayerIntegratedGradients(captum.attr.LayerIntegratedGradients):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class LayerLRP(captum.attr.LayerLRP):
@@ -353,6 +370,7 @@ class LayerLRP(captum.attr.LayerLRP):
         verbose: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> Any: ...
 
 class NeuronConductance(captum.attr.NeuronConductance):
@@ -370,6 +388,7 @@ class NeuronConductance(captum.attr.NeuronConductance):
         grad_kwargs: dict[str, Any] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronDeconvolution(captum.attr.NeuronDeconvolution):
@@ -381,6 +400,7 @@ class NeuronDeconvolution(captum.attr.NeuronDeconvolution):
         attribute_to_neuron_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronDeepLift(captum.attr.NeuronDeepLift):
@@ -394,6 +414,7 @@ class NeuronDeepLift(captum.attr.NeuronDeepLift):
         custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronDeepLiftShap(captum.attr.NeuronDeepLiftShap):
@@ -407,6 +428,7 @@ class NeuronDeepLiftShap(captum.attr.NeuronDeepLiftShap):
         custom_attribution_func: Callable[..., tuple[Tensor, ...]] | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronFeatureAblation(captum.attr.NeuronFeatureAblation):
@@ -432,6 +454,7 @@ class NeuronGradient(captum.attr.NeuronGradient):
         attribute_to_neuron_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronGradientShap(captum.attr.NeuronGradientShap):
@@ -446,6 +469,7 @@ class NeuronGradientShap(captum.attr.NeuronGradientShap):
         attribute_to_neuron_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronGuidedBackprop(captum.attr.NeuronGuidedBackprop):
@@ -457,6 +481,7 @@ class NeuronGuidedBackprop(captum.attr.NeuronGuidedBackprop):
         attribute_to_neuron_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NeuronIntegratedGradients(captum.attr.NeuronIntegratedGradients):
@@ -472,6 +497,7 @@ class NeuronIntegratedGradients(captum.attr.NeuronIntegratedGradients):
         attribute_to_neuron_input: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...
 
 class NoiseTunnel(captum.attr.NoiseTunnel):
@@ -485,6 +511,7 @@ class NoiseTunnel(captum.attr.NoiseTunnel):
         draw_baseline_from_distrib: bool = False,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
         **kwargs: Any,
     ) -> Any: ...
 
@@ -497,4 +524,5 @@ class Saliency(captum.attr.Saliency):
         additional_forward_args: object | None = None,
         *,
         create_graph: bool = False,
+        memory_budget: float | None = None,
     ) -> TensorOrTensors: ...

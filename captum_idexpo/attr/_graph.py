@@ -96,6 +96,7 @@ def by_gradients(
     *,
     of_inputs: bool = False,
     with_delta: bool = False,
+    made_leaves: list[Tensor] | None = None,
 ) -> Any:
     """Return an attribution that takes gradients, attached to the graph of the model's parameters or detached.
 
@@ -106,6 +107,8 @@ def by_gradients(
         create_graph: attach the attribution to the graph; else detach it.
         of_inputs: gradients are taken with respect to the inputs themselves.
         with_delta: `compute` returns a pair of the attribution and the convergence delta. The delta is detached.
+        made_leaves: a list to put the leaves into that the attribution makes itself, to take gradients with respect to
+            them.
 
     Raises:
         RuntimeError: create_graph where no graph can exist; under `torch.inference_mode`.
@@ -120,7 +123,9 @@ def by_gradients(
     if not create_graph:
         with no_weights_left():  # parts of the attribution may be computed under torch.no_grad
             return _map(compute(_copies(inputs, of_inputs, detached=True)), Tensor.detach)
-    computed = _with_graph(explainer, lambda given: compute(_copies(given, of_inputs)), inputs, gradients=True)
+    computed = _with_graph(
+        explainer, lambda given: compute(_copies(given, of_inputs)), inputs, gradients=True, made_leaves=made_leaves
+    )
     if with_delta:
         attribution, delta = computed
         return attribution, delta.detach()
@@ -148,12 +153,21 @@ def by_outputs(explainer: Attribution, compute: Computation, inputs: Tensors, cr
     return _with_graph(explainer, of_copies, inputs, gradients=False)
 
 
-def _with_graph(explainer: Attribution, compute: Computation, inputs: Tensors, *, gradients: bool) -> Any:
+def _with_graph(
+    explainer: Attribution,
+    compute: Computation,
+    inputs: Tensors,
+    *,
+    gradients: bool,
+    made_leaves: list[Tensor] | None = None,
+) -> Any:
     """Return the result of `compute` with its graph; raise RuntimeError if there is no graph."""
     name = type(explainer).__name__
     require_gradients_enabled(name)
     with _keeping(gradients) as inner, twice_differentiable(explainer):
         computed = compute(inputs)
+    if made_leaves is not None:
+        made_leaves[:] = inner.made_leaves
     anchor = inner.anchor(computed)
     if anchor is None:
         raise no_graph_error(name)

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from captum_idexpo._core.errors import InputError, InputTypeError
 from captum_idexpo._core.inputs import Tensors, as_tuple
+from captum_idexpo._core.memory import MemoryBudget
+from captum_idexpo._core.modes import module_of
 from captum_idexpo._core.targets import captum_target, require_tensor
+from captum_idexpo.attr._bounded import in_bounded_memory
 from captum_idexpo.attr._graph import asks_for_graph, by_gradients, by_outputs, keeps_graph, on_its_own
 
 TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, ...])
@@ -64,10 +67,16 @@ PARAMETERS = {
     "interpolate_mode": "how the map is upsampled, see `torch.nn.functional.interpolate`.",
     "verbose": "print what rule each layer has.",
     "create_graph": "attach the attribution to the model's graph; else it is detached.",
+    "memory_budget": "bytes of activations that the graph may keep until the backward pass, which else computes the "
+    "attribution again, a few examples at a time; None: no bound.",
 }
 """Descriptions of the arguments of ``attribute``, unless a class has its own in `_parameters`."""
 
-_ANNOTATIONS = {"create_graph": bool, "internal_batch_size": int | None}
+_ANNOTATIONS = {
+    "create_graph": bool,
+    "internal_batch_size": int | None,
+    "memory_budget": float | MemoryBudget | None,
+}
 """Annotations of the arguments that Captum's methods lack."""
 
 _RAISES = """RuntimeError: create_graph where no graph can exist; any call under `torch.inference_mode`.
@@ -90,6 +99,7 @@ class Trainable:
         _modules_only: True if the class changes modules; it then accepts only a `torch.nn.Module`.
         _by_gradients: True if the class takes gradients; False if it uses only outputs.
         _of_inputs: True if gradients are taken with respect to the inputs themselves.
+        _takes_distribution: True if baselines are a distribution for all examples, not one for each.
         _between_inputs: True if gradients are taken at points between the inputs and other points, which needs inputs
             that are not integers.
     """
@@ -102,6 +112,7 @@ class Trainable:
     _modules_only: ClassVar[bool] = False
     _by_gradients: ClassVar[bool] = True
     _of_inputs: ClassVar[bool] = False
+    _takes_distribution: ClassVar[bool] = False
     _between_inputs: ClassVar[bool] = False
 
     forward_func: Callable[..., Any]
@@ -119,19 +130,51 @@ class Trainable:
         create_graph = asks_for_graph(create_graph, arguments.get("grad_kwargs"))
         self._refuse(create_graph)
 
-        def compute(inputs: Tensors) -> Any:
-            with self._one_call(arguments) as explainer:
-                try:
-                    return explainer._compute(inputs, arguments)
-                except (RuntimeError, TypeError) as error:
-                    if not self._between_inputs or isinstance(error, InputError) or _are_numbers(inputs):
-                        raise
-                    raise self._no_gradient(inputs) from error
-
         if not self._by_gradients:
-            return by_outputs(self, compute, inputs, create_graph)
+            return by_outputs(self, lambda inputs: self._computed(inputs, arguments), inputs, create_graph)
+        arguments = dict(arguments)
+        memory = MemoryBudget.of(arguments.pop("memory_budget", None), create_graph, module_of(self.forward_func))
+        if memory is None:
+            return self._explain_by_gradients(inputs, create_graph, arguments)
+        explain, of_examples = self._explain_by_gradients, self._arguments_of_examples(arguments)
+        return in_bounded_memory(explain, self.forward_func, inputs, arguments, of_examples, memory)
+
+    def _explain_by_gradients(
+        self,
+        inputs: Tensors,
+        create_graph: bool,
+        arguments: dict[str, Any],
+        made_leaves: list[Tensor] | None = None,
+    ) -> Any:
         delta = bool(arguments.get("return_convergence_delta"))
-        return by_gradients(self, compute, inputs, create_graph, of_inputs=self._of_inputs, with_delta=delta)
+
+        def compute(inputs: Tensors) -> Any:
+            return self._computed(inputs, arguments)
+
+        return by_gradients(
+            self,
+            compute,
+            inputs,
+            create_graph,
+            of_inputs=self._of_inputs,
+            with_delta=delta,
+            made_leaves=made_leaves,
+        )
+
+    def _computed(self, inputs: Tensors, arguments: dict[str, Any]) -> Any:
+        """Return what a copy of this explainer that exists for one call computes."""
+        with self._one_call(arguments) as explainer:
+            try:
+                return explainer._compute(inputs, arguments)
+            except (RuntimeError, TypeError) as error:
+                if not self._between_inputs or isinstance(error, InputError) or _are_numbers(inputs):
+                    raise
+                raise self._no_gradient(inputs) from error
+
+    def _arguments_of_examples(self, arguments: dict[str, Any]) -> set[str]:
+        """Return the names of the arguments that may have an entry for each example."""
+        baselines = set() if self._takes_distribution else {"baselines"}
+        return {"target", "additional_forward_args"} | baselines
 
     def _read(self, arguments: dict[str, Any]) -> None:
         """Check the arguments and convert them in place to the forms that Captum accepts."""
@@ -220,9 +263,10 @@ def require_number_per_row(output: object) -> None:
 def _written(cls: type[Trainable]) -> Callable[..., Any]:
     """Return the ``attribute`` method of a class: Captum's arguments, the arguments in `_more`, ``create_graph``."""
     captums = inspect.signature(captums_method(cls))
+    budget = {"memory_budget": None} if cls._by_gradients else {}
     keyword_only = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_ANNOTATIONS[name])
-        for name, default in {**cls._more, "create_graph": False}.items()
+        for name, default in {**cls._more, "create_graph": False, **budget}.items()
     ]
     positional = [
         each.replace(default=cls._defaults[name]) if name in cls._defaults else each

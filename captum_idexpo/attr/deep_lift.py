@@ -255,6 +255,7 @@ class DeepLift(RescaleRule, captum.DeepLift):
 class OverBaselines(RescaleRule):
     """The mean of DeepLIFT over a distribution of baselines, in forward passes of ``internal_batch_size`` rows."""
 
+    _takes_distribution = True
     _parameters: ClassVar[dict[str, str]] = {
         **OF_A_DISTRIBUTION,
         "internal_batch_size": "rows of a forward pass, of which two or three baselines of the batch need 4 to 6 B; "

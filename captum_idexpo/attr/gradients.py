@@ -202,7 +202,13 @@ class NoiseTunnel(Trainable, captum.NoiseTunnel):
         if self.is_gradient_method:
             return super()._explain(inputs, create_graph, arguments)
         self._refuse(create_graph)
-        return by_outputs(self, lambda inputs: self._compute(inputs, arguments), inputs, create_graph)
+        budget = arguments.pop("memory_budget")
+        given = arguments if budget is None else {**arguments, "memory_budget": budget}  # LIME and KernelSHAP take it
+        return by_outputs(self, lambda inputs: self._compute(inputs, given), inputs, create_graph)
+
+    def _arguments_of_examples(self, arguments: dict[str, Any]) -> set[str]:
+        names: set[str] = self.attribution_method._arguments_of_examples(arguments)
+        return names - {"baselines"} if arguments["draw_baseline_from_distrib"] else names
 
     @contextmanager
     def _one_call(self, arguments: dict[str, Any]) -> Iterator[NoiseTunnel]:
@@ -294,6 +300,7 @@ class GradientShap(Trainable, captum.GradientShap):
     _summary = "Return the mean of the gradient at random points between inputs and baselines."
     _between_inputs = True
     _returns = WITH_DELTA
+    _takes_distribution = True
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
     _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 

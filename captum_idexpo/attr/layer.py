@@ -350,6 +350,7 @@ class LayerGradientShap(OfLayer, captum.LayerGradientShap):
 
     _summary = "Return the mean gradient of the activations at random points between inputs and baselines."
     _returns = PER_ACTIVATION_WITH_DELTA
+    _takes_distribution = True
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
     _more: ClassVar[dict[str, Any]] = {"internal_batch_size": None}
 

@@ -149,6 +149,7 @@ class NeuronGradientShap(OfNeuron, captum.NeuronGradientShap):
 
     _summary = "Return the mean of the neuron's gradient at random points between inputs and baselines."
     _counterpart = GradientShap
+    _takes_distribution = True
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
 
 
@@ -196,6 +197,7 @@ class NeuronDeepLiftShap(OfNeuron, captum.NeuronDeepLiftShap):
     _summary = "Return the mean contribution of each input over a distribution of baselines."
     _counterpart = DeepLiftShap
     _modules_only = True
+    _takes_distribution = True
     _parameters: ClassVar[dict[str, str]] = OF_A_DISTRIBUTION
 
 

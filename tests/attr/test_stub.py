@@ -29,6 +29,7 @@ TYPES = {
     "additional_forward_args": "object | None",
     "stdevs": "float | tuple[float, ...]",
     "internal_batch_size": "int | None",
+    "memory_budget": "float | None",
     "nt_samples_batch_size": "int | None",
     "perturbations_per_eval": "int | None",
     "neuron_selector": "Any",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import captum_idexpo.attr as attr
+from captum_idexpo import InputError
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.metrics import insertion_deletion, sensitivity_n
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, MaskedNeighbors, Stability
@@ -17,6 +21,7 @@ from tests.invariances.zoo import ONE_EACH, ZOO
 pytestmark = [
     pytest.mark.filterwarnings("ignore:internal_batch_size"),  # less than LayerConductance's two steps
     pytest.mark.filterwarnings("ignore:The attributions of DeepLift"),  # modules without a rule
+    pytest.mark.filterwarnings("ignore:Couldn't appropriately interpolate"),  # Captum's GuidedGradCam of no images
 ]
 CHUNKED = [name for name, call in CALLS.items() if call.chunk]
 
@@ -32,6 +37,41 @@ def test_chunk_size_does_not_change_the_attribution(specimen, name):
     argument, values = call.chunk
     for value in values:
         assert_same(call(specimen, inputs, target, **{argument: value}), whole)
+
+
+def bounded(specimen, name, budget):
+    """An attribution of five examples and its gradient in the model's weights, with a memory_budget."""
+    specimen, call = ZOO[specimen], CALLS[name]
+    inputs, target, model = specimen.inputs(5), torch.arange(5) % specimen.n_columns, specimen.model()
+    values = call(specimen, inputs, target, model, create_graph=True, memory_budget=budget)
+    flat = torch.cat([value.flatten() for value in tree_leaves(values)])
+    flat.square().sum().backward()
+    return [flat, *(parameter.grad for parameter in model.parameters())]
+
+
+TAKES_BUDGET = [
+    name
+    for name in CALLS
+    if "memory_budget" in inspect.signature(getattr(attr, name).attribute).parameters and not CALLS[name].random
+]
+
+
+@pytest.mark.parametrize("name", TAKES_BUDGET)
+@pytest.mark.parametrize("specimen", ONE_EACH)
+def test_memory_budget_changes_neither_attribution_nor_gradient_of_any_class(specimen, name):
+    """One byte: every example for itself, and twice; and a budget that holds the whole graph."""
+    if specimen == "siamese" and "DeepLift" in name:
+        pytest.skip("a module that is used twice is refused")
+    whole = bounded(specimen, name, None)
+    if not len(whole[0]):
+        with pytest.raises(InputError, match="one row for each example"):
+            bounded(specimen, name, 1.0)
+        return
+    for budget in (1.0, 1e9):
+        for ours, expected in zip(bounded(specimen, name, budget), whole, strict=True):
+            assert (ours is None) == (expected is None)
+            if ours is not None:
+                assert_same(ours, expected)
 
 
 @settings(max_examples=30, deadline=None)
