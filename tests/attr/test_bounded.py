@@ -90,7 +90,9 @@ def test_memory_budget_bounds_what_integrated_gradients_keep(n_examples):
         return IntegratedGradients(net).attribute(x, target=y, n_steps=20, create_graph=True, memory_budget=budget)
 
     of_weights = sum(parameter.nbytes for parameter in net.parameters())
-    assert kept_bytes(lambda: attribute(1.0)) < 4 * x.nbytes + of_weights < kept_bytes(lambda: attribute(None)) / 10
+    whole = kept_bytes(lambda: attribute(None))
+    for budget in (1.0, whole):  # half of which is left to other graphs
+        assert kept_bytes(lambda budget=budget: attribute(budget)) < 4 * x.nbytes + of_weights < whole / 10
 
 
 def test_large_budget_keeps_the_whole_graph():
@@ -222,6 +224,24 @@ def test_distribution_as_long_as_the_batch_is_not_taken_apart():
     arguments = {"baselines": 0.5 * X, "target": Y, "create_graph": True}
     whole, bounded = (explainer.attribute(X, memory_budget=budget, **arguments) for budget in (None, 1.0))
     torch.testing.assert_close(bounded, whole)
+
+
+def test_baselines_that_are_drawn_from_a_distribution_are_not_those_of_the_examples():
+    linear = nn.Linear(6, 3).double()
+    torch.manual_seed(0)
+    phi = NoiseTunnel(IntegratedGradients(linear)).attribute(
+        X,
+        baselines=10.0 * X,
+        draw_baseline_from_distrib=True,
+        nt_samples=1,
+        stdevs=0.0,
+        target=Y,
+        create_graph=True,
+        memory_budget=1.0,
+    )
+    drawn = X - phi.detach() / linear.weight[Y].detach()
+    assert all(any(torch.allclose(row, baseline) for baseline in 10.0 * X) for row in drawn)
+    assert not torch.allclose(drawn, 10.0 * X)
 
 
 def test_one_budget_serves_several_attributions():
