@@ -23,7 +23,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -112,12 +112,15 @@ def make_regularizer(job: str, called: nn.Module, model: nn.Module, fewer_copies
     return InsertionDeletion(lime, attribute_kwargs={"sampling": "independent", **drawn}, **arguments)
 
 
-def measure(job: str, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def measure(
+    job: str, rounds: int, device: torch.device, names: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Seconds of each contender in each round, seconds of its first step, and its agreement with float64."""
     torch.manual_seed(0)
     model = ResNet().eval()
     steps, rows = {}, {}
-    for name, switches in JOBS[job].items():
+    for name in JOBS[job] if names is None else names:
+        switches = JOBS[job][name]
         exact = flat(make_step(job, model, Switches(fewer_copies=switches.fewer_copies), torch.float64, device)())
         steps[name] = make_step(job, model, switches, torch.float32, device)
         torch.compiler.reset()  # what another contender compiled would serve this one, too
