@@ -6,7 +6,7 @@ each. Switches:
 
 * channels last: ``model.to(memory_format=torch.channels_last)``, and the images likewise;
 * bfloat16: ``torch.autocast`` around the loss, which needs a machine that multiplies in bfloat16 (on CPUs: AMX);
-* compiled: ``torch.compile`` (LIME alone, since Grad-CAM needs second derivatives);
+* compiled: ``torch.compile``; with Grad-CAM, which needs second derivatives, of what is scored alone;
 * fewer copies: LIME with 100 masked copies in place of 200, of an orthogonal design, and a ridge whose strength the
   samples choose (see `sampling_noise.py`).
 
@@ -58,14 +58,19 @@ class Switches(NamedTuple):
     fewer_copies: bool = False
 
 
-GRAD_CAM = {
+PLAIN = {
     AS_IT_IS: Switches(),
     "channels last": Switches(channels_last=True),
     "bfloat16": Switches(bfloat16=True),
     "channels last, bfloat16": Switches(channels_last=True, bfloat16=True),
 }
+GRAD_CAM = {
+    **PLAIN,
+    "compiled": Switches(compiled=True),
+    "channels last, compiled": Switches(channels_last=True, compiled=True),
+}
 LIME = {
-    **GRAD_CAM,
+    **PLAIN,
     "fewer copies": Switches(fewer_copies=True),
     "compiled": Switches(compiled=True),
     "channels last, compiled, fewer copies": Switches(channels_last=True, compiled=True, fewer_copies=True),
@@ -105,7 +110,7 @@ def make_regularizer(job: str, called: nn.Module, model: nn.Module, fewer_copies
     arguments: dict[str, Any] = {"feature_mask": partial(grid, cell_size=CELL), "fraction": 0.5, "baselines": 0.0}
     arguments["generator"] = Generator().manual_seed(0)
     if job.startswith("Grad-CAM"):
-        return InsertionDeletion(LayerGradCam(model, model.get_submodule("layer3")), **arguments)
+        return InsertionDeletion(LayerGradCam(model, model.get_submodule("layer3")), forward_func=called, **arguments)
     surrogate = BayesianRidge() if fewer_copies else Ridge(1.0)
     drawn = {"n_samples": FEWER, "sampling": "orthogonal"} if fewer_copies else {"n_samples": N_COPIES}
     lime = Lime(called, surrogate, MaskSimilarity())

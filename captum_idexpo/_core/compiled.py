@@ -6,6 +6,7 @@ with rows that are views, with another number of rows. After eight times PyTorch
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_ONE_THREAD = threading.RLock()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -40,13 +43,14 @@ def can_run_eagerly() -> bool:
 def eagerly(*models: nn.Module | None) -> Iterator[None]:
     """Run compiled models inside without their compiled code, for a few rows that are only looked at.
 
-    Nothing is compiled, and hooks see all layers. With an older PyTorch nothing changes.
+    Nothing is compiled, and hooks see all layers. With an older PyTorch nothing changes. The stance is that of all
+    threads, so that one thread has to be done before the next.
     """
     if not (can_run_eagerly() and has_compiled_parts(*models)):
         yield
         return
     stance: Any = torch.compiler.set_stance  # its types are those of a decorator
-    with warnings.catch_warnings(), stance("force_eager"):
+    with _ONE_THREAD, warnings.catch_warnings(), stance("force_eager"):
         # The hooks of a look, which it lets pass.
         warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
         yield

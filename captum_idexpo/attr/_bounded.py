@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from captum_idexpo._core.captum import format_callable_baseline
 from captum_idexpo._core.chunks import even_slices, look
 from captum_idexpo._core.errors import InputError
 from captum_idexpo._core.forward import BatchForward
 from captum_idexpo._core.inputs import Tensors, as_tuple
 from captum_idexpo._core.memory import Chunk, MemoryBudget
+from captum_idexpo._core.modes import is_batch_norm, module_of
+from captum_idexpo._core.rng import accelerators, kept_streams
 
 Explain = Callable[[Any, bool, dict[str, Any], list[Tensor]], Any]
 """(inputs, create_graph, further arguments, a list for the leaves it makes) -> tensors, in tuples and lists."""
@@ -42,19 +45,24 @@ def in_bounded_memory(
         memory: the budget.
 
     Raises:
-        InputError: the rows of a forward pass influence each other, or the output has not one row per example; a
+        InputError: the examples influence each other, or the output or the attribution has not one row for each; a
             convergence delta is asked for.
     """
     tensors = as_tuple(inputs, "inputs")
-    n_examples, one, form = len(tensors[0]), slice(0, 1), _Form()
-    made: list[Tensor] = []
+    n_examples, form, made = len(tensors[0]), _Form(), list[Tensor]()
     if arguments.get("return_convergence_delta"):
         raise InputError("With a memory_budget there is no convergence delta: leave one of the two out.")
+    if callable(arguments.get("baselines")):  # a distribution that may depend on all inputs
+        arguments = {**arguments, "baselines": format_callable_baseline(arguments["baselines"], inputs)}
     _require_independent_rows(forward_func, tensors, arguments.get("additional_forward_args"))
+    # A tensor that is passed twice stays one tensor, so that its gradient is the sum over both uses.
+    through = list({id(tensor): tensor for tensor in tensors}.values())
+    places = [next(place for place, one in enumerate(through) if one is tensor) for tensor in tensors]
 
     def evaluate(chunk: Chunk, through: Sequence[Tensor]) -> Tensor:
         examples, _ = chunk
-        some = tuple(tensor[examples] for tensor in through)
+        parts = [tensor[examples] for tensor in through]
+        some = tuple(parts[place] for place in places)
         given = {
             name: _of_examples(name, value, examples, n_examples) if name in of_examples else value
             for name, value in arguments.items()
@@ -62,13 +70,13 @@ def in_bounded_memory(
         graph = torch.is_grad_enabled()
         return form.flattened(explain(some if isinstance(inputs, tuple) else some[0], graph, given, made), len(some[0]))
 
-    memory.look(evaluate, (one, one), tensors, made)
+    one_copy, few = slice(0, 1), slice(0, min(2, n_examples))  # two, to see whether there is a row for each
+    memory.look(evaluate, (few, one_copy), through, made)
     fitting = memory.admit(n_examples * form.size)
     if fitting is None:
         return explain(inputs, True, arguments, made)
-    chunks = list(even_slices(n_examples, fitting // form.size))
-    values = memory.evaluate(evaluate, [(chunk, one) for chunk in chunks], tensors, lambda: None, made)
-    return form.joined(values)
+    chunks = [(examples, one_copy) for examples in even_slices(n_examples, fitting // form.size)]
+    return form.joined(memory.evaluate(evaluate, chunks, through, lambda: None, made))
 
 
 class _Form:
@@ -121,8 +129,22 @@ def _of_examples(name: str, value: Any, examples: slice, n_examples: int) -> Any
 def _require_independent_rows(
     forward_func: Callable[..., Any], tensors: tuple[Tensor, ...], additional_forward_args: Any
 ) -> None:
+    """Refuse what would be another function of a few examples than of the batch. It leaves no trace."""
+    model = module_of(forward_func)
+    if model is not None and any(is_batch_norm(module) and module.training for module in model.modules()):
+        raise InputError(
+            "A memory_budget takes the examples of a batch apart, and BatchNorm in training mode mixes them: call "
+            "model.eval() first (regularizers do), or leave memory_budget out."
+        )
     forward = BatchForward(forward_func, additional_forward_args, len(tensors[0]))
-    seen = look(forward_func, forward, tensors)
+    with kept_streams(accelerators(tensors[0].device)):
+        try:
+            seen = look(forward_func, forward, tensors)
+        except InputError as error:
+            raise InputError(
+                "A memory_budget takes the examples of a batch apart, but they influence each other in a forward pass: "
+                "leave memory_budget out."
+            ) from error
     if not isinstance(seen.output, Tensor) or seen.output.shape[:1] != (seen.n_rows,):
         raise InputError(
             "A memory_budget takes the examples of a batch apart, so the forward function has to return one row of "

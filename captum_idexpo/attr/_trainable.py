@@ -56,7 +56,8 @@ PARAMETERS = {
     "nt_samples_batch_size": "copies at a time; None: all.",
     "draw_baseline_from_distrib": "draw the baseline of each copy from the baselines given.",
     "kwargs": "arguments of the attribution method (target, baselines, ...).",
-    "custom_attribution_func": "(multipliers, inputs, baselines) -> attributions, tuples of tensors.",
+    "custom_attribution_func": "(multipliers, inputs, baselines) -> attributions, tuples of tensors; with a "
+    "memory_budget of a few examples at a time.",
     "attribute_to_layer_input": "explain the layer's input instead of its output.",
     "attribute_to_neuron_input": "the neuron is one of the layer's input.",
     "neuron_selector": "an index, a tuple of indices or slices (summed over), or a callable that picks one value per "

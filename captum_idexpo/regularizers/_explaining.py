@@ -55,7 +55,8 @@ class Explaining:
         self.arguments = dict(attribute_kwargs or {})
         self.takes = require_trainable(explainer)
         if isinstance(explainer, captum.NoiseTunnel):
-            self.takes |= require_trainable(explainer.attribution_method)
+            of_method = require_trainable(explainer.attribution_method)
+            self.takes = (self.takes - ({"memory_budget"} - of_method)) | of_method
         self._require_distribution()
         if self.arguments.get("return_convergence_delta"):
             raise ValueError("A convergence delta is no attribution: leave return_convergence_delta out.")

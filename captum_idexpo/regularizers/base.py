@@ -247,6 +247,11 @@ class Regularizer(nn.Module):
         return list(dict.fromkeys(module for module in candidates if module is not None))
 
     @property
+    def models_differentiated_twice(self) -> list[nn.Module]:
+        """The modules of which the terms may contain gradients, where `needs_second_derivative` is True."""
+        return self.models
+
+    @property
     def explainer(self) -> Attribution | None:
         """The attribution that the terms use, if there is one."""
         return None if self._explaining is None else self._explaining.explainer

@@ -37,7 +37,7 @@ from captum_idexpo._core.inputs import (
     with_batch_axis,
 )
 from captum_idexpo._core.memory import MemoryBudget
-from captum_idexpo._core.modes import no_graph
+from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.targets import Outputs, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.baselines import generators_of, mean_inputs
@@ -112,9 +112,8 @@ class InsertionDeletion(Regularizer):
             example depends on the others of its batch.
         generator: source of the drawn steps, and of the explainer's masks unless these are Captum's. None: torch's
             global generator.
-        memory_budget: bytes of activations that the graphs of LIME's, KernelSHAP's and the masked copies may keep until
-            the backward pass. Copies beyond it are evaluated again there, for a third of the step's time and the same
-            gradient. None: no bound.
+        memory_budget: bytes of activations that the graphs of the explanation and of the masked copies may keep until
+            the backward pass. What exceeds it is computed again there, with the same gradient. None: no bound.
         n_random_orders: `scores`, and so the trainer's `evaluate` and validation, also measure the gains over so many
             random orders of the locations; see `captum_idexpo.metrics.insertion_deletion`. Where a layer's map is
             enlarged to pixels, a random order of pixels destroys an image sooner than one of the layer's cells: pass a
@@ -203,6 +202,12 @@ class InsertionDeletion(Regularizer):
     def needs_second_derivative(self) -> bool:
         """True if the explainer takes gradients of the model."""
         return takes_gradients(self.explainer)
+
+    @property
+    def models_differentiated_twice(self) -> list[nn.Module]:
+        """The module that is explained. That which is scored may be another form of it, a compiled one."""
+        explained = module_of(self._explaining.explainer.forward_func)
+        return [] if explained is None else [explained]
 
     @property
     def generators(self) -> list[Generator]:

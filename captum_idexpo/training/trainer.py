@@ -723,7 +723,8 @@ class ExplanationRegularizedTrainer:
         if self.gradient_norms_every is None or run.updates % self.gradient_norms_every:
             return {}
         norms = {}
-        with eagerly(self.model), self._without_trace(run), gathered(self.model):
+        models = [model for regularizer in self._unwrapped.known_regularizers for model in regularizer.models]
+        with eagerly(self.model, *models), self._without_trace(run), gathered(self.model):
             with self.accelerator.autocast():
                 terms = self._unwrapped.terms(batch)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -831,11 +832,13 @@ class ExplanationRegularizedTrainer:
 def _check_compiled(regularizers: Iterable[nn.Module], model: nn.Module) -> None:
     """Refuse regularizers of a compiled model that need its second derivative, before training starts."""
     for regularizer in regularizers:
-        explained = regularizer.models if isinstance(regularizer, Regularizer) else [model]
-        if not has_compiled_parts(*explained):
+        used = twice = [model]
+        if isinstance(regularizer, Regularizer):
+            used, twice = regularizer.models, regularizer.models_differentiated_twice
+        if not has_compiled_parts(*used):
             continue
         name = type(regularizer).__name__
-        if getattr(regularizer, "needs_second_derivative", True):
+        if getattr(regularizer, "needs_second_derivative", True) and has_compiled_parts(*twice):
             raise ValueError(
                 f"torch.compile has no second derivative, which {name} needs: give {name} and its explainer the module "
                 "that was given to torch.compile, and leave model.compile() out. A regularizer of your own that takes "

@@ -19,6 +19,7 @@ from captum_idexpo.attr import (
     IntegratedGradients,
     KernelShap,
     LayerGradCam,
+    LayerGradientXActivation,
     LayerIntegratedGradients,
     NeuronGradient,
     NoiseTunnel,
@@ -34,7 +35,7 @@ IMAGES = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator(
 RANDOM = {
     "GradientShap": lambda net: (GradientShap(net), {"baselines": X[:3], "n_samples": 4, "stdevs": 0.1}),
     "NoiseTunnel": lambda net: (NoiseTunnel(Saliency(net)), {"nt_samples": 4, "stdevs": 0.1}),
-    "NoiseTunnel of a distribution": lambda net: (
+    "NoiseTunnel in chunks": lambda net: (
         NoiseTunnel(InputXGradient(net)),
         {"nt_samples": 3, "nt_samples_batch_size": 2},
     ),
@@ -173,6 +174,11 @@ def test_regularizer_shares_its_budget_with_an_explainer_that_takes_gradients():
         losses.append(torch.autograd.grad(sum(terms.values()), list(net.parameters())))
     for ours, expected in zip(*losses, strict=True):
         torch.testing.assert_close(ours, expected)
+    of_outputs = NoiseTunnel(Occlusion(net))  # takes none
+    windows = {"sliding_window_shapes": (2, 3, 3)}
+    InsertionDeletion(of_outputs, baselines=0.0, memory_budget=1e9, step_size=6, attribute_kwargs=windows)(
+        IMAGES, Y[:4]
+    )
     bounded = Sparsity(IntegratedGradients(net), attribute_kwargs={"memory_budget": 1.0, "n_steps": 5})
     bounded(IMAGES, Y[:4])["sparsity"].backward()
 
@@ -210,8 +216,13 @@ def test_budget_that_cannot_be_kept_is_refused():
         IntegratedGradients(net).attribute(X, target=Y, return_convergence_delta=True, **budget)
     with pytest.raises(InputError, match="one row of outputs for each example"):
         Saliency(lambda x: net(x).sum()).attribute(X, **budget)
-    with pytest.raises(InputError, match="rows of a forward pass influence each other"):
+    with pytest.raises(InputError, match=r"influence each other in a forward pass: leave memory_budget out"):
         Saliency(lambda x: net(x - x.mean(0))).attribute(X, target=Y, **budget)
+    with pytest.raises(InputError, match=r"BatchNorm in training mode mixes them: call model\.eval\(\)"):
+        Saliency(smooth_conv_net().train()).attribute(IMAGES, target=Y[:4], **budget)
+    positions = WithPositions()
+    with pytest.raises(InputError, match="one row for each example"):
+        LayerGradientXActivation(positions, positions.positions).attribute(X, target=Y, **budget)
     with pytest.raises(ValueError, match="memory_budget must be a positive number"):
         Saliency(net).attribute(X, target=Y, memory_budget=0.0)
     phi = NeuronGradient(net, net[0]).attribute(X, neuron_selector=1, **budget)
@@ -242,6 +253,50 @@ def test_baselines_that_are_drawn_from_a_distribution_are_not_those_of_the_examp
     drawn = X - phi.detach() / linear.weight[Y].detach()
     assert all(any(torch.allclose(row, baseline) for baseline in 10.0 * X) for row in drawn)
     assert not torch.allclose(drawn, 10.0 * X)
+
+
+def test_distribution_that_is_made_of_the_inputs_is_made_of_all():
+    net = smooth_net()
+    for explainer, arguments in ((GradientShap(net), {"n_samples": 1, "stdevs": 0.0}), (DeepLiftShap(net), {})):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        phi = explainer.attribute(
+            X, baselines=lambda x: x.clone(), target=Y, create_graph=True, memory_budget=1.0, **arguments
+        )
+        assert phi.abs().amax() > 1e-3  # an example alone would be its own baseline
+
+
+def test_tensor_that_is_passed_twice_has_the_gradient_of_both_uses():
+    net = smooth_net()
+    results = []
+    for budget in (None, 1.0):
+        phi, _ = InputXGradient(lambda a, b: net(a * b)).attribute(
+            (X, X), target=Y, create_graph=True, memory_budget=budget
+        )
+        results.append([phi, *torch.autograd.grad(phi.square().sum(), [net[0].weight, net[2].weight])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_look_leaves_random_streams_alone():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    values = []
+    for budget in (None, 1e9):
+        torch.manual_seed(0)
+        values.append(Saliency(net).attribute(X, target=Y, create_graph=True, memory_budget=budget))
+    torch.testing.assert_close(*values)
+
+
+class WithPositions(nn.Module):
+    """A layer whose output has no axis of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.net = nn.Embedding(1, 6), smooth_net()
+        self.double()
+
+    def forward(self, x):
+        return self.net(x + self.positions(torch.zeros(1, dtype=torch.long)))
 
 
 def test_one_budget_serves_several_attributions():

@@ -290,6 +290,25 @@ def test_regularizer_may_explain_the_module_that_was_compiled():
         torch.testing.assert_close(ours, expected)
 
 
+@needs_eager_runs
+def test_explanation_of_the_module_may_be_scored_by_the_compiled_model():
+    """The explainer's second derivative is the module's, the score needs a first one only."""
+    torch._dynamo.reset()
+    net = network().eval()
+
+    def gradient(model):
+        regularizer = InsertionDeletion(
+            LayerGradCam(net, net[2]), baselines=0.0, forward_func=model, generator=torch.Generator().manual_seed(0)
+        )
+        if model is not net:
+            trainer_of(model, regularizer)
+        loss, _ = ExplanationRegularizedLoss(model, [regularizer])((X[:8], Y[:8]))
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    for ours, expected in zip(gradient(torch.compile(net, backend=aot_eager)), gradient(net), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_older_torch_cannot_train_compiled_models(monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     compiled = torch.compile(network(), backend="eager")
