@@ -176,7 +176,7 @@ RAISED = {
         GradientShap(net()), attribute_kwargs={"baselines": X, "return_convergence_delta": True}
     ),
     "A second derivative": lambda _: train((model := net()), bounded(model, model), create_graph=True),
-    "Random numbers that are not torch": lambda _: train((model := net()), bounded(jittered(model), model)),
+    "Random numbers of neither": lambda _: train((model := net()), bounded(jittered(model), model)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
     "Several labels per example": lambda _: Sparsity(Saliency(net()))(X, torch.ones(4, 3).long()),
     "A layer of steps": lambda _: Sparsity(LayerActivation(steps := nn.Sequential(net(), Mean()), steps[0]))(

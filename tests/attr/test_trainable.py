@@ -65,9 +65,9 @@ def test_trainable_subclasses_may_have_other_constructors():
         Anything(lambda x: net(x))
 
 
-def test_trainable_signatures_are_captums_plus_create_graph():
+def test_trainable_signatures_are_captums_plus_create_graph_and_a_budget():
     theirs = list(inspect.signature(captum.attr.LayerGradCam.attribute).parameters)
-    assert list(inspect.signature(attr.LayerGradCam.attribute).parameters) == [*theirs, "create_graph"]
+    assert list(inspect.signature(attr.LayerGradCam.attribute).parameters) == [*theirs, "create_graph", "memory_budget"]
     assert inspect.signature(attr.LayerConductance) == inspect.signature(captum.attr.LayerConductance)
     own = list(inspect.signature(attr.LayerGradCam).parameters)
     assert own == [*inspect.signature(captum.attr.LayerGradCam).parameters, "reshape_transform"]

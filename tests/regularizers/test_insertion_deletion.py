@@ -189,7 +189,7 @@ def test_grad_cam_with_constant_channel_weights_has_another_gradient():
 
 
 class HalfTrue(captum.attr.LayerGradCam):
-    def attribute(self, *args, create_graph=False, **kwargs):
+    def attribute(self, *args, create_graph=False, memory_budget=None, **kwargs):
         return super().attribute(*args, **kwargs)
 
 
