@@ -16,6 +16,7 @@ guides: .venv/dev .venv/guides
 
 accelerator: .venv/dev
 	SIMULATED_ACCELERATOR=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_accelerator.py
+	rm -rf build/gpu
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -W ignore -m benchmarks.gpu --device cpu --small --out build/gpu
 
 lint: .venv/dev

@@ -21,6 +21,7 @@ from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrai
 from captum_idexpo.attr import (
     LRP,
     GradientShap,
+    IntegratedGradients,
     KernelShap,
     LayerActivation,
     LayerFeatureAblation,
@@ -176,6 +177,9 @@ RAISED = {
         GradientShap(net()), attribute_kwargs={"baselines": X, "return_convergence_delta": True}
     ),
     "A second derivative": lambda _: train((model := net()), bounded(model, model), create_graph=True),
+    "A convergence delta with": lambda _: IntegratedGradients(net()).attribute(
+        X, target=1, create_graph=True, memory_budget=1.0, return_convergence_delta=True
+    ),
     "Random numbers of neither": lambda _: train((model := net()), bounded(jittered(model), model)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
     "Several labels per example": lambda _: Sparsity(Saliency(net()))(X, torch.ones(4, 3).long()),

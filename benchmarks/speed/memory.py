@@ -43,7 +43,12 @@ class Step(NamedTuple):
         return {"n_steps": n_samples}
 
 
-STEPS = (Step("LIME", 50, 32), Step("LIME", 200, 32, whole_graph=False), Step("Integrated Gradients", 25, 16))
+STEPS = (
+    Step("LIME", 50, 16),
+    Step("LIME", 50, 32),
+    Step("LIME", 200, 32, whole_graph=False),
+    Step("Integrated Gradients", 25, 16),
+)
 
 
 def take(step: Step, memory_budget: float | None, device_type: str, n_threads: int) -> tuple[float, float]:
