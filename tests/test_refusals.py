@@ -177,7 +177,7 @@ RAISED = {
         GradientShap(net()), attribute_kwargs={"baselines": X, "return_convergence_delta": True}
     ),
     "A second derivative": lambda _: train((model := net()), bounded(model, model), create_graph=True),
-    "A convergence delta with": lambda _: IntegratedGradients(net()).attribute(
+    "A ``memory_budget`` and": lambda _: IntegratedGradients(net()).attribute(
         X, target=1, create_graph=True, memory_budget=1.0, return_convergence_delta=True
     ),
     "Random numbers of neither": lambda _: train((model := net()), bounded(jittered(model), model)),
