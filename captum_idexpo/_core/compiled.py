@@ -1,7 +1,8 @@
 """Models that torch.compile made: where they are, and how to call them without compiling them again.
 
 A compiled model is compiled once more for each new kind of call: without gradients, with rows that require gradient,
-with rows that are views, with another number of rows. After eight times PyTorch runs it eagerly, and says nothing.
+with rows that are views, with another number of rows. After eight times PyTorch runs it eagerly, and
+says so only in its log.
 """
 
 from __future__ import annotations
@@ -51,6 +52,6 @@ def eagerly(*models: nn.Module | None) -> Iterator[None]:
         return
     stance: Any = torch.compiler.set_stance  # its types are those of a decorator
     with _ONE_THREAD, warnings.catch_warnings(), stance("force_eager"):
-        # The hooks of a look, which it lets pass.
+        # PyTorch warns of hooks for all modules, which `look` sets. They do no harm to code that runs eagerly.
         warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
         yield
