@@ -7,12 +7,13 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python benchmarks/digits.py demo
 
+# As many tests at once as there are cores.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # Also those that need transformers, peft, Lightning and timm, which `test` skips.
 guides: .venv/dev .venv/guides
-	$(BIN)/python -m pytest tests/test_guides.py
+	$(BIN)/python -m pytest -n auto tests/test_guides.py
 
 accelerator: .venv/dev
 	SIMULATED_ACCELERATOR=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_accelerator.py
