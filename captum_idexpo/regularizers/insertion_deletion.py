@@ -93,9 +93,9 @@ class InsertionDeletion(Regularizer):
         temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
             attribution gets no gradient. No gradient flows through temperature and threshold of the soft mask. Hold
             them fixed when you check with finite differences.
-        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata. The
-            estimate is unbiased, at a fraction of the cost. None: all steps, which `scores` and the trainer's
-            `evaluate` always take. All are also taken if there are not more.
+        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata, at
+            the same place of each. The estimate is unbiased, at a fraction of the cost. None: all steps, which `scores`
+            and the trainer's `evaluate` always take. All are also taken if there are not more.
         deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
             "complement" the mean of log(1 - p(deletion)), negated. For raw outputs each is the mean of f(deletion).
         deletion_floor: "ratio" and "log" have no lower bound; below this probability a copy adds no more reward.
