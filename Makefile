@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test guides accelerator lint docs dist clean
 
 demo: .venv/demo
-	$(BIN)/python benchmarks/digits.py demo
+	$(BIN)/python benchmarks/photographs.py
 
 # As many tests at once as there are cores.
 test: .venv/dev

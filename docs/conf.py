@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sphinx.ext import autosummary
 from sphinx_gallery.scrapers import figure_rst
+from sphinx_gallery.sorting import ExplicitOrder
 
 from captum_idexpo import __version__
 
@@ -28,13 +29,22 @@ extensions = [
     "sphinx.ext.viewcode",
     "myst_parser",
     "sphinx_copybutton",
+    "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
 html_theme = "furo"
 html_title = f"captum-idexpo {version}"
+html_logo = html_favicon = "_static/logo.svg"
+ACCENT = {"light": "#a52c60", "dark": "#f98e52"}  # of the maps' colours, with enough contrast to the page
 html_theme_options = {
-    f"{mode}_css_variables": {"code-font-size": "77%"}  # docstrings' examples fit the column
-    for mode in ("light", "dark")
+    f"{mode}_css_variables": {
+        "code-font-size": "77%",  # docstrings' examples fit the column
+        "color-brand-primary": accent,
+        "color-brand-content": accent,
+        "color-brand-visited": accent,
+        "sd-color-card-border-hover": accent,
+    }
+    for mode, accent in ACCENT.items()
 }
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
@@ -89,10 +99,15 @@ def figure_scraper(block, block_vars, gallery_conf):
     return figure_rst([path], gallery_conf["src_dir"])
 
 
+# In this order; the other pages of a section follow by name.
+FIRST_TUTORIALS = ("quickstart", "gradcam_images", "right_reasons", "evaluate_captum", "table_lime_kernel_shap")
+
 sphinx_gallery_conf = {
     "image_scrapers": (figure_scraper,),
     "examples_dirs": "../tutorials",
     "gallery_dirs": "auto_tutorials",
+    "subsection_order": ExplicitOrder([f"../tutorials/{name}" for name in ("images", "tables_and_text", "guides")]),
+    "within_subsection_order": ExplicitOrder([f"plot_{name}.py" for name in FIRST_TUTORIALS] + ["*"]),
     "filename_pattern": r"\.py$",
     "abort_on_example_error": True,
     "download_all_examples": False,

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from captum_idexpo.attr import LayerGradCam, tokens_to_map
+from captum_idexpo.regularizers import InsertionDeletion
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captum_idexpo"
 FLOORS = [
@@ -118,3 +121,28 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(block.replace("epochs=20", "epochs=1"), given)
     assert len(blocks) >= 2
     assert not torch.equal(model.head[1].weight, before)
+
+
+LAYERS = re.findall(
+    r"\* - ``(\w+)``\n     - ``(model\.[^`]+)``\n     -(?: ``(.+)``)?", (ROOT / "docs" / "choose.rst").read_text()
+)
+
+
+@pytest.mark.parametrize(("network", "layer", "transform"), LAYERS, ids=[network for network, *_ in LAYERS])
+def test_layers_named_for_networks_give_maps_to_rank(network, layer, transform):
+    models = pytest.importorskip("torchvision.models")
+    model = getattr(models, network)(weights=None).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.any():
+            torch.nn.init.normal_(module.weight, std=0.01)  # the head of an untrained vision transformer
+    size = 224 if transform else 96  # a vision transformer has one size
+    layer = eval(layer, {"model": model})
+    settings = {"reshape_transform": eval(transform, {"tokens_to_map": tokens_to_map})} if transform else {}
+    x, y = torch.rand(1, 3, size, size), torch.tensor([3])
+    explainer = LayerGradCam(model, layer, **settings)
+    with torch.no_grad():
+        maps = explainer.attribute(x, target=y)
+        terms = InsertionDeletion(explainer, baselines=0.0, step_size=size**2 // 2)(x, y)
+    assert maps.shape[:2] == (1, 1)
+    assert min(maps.shape[2:]) > 1
+    assert set(terms) == {"insertion", "deletion"}
