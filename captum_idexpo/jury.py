@@ -267,7 +267,8 @@ def compare(
         attribute_kwargs: by explainer, further arguments of its ``attribute``.
         outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
         explain: explain and score each model's own predicted class, or the label.
-        fraction, step_size: as for `captum_idexpo.metrics.insertion_deletion`.
+        fraction: share of the locations that is inserted or deleted.
+        step_size: locations per step; None: the smallest number that gives at most 32 steps.
         n_random_orders: random orders that the gains are measured against.
         masked_share: share of the features that masked accuracy masks.
         n_perturbations: perturbations per example, for infidelity five times as many.

@@ -378,8 +378,13 @@ class Occlusion(captum.Occlusion, FeatureAblation):
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             sliding_window_shapes: the window's shape without the batch axis; a tuple of shapes for several tensors.
             strides: step of the window, a number or one per axis; a tuple of these for several tensors.
-            baselines, target, additional_forward_args, perturbations_per_eval, show_progress, create_graph: as for
-                `FeatureAblation`.
+            baselines: values of the elements inside the window; None: 0.
+            target: an integer, a tensor ``(B,)`` or a list: the output index to explain; None if each row has one
+                output.
+            additional_forward_args: passed to the forward function after the inputs.
+            perturbations_per_eval: copies of the batch per forward pass; None: chosen automatically.
+            show_progress: show a progress bar.
+            create_graph: keep the graph, so that the attribution can be trained through.
 
         Returns:
             A tensor of the inputs' shape, or a tuple for a tuple of inputs. The dtype is that of the outputs, at least

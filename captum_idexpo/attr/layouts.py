@@ -19,7 +19,8 @@ def tokens_to_map(height: int, width: int, n_prefix: int = 1) -> ReshapeTransfor
     """Return a function that brings the tokens of a vision transformer, ``(B, N, D)``, to a map ``(B, D, h, w)``.
 
     Args:
-        height, width: patches in a column and in a row of the image.
+        height: number of patches in a column of the image.
+        width: number of patches in a row of the image.
         n_prefix: tokens before the patches, such as a class token; they have no place in the map and are left out.
 
     Example:

@@ -204,7 +204,10 @@ class Lasso(Surrogate):
     Args:
         alpha: strength of the penalty, positive.
         fit_intercept: if True, fit c; if False, c is 0.
-        tol, max_iter, selection, random_state: options of scikit-learn's coordinate descent.
+        tol: tolerance of scikit-learn's coordinate descent.
+        max_iter: its maximum number of iterations.
+        selection: the order of its coordinates, "cyclic" or "random".
+        random_state: seed of a random order.
 
     Raises:
         ImportError: scikit-learn is not installed (extra ``lime``).

@@ -109,9 +109,15 @@ class Insertion(_Accumulated):
 
     Args:
         forward_func: the model to score; switch it to eval mode first.
-        baselines, group_reduction, fraction, step_size, temperature, outputs, max_examples_per_batch, check_finite: as
-            for `captum_idexpo.metrics.insertion_deletion`. ``fraction`` defaults to 1.0 (all locations), where
-            `captum_idexpo.regularizers.InsertionDeletion` has 0.5.
+        baselines: values of deleted locations, and of locations that are not inserted yet.
+        group_reduction: a group's attribution is the "mean" or the "sum" over its positions.
+        fraction: share of the locations that is inserted. The default is 1.0 (all locations) here, and 0.5 in
+            `captum_idexpo.regularizers.InsertionDeletion`.
+        step_size: locations per step; None: the smallest number that gives at most 32 steps.
+        temperature: None: the hard metric. "auto" or a number: the soft one.
+        outputs: what the model returns, as for `captum_idexpo.metrics.insertion_deletion`.
+        max_examples_per_batch: rows per forward pass; None: chosen automatically.
+        check_finite: check for NaN and infinity.
         metric_kwargs: keyword arguments of `torchmetrics.Metric` (``dist_sync_on_step``, ...).
 
     Example:

@@ -413,7 +413,8 @@ class Penalty(Regularizer):
         eval_mode: hold the model in eval mode while the penalty is computed.
         explainer: an attribution of `captum_idexpo.attr` that the penalty uses, see `Regularizer.explain`.
         attribute_kwargs: further arguments of ``explainer.attribute``.
-        reshape_transform, target_transform: as for `Regularizer`.
+        reshape_transform: where the channels of an explained layer are, see `Regularizer`.
+        target_transform: a function of the loader's target that returns the target of the explainer, see `Regularizer`.
         generator: source of random numbers that the penalty draws; None: torch's global generator.
 
     Raises:

@@ -214,7 +214,11 @@ class Stability(_LocalPenalty):
         weight: of the term, or "auto": ``ratio`` times the task loss at the start.
         ratio: of the term to the task loss, for an automatic weight.
         n_neighbors: of each example.
-        target_transform, outputs, eval_mode, generator, max_examples_per_batch: as for `Fidelity`.
+        target_transform: a function of the loader's target that returns the target of the score, see `Regularizer`.
+        outputs: what the model returns, see `Fidelity`.
+        eval_mode: evaluate in eval mode (BatchNorm, dropout).
+        generator: source of the neighbours; None: torch's global generator.
+        max_examples_per_batch: rows per forward pass; None: chosen automatically.
 
     Raises:
         ValueError: an argument out of range.

@@ -79,14 +79,17 @@ class InsertionDeletion(Regularizer):
             (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the same.
         forward_func: the function that is masked and scored; None: the explainer's forward function.
         model: the module that is held in eval mode, if it is not found behind the forward functions.
-        insertion_weight, deletion_weight: weights of both terms (the paper: 0.001 to 0.1); 0 leaves a term out.
+        insertion_weight: weight of the insertion term (the paper: 0.001 to 0.1); 0 leaves it out.
+        deletion_weight: weight of the deletion term (the paper: 0.001 to 0.1); 0 leaves it out.
         l2_weight: weight of the attribution's squared norm, summed over the locations (a layer's own cells, or the
             groups of the feature mask).
         fraction: share of the locations that is inserted or deleted. The default is 0.5, as in the paper's training;
             the metrics `captum_idexpo.metrics.insertion` and `deletion` take all locations by default.
-        step_size, outputs, max_examples_per_batch: as for `captum_idexpo.metrics.insertion_deletion`. With
-            ``outputs="multilabel"`` one of the true labels of a multi-hot target is explained, drawn per example and
-            call. With a function as ``outputs`` the explainer explains its own forward function, without a target.
+        step_size: locations per step; None: the smallest number that gives at most 32 steps.
+        outputs: what the forward function returns, as for `captum_idexpo.metrics.insertion_deletion`. With "multilabel"
+            one of the true labels of a multi-hot target is explained, drawn per example and call. With a function as
+            outputs the explainer explains its own forward function, without a target.
+        max_examples_per_batch: rows per forward pass; None: chosen automatically.
         reshape_transform: where the channels of an explained layer are, see `Regularizer`.
         target_transform: a function of the loader's target that returns the target of explainer and score: labels of
             another form, or the column of several regression outputs; see `Regularizer`.

@@ -405,7 +405,8 @@ class ExplanationRegularizedTrainer:
 
         Args:
             loader: yields (inputs, target).
-            explain, masked_share: as for `evaluate`.
+            explain: the "predicted" class or the "label".
+            masked_share: measure the accuracy with so large a share of the features masked, too.
 
         Returns:
             By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion", as

@@ -17,7 +17,8 @@ def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
 
     Args:
         rows: the scores of each setting, by name.
-        x, y: names of the scores; higher is better.
+        x: name of the score on the horizontal axis; higher is better.
+        y: name of the score on the vertical axis; higher is better.
 
     Example:
         >>> from captum_idexpo.visualization.fronts import pareto_front

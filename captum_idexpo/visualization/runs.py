@@ -89,8 +89,10 @@ def plot_front(
     Args:
         rows: the scores of each setting.
         front: the rows on the front.
-        x, y: names of the scores; higher is better.
-        x_error, y_error: names of the scores' standard errors, drawn as bars; None: no bars.
+        x: name of the score on the horizontal axis; higher is better.
+        y: name of the score on the vertical axis; higher is better.
+        x_error: name of the standard error of x, drawn as bars; None: no bars.
+        y_error: name of the standard error of y, drawn as bars; None: no bars.
         labels: texts beside the points of the front, one each; empty: none.
 
     Returns:
@@ -140,8 +142,10 @@ def plot_fronts(
         methods: the scores of each method's settings, by method name, for example a `captum_idexpo.training.Sweep`.
             Full markers are the settings on the method's Pareto front. Hollow markers are the other settings, crosses
             those that are not "eligible".
-        x, y: names of the scores; higher is better.
-        x_error, y_error: names of the scores' standard errors, drawn as bars; None: no bars.
+        x: name of the score on the horizontal axis; higher is better.
+        y: name of the score on the vertical axis; higher is better.
+        x_error: name of the standard error of x, drawn as bars; None: no bars.
+        y_error: name of the standard error of y, drawn as bars; None: no bars.
         axis: axis to draw on; None: a new figure.
 
     Returns:

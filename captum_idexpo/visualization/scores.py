@@ -91,7 +91,8 @@ def plot_quadrants(
     a table, do not distinguish a few large gains from many small ones.
 
     Args:
-        before, after: results of `captum_idexpo.metrics.insertion_deletion` for the same examples in the same order.
+        before: result of `captum_idexpo.metrics.insertion_deletion`.
+        after: a second result, for the same examples in the same order.
         axis: axis to draw on; None: a new figure.
         gains: plot the changes of the gains over random orders instead.
 
