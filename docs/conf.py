@@ -100,7 +100,14 @@ def figure_scraper(block, block_vars, gallery_conf):
 
 
 # In this order; the other pages of a section follow by name.
-FIRST_TUTORIALS = ("quickstart", "gradcam_images", "right_reasons", "evaluate_captum", "table_lime_kernel_shap")
+FIRST_TUTORIALS = (
+    "quickstart",
+    "gradcam_images",
+    "right_reasons",
+    "masks_and_jury",
+    "evaluate_captum",
+    "table_lime_kernel_shap",
+)
 
 sphinx_gallery_conf = {
     "image_scrapers": (figure_scraper,),
