@@ -4,6 +4,7 @@ import sys
 import zlib
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.ext import autosummary
 from sphinx_gallery.scrapers import figure_rst
 from sphinx_gallery.sorting import ExplicitOrder
@@ -87,6 +88,16 @@ intersphinx_mapping = {
         "sklearn": "https://scikit-learn.org/stable",
     }.items()
 }
+
+
+def keep_numbers_together(app, document):
+    """A number and its standard error stay on one line."""
+    for text in [text for text in document.findall(nodes.Text) if " ± " in text]:
+        text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+
+
+def setup(app):
+    app.connect("doctree-read", keep_numbers_together)
 
 
 def figure_scraper(block, block_vars, gallery_conf):

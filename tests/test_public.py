@@ -1,6 +1,6 @@
 """The public interface: names, the order and kind of arguments, defaults. A change of it is meant, or fails here.
 
-``python -m tests.test_public`` writes the file anew; the migration table in the CHANGELOG tells users.
+``python -m tests.test_public`` writes the file anew; the CHANGELOG tells users.
 """
 
 from __future__ import annotations
