@@ -1,5 +1,6 @@
 """Sphinx settings."""
 
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -96,8 +97,16 @@ def keep_numbers_together(app, document):
         text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
 
 
+def leave_folders_out(app, docname, source):
+    """Warnings in a tutorial's output name their file, without the folders of the machine that made the page."""
+    if docname.startswith("auto_tutorials"):
+        source[0] = re.sub(r"(?<![\w/])/(?:[^\s/]+/)+(?:site-packages|tutorials)/", "", source[0])
+
+
 def setup(app):
+    """Sphinx calls this."""
     app.connect("doctree-read", keep_numbers_together)
+    app.connect("source-read", leave_folders_out)
 
 
 def figure_scraper(block, block_vars, gallery_conf):
