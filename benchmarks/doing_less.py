@@ -93,6 +93,7 @@ CIFAR_LIME_SETTINGS = (
     Setting("M = 200", 4),
     Setting("M = 100", 4, 100),
     Setting("M = 100, less noise", 4, 100, quiet=True),
+    Setting("M = 100, less noise, half the weight", 4, 100, weight=0.005, quiet=True),
 )
 
 
