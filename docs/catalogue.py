@@ -233,14 +233,14 @@ HEAD = """All attributions
 
 After this page you know what each attribution is for, what it costs, and where its numbers differ from Captum's.
 
-The classes are subclasses of those of Captum 0.9, with the same arguments and the same numbers. With ``create_graph=True``
-they have the gradient with respect to the weights, which finite differences confirm
+The classes are subclasses of those of Captum 0.9, with the same arguments and the same numbers. With
+``create_graph=True`` they have the gradient with respect to the weights, which finite differences confirm
 (`captum_idexpo.testing.assert_trainable`).
 
-*Cost* is the number of rows that go through the model per example, for D features, W windows or K baselines. ∇ means that a
-gradient is taken through each row as well. Ablation and Shapley values use four more rows to test whether copies can share a
-forward pass, unless ``perturbations_per_eval`` is given. With ``create_graph=True`` the backward pass of the loss goes through
-all rows once more.
+*Cost* is the number of rows that go through the model per example, for D features, W windows or K baselines. ∇ means
+that a gradient is taken through each row as well. Ablation and Shapley values use four more rows to test whether
+copies can share a forward pass, unless ``perturbations_per_eval`` is given. With ``create_graph=True`` the backward
+pass of the loss goes through all rows once more.
 """
 
 NUMBERS = """
