@@ -83,7 +83,7 @@ def load(name: str) -> Tensor:
 
 
 def draw_crop(photograph: Tensor, generator: Generator) -> Tensor:
-    """A random square whose side is a third to nine tenths of the shorter side."""
+    """A random square whose side is 0.35 to 0.85 of the shorter side of the photograph."""
     height, width = photograph.shape[1:]
     side = int(min(height, width) * (0.35 + 0.5 * float(torch.rand((), generator=generator))))
     top = int(torch.randint(height - side + 1, (), generator=generator))
@@ -195,10 +195,50 @@ def draw(images: Tensor, maps: dict[str, Tensor]) -> Figure:
 def draw_evidence(axis: Axes, image: Tensor, evidence: Tensor) -> None:
     """The image, covered where there is evidence: violet is little, yellow is most."""
     draw_image(axis, image)
-    share = (evidence / evidence.max()).numpy()
+    share = (evidence / evidence.max().clamp_min(1e-12)).numpy()
     colors = colormaps["inferno"](share)
     colors[..., 3] = 0.85 * share**0.7
     axis.imshow(colors)
+
+
+# --- the demo ------------------------------------------------------------------------------------------------------
+
+
+def make_data(generator: Generator) -> tuple[TensorDataset, Tensor, dict[str, Tensor]]:
+    """The training data with annotations; the classes of the test images, and these with three kinds of stamps."""
+    crops = draw_crops(N_TRAIN, generator)
+    stamped = stamp(*crops, generator)
+    images, classes = draw_crops(N_TEST, generator)
+    n_classes = len(PHOTOGRAPHS)
+    others = (classes + torch.randint(1, n_classes, classes.shape, generator=generator)) % n_classes
+    tests = {
+        "stamp of its class": stamp(images, classes, generator).images,
+        "no stamp": images,
+        "stamp of another class": stamp(images, others, generator).images,
+    }
+    return TensorDataset(stamped.images, crops.classes, stamped.annotations), classes, tests
+
+
+def make_networks(data: TensorDataset) -> dict[str, Network]:
+    """A network that was trained plainly, and the two that were trained further."""
+    torch.manual_seed(0)
+    print("training a network on photographs with stamps", flush=True)
+    before = train(Network(), data, EPOCHS, 2e-3)
+    print("training it further, plainly", flush=True)
+    plain = train(copy.deepcopy(before), data, MORE_EPOCHS, 1e-3)
+    print("training it further, evidence at the stamps forbidden", flush=True)
+    after = train(copy.deepcopy(before), data, MORE_EPOCHS, 1e-3, forbid=True)
+    return {"before": before, "plain": plain, "stamps forbidden": after}
+
+
+def make_picture(networks: dict[str, Network]) -> Figure:
+    """The first crop of each photograph, its stamp, and the evidence before and after."""
+    generator = Generator().manual_seed(SHOWN)
+    shown = draw_crops(60, generator, distorted=False)
+    first = [int((shown.classes == number).nonzero()[0]) for number in range(len(PHOTOGRAPHS))]
+    images, classes = stamp(*shown, generator).images[first], shown.classes[first]
+    named = {"before": networks["before"], "after": networks["stamps forbidden"]}
+    return draw(images, {name: grad_cam(network, images, classes) for name, network in named.items()})
 
 
 def main() -> None:
@@ -210,40 +250,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*have no positive evidence")
     # The network shall unlearn something: what the stamps mean.
     warnings.filterwarnings("ignore", message=".*training may have undone what the model knew")
-    start, generator = time.perf_counter(), Generator().manual_seed(0)
-
-    crops = draw_crops(N_TRAIN, generator)
-    stamped = stamp(*crops, generator)
-    data = TensorDataset(stamped.images, crops.classes, stamped.annotations)
-    test = draw_crops(N_TEST, generator)
-    others = (test.classes + torch.randint(1, len(PHOTOGRAPHS), test.classes.shape, generator=generator)) % 4
-    tests = {
-        "stamp of its class": stamp(*test, generator).images,
-        "no stamp": test.images,
-        "stamp of another class": stamp(test.images, others, generator).images,
-    }
-
-    torch.manual_seed(0)
-    print("training a network on photographs with stamps", flush=True)
-    before = train(Network(), data, EPOCHS, 2e-3)
-    print("training it further, plainly", flush=True)
-    plain = train(copy.deepcopy(before), data, MORE_EPOCHS, 1e-3)
-    print("training it further, evidence at the stamps forbidden", flush=True)
-    after = train(copy.deepcopy(before), data, MORE_EPOCHS, 1e-3, forbid=True)
-    networks = {"before": before, "plain": plain, "stamps forbidden": after}
-
+    start = time.perf_counter()
+    data, classes, tests = make_data(Generator().manual_seed(0))
+    networks = make_networks(data)
     print(f"\n{'accuracy':24}" + "".join(f"{name:>18}" for name in networks))
     for name, images in tests.items():
-        values = [accuracy(network, images, test.classes) for network in networks.values()]
+        values = [accuracy(network, images, classes) for network in networks.values()]
         print(f"{name:24}" + "".join(f"{value:18.2f}" for value in values))
-
-    generator = Generator().manual_seed(SHOWN)
-    shown = draw_crops(60, generator, distorted=False)
-    first = [int((shown.classes == number).nonzero()[0]) for number in range(len(PHOTOGRAPHS))]
-    images, classes = stamp(*shown, generator).images[first], shown.classes[first]
-    maps = {name: grad_cam(network, images, classes) for name, network in (("before", before), ("after", after))}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(images, maps).savefig(arguments.out / "photographs.png", dpi=110, transparent=True)
+    make_picture(networks).savefig(arguments.out / "photographs.png", dpi=110, transparent=True)
     print(f"\npicture: {arguments.out / 'photographs.png'}; {time.perf_counter() - start:.0f} s")
 
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -107,19 +108,27 @@ def test_error_page_quotes_the_messages_about_missing_extras():
         assert f"captum-idexpo[{extra}]" in line
 
 
-def test_readme_code_runs(tmp_path, monkeypatch):
+README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+FIRST_PAGE = (ROOT / "docs" / "index.rst").read_text()
+FIRST_PAGE_CODE = [
+    textwrap.dedent(code) for code in re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", FIRST_PAGE)
+]
+
+
+@pytest.mark.parametrize("blocks", [README_CODE, FIRST_PAGE_CODE], ids=["README", "first page"])
+def test_code_that_a_visitor_sees_first_trains_a_model(blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential()
     model.layer2 = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    model.layer4 = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())
     model.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10))
     loader = [(torch.rand(8, 1, 8, 8), torch.randint(10, (8,)))]
     given = {name: loader for name in ("loader", "train_loader", "val_loader", "test_loader")}
     given |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "cross_entropy": cross_entropy}
     before = model.head[1].weight.clone()
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     for block in blocks:
         exec(block.replace("epochs=20", "epochs=1"), given)
-    assert len(blocks) >= 2
+    assert blocks
     assert not torch.equal(model.head[1].weight, before)
 
 

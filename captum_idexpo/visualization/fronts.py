@@ -20,12 +20,20 @@ def pareto_front(rows: Iterable[Row], x: str, y: str) -> list[Row]:
         x: name of the score on the horizontal axis; higher is better.
         y: name of the score on the vertical axis; higher is better.
 
+    Raises:
+        ValueError: a row has no score of such a name.
+
     Example:
         >>> from captum_idexpo.visualization.fronts import pareto_front
         >>> rows = [{"accuracy": 0.9, "insertion": 0.5}, {"accuracy": 0.8, "insertion": 0.4}]
         >>> pareto_front(rows, "accuracy", "insertion")
         [{'accuracy': 0.9, 'insertion': 0.5}]
     """
+    rows = list(rows)
+    for name in (x, y):
+        if not all(name in row for row in rows):
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            raise ValueError(f"Not every row has a score {name!r}; their names are {names}. Choose two, as x= and y=.")
     scored = [row for row in rows if row.get("eligible", True) and not math.isnan(row[x] + row[y])]
     scored.sort(key=lambda row: (-row[x], -row[y]))
     best = -math.inf

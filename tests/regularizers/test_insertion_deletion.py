@@ -208,6 +208,13 @@ def test_step_schedule_draws_stratified_and_unbiased_steps(n_locations, k):
     torch.testing.assert_close(probability[1:] / 40_000, expected, atol=0.004, rtol=0)
 
 
+def test_step_schedule_draws_one_place_of_all_strata_for_each_example():
+    schedule = StepSchedule.of(torch.tensor([32]), 1.0, 1)
+    steps, _ = schedule.draw(4, 200, torch.float32, torch.Generator().manual_seed(0))
+    assert (steps.diff(dim=1) == 8).all()
+    assert set(steps[:, 0].tolist()) == set(range(1, 9))
+
+
 def test_step_schedule_draws_only_steps_that_the_example_has():
     schedule = StepSchedule.of(torch.tensor([32, 3]), 1.0, 1)
     steps, weights = schedule.draw(4, 2, torch.float32, torch.Generator().manual_seed(0))

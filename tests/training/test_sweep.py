@@ -104,6 +104,12 @@ def test_sweep_front_excludes_a_run_with_a_nan_score():
     assert [line.split("|")[-2].strip() for line in found.table().splitlines()[2:]] == ["", "yes"]
 
 
+def test_sweep_without_a_score_of_that_name_names_those_that_it_has():
+    found = Sweep([{"weight": 0.1, "gain, blur": 0.2}], ["weight"])
+    with pytest.raises(ValueError, match=r"'accuracy'.*\['weight', 'gain, blur'\].*x= and y="):
+        found.table()
+
+
 def test_sweep_mean_over_seeds_has_standard_errors_and_its_front():
     def score(weight, seed, size):
         return {"accuracy": 0.9 - weight + 0.01 * seed, "insertion": weight * size + seed * seed / 10}
