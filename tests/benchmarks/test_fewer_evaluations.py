@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from captum_idexpo.attr import InputXGradient
+from captum_idexpo.regularizers import InsertionDeletion
+
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("cifar10", "digits", "fewer_evaluations")
 
@@ -41,6 +44,29 @@ def test_ways_to_draw_steps_are_unbiased(script, way, k):
     steps = script.Steps(k, 8, torch.arange(1.0, 9.0), torch.Generator().manual_seed(0))
     for weights in script.WAYS[way](steps, 40_000):
         torch.testing.assert_close(weights.mean(dim=0), torch.full((8,), 1 / 8), atol=0.006, rtol=0)
+
+
+def test_one_place_is_the_same_in_every_stratum(script):
+    steps = script.Steps(4, 32, torch.ones(32), torch.Generator().manual_seed(0))
+    drawn = script.one_place(steps, 50)[0].nonzero()[:, 1].view(50, 4)
+    assert (drawn.diff(dim=1) == 8).all()
+
+
+def test_means_are_the_gradients_of_the_loss_with_all_steps(script, problem):
+    regularizer = InsertionDeletion(
+        InputXGradient(problem.model),
+        baselines=0.0,
+        insertion_weight=1.0,
+        deletion_weight=1.0,
+        deletion_form="complement",
+        steps_per_update=None,
+    )
+    found = script.gradients(problem)
+    for x, y, mean in zip(problem.x.split(1), problem.y.split(1), found.means, strict=True):
+        loss = sum(regularizer(x.detach(), y).values())
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(problem.model.parameters()))])
+        torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(found.between_images, float(found.means.var(dim=0).sum()))
 
 
 def test_noise_is_that_of_gradients_of_drawn_steps(script, problem):

@@ -11,6 +11,8 @@ import torch
 from torch import Generator
 from torch.utils.data import TensorDataset
 
+from captum_idexpo.attr import Saliency
+
 pytest.importorskip("skimage")
 
 
@@ -32,19 +34,24 @@ def test_annotations_are_0_exactly_where_a_stamp_changed_the_image(photographs):
 
 
 @pytest.mark.filterwarnings("ignore:.*have no positive evidence")
-def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs):
+def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs, monkeypatch):
+    monkeypatch.setattr(photographs, "N_TRAIN", 64)
     generator = Generator().manual_seed(0)
     images, classes = photographs.draw_crops(64, generator)
     stamped = photographs.stamp(images, classes, generator)
     data = TensorDataset(stamped.images, classes, stamped.annotations)
 
-    def share_at_stamps(forbid):
+    def evidence_at_stamps(forbid):
         torch.manual_seed(0)
-        model = photographs.train(photographs.Network(), data, 12, 2e-3, forbid=forbid)
+        model = photographs.train(photographs.Network(), data, 24, 2e-3, forbid=forbid)
         maps = photographs.grad_cam(model, stamped.images, classes)[:, 0]
-        return float((maps * (1 - stamped.annotations)).sum() / maps.sum())
+        share = (maps * (1 - stamped.annotations)).sum() / maps.sum()
+        gradients = Saliency(lambda x: model(x).log_softmax(1).sum(1)).attribute(stamped.images).square().sum(dim=1)
+        return float(share), float((gradients * (1 - stamped.annotations)).sum())
 
-    assert share_at_stamps(forbid=True) < 0.5 * share_at_stamps(forbid=False)
+    (share, gradient), (plain_share, plain_gradient) = evidence_at_stamps(True), evidence_at_stamps(False)
+    assert share < 0.5 * plain_share  # attribution supervision
+    assert gradient < 0.2 * plain_gradient  # right for the right reasons
 
 
 def test_demo_prints_a_table_and_writes_a_picture(photographs, monkeypatch, tmp_path, capsys):
