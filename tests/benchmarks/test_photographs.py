@@ -45,13 +45,12 @@ def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs
         torch.manual_seed(0)
         model = photographs.train(photographs.Network(), data, 24, 2e-3, forbid=forbid)
         maps = photographs.grad_cam(model, stamped.images, classes)[:, 0]
-        share = (maps * (1 - stamped.annotations)).sum() / maps.sum()
         gradients = Saliency(lambda x: model(x).log_softmax(1).sum(1)).attribute(stamped.images).square().sum(dim=1)
-        return float(share), float((gradients * (1 - stamped.annotations)).sum())
+        return [float((values * (1 - stamped.annotations)).sum() / values.sum()) for values in (maps, gradients)]
 
-    (share, gradient), (plain_share, plain_gradient) = evidence_at_stamps(True), evidence_at_stamps(False)
-    assert share < 0.5 * plain_share  # attribution supervision
-    assert gradient < 0.2 * plain_gradient  # right for the right reasons
+    forbidden, plain = evidence_at_stamps(True), evidence_at_stamps(False)
+    assert forbidden[0] < 0.5 * plain[0]  # attribution supervision
+    assert forbidden[1] < 0.5 * plain[1]  # right for the right reasons
 
 
 def test_demo_prints_a_table_and_writes_a_picture(photographs, monkeypatch, tmp_path, capsys):
