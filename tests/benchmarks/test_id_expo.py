@@ -183,7 +183,7 @@ def task():
         ),
         explainers=images.EXPLAINERS,
         load=load_small, pretrained=small_network, layer="3", cell=2, fidelity_cell=4, step_size=4,
-        n_classified=60, first_val=600, learning_rate=1e-2, n_samples=40, **counts,
+        n_classified=60, first_val=600, learning_rate=5e-3, n_samples=40, **counts,
     )  # fmt: skip
     images.TASKS["small"] = task
     yield task
