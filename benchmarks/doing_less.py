@@ -246,6 +246,7 @@ def make_regularizer(study: Study, model: nn.Module, weight: float, setting: Set
         "deletion_weight": weight,
         "fraction": 0.5,
         "steps_per_update": setting.steps,
+        "deletion_form": "ratio",
         "generator": torch.Generator().manual_seed(seed),
     }
     if study.layer is not None:

@@ -108,7 +108,7 @@ def make_step(job: str, model: nn.Module, switches: Switches, dtype: torch.dtype
 
 def make_regularizer(job: str, called: nn.Module, model: nn.Module, fewer_copies: bool) -> InsertionDeletion:
     arguments: dict[str, Any] = {"feature_mask": partial(grid, cell_size=CELL), "fraction": 0.5, "baselines": 0.0}
-    arguments["generator"] = Generator().manual_seed(0)
+    arguments |= {"deletion_form": "ratio", "generator": Generator().manual_seed(0)}
     if job.startswith("Grad-CAM"):
         return InsertionDeletion(LayerGradCam(model, model.get_submodule("layer3")), forward_func=called, **arguments)
     surrogate = BayesianRidge() if fewer_copies else Ridge(1.0)

@@ -154,6 +154,7 @@ def measure(setting: Setting, model: nn.Module, train: TensorDataset, test: Tens
         steps_per_update=2,
         insertion_weight=0.1,
         deletion_weight=0.1,
+        deletion_form="ratio",
         attribute_kwargs={"relu_attributions": True},
         generator=Generator().manual_seed(setting.seed),
     )

@@ -141,7 +141,8 @@ def measure(variant: Variant, networks: dict[bool, nn.Sequential], split: Split,
         attribute_kwargs={"relu_attributions": True},
         generator=Generator().manual_seed(seed),
     )
-    settings = {"insertion_weight": variant.weight, "deletion_weight": variant.weight, **variant.settings}
+    weights = {"insertion_weight": variant.weight, "deletion_weight": variant.weight}
+    settings = {**weights, "deletion_form": "ratio", **variant.settings}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     trainer = ExplanationRegularizedTrainer(
         model,
@@ -160,7 +161,7 @@ def measure(variant: Variant, networks: dict[bool, nn.Sequential], split: Split,
         trainer.fit(batches, DataLoader(split.val, batch_size=len(split.val)), epochs=EPOCHS)
     seconds = time.perf_counter() - start
     model.eval()
-    scores = judge(model, split, "gradcam", layer).means
+    scores = judge(model, split.test, "gradcam", layer).means
     return {"seconds": round(seconds, 1), **rounded(scores), "masked accuracy": masked_accuracy(model, split)}
 
 

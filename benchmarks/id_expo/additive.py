@@ -11,7 +11,7 @@ column d adds to the class explained, less its mean over training rows, is an ex
 * Surrogate: a NAM that follows the probabilities of a network of two hidden layers, fitted beside it; its terms
   explain the network. ID-ExpO trains both, or the NAM alone. KernelSHAP of the same network is the measure.
 
-Two tables, split, standardised and selected as in `tabular.py`:
+Two tables, split, standardised and selected as in `tables.py`:
 
     python -m benchmarks.id_expo.additive run --data-root FOLDER    CSV files, last column "target"
     python -m benchmarks.id_expo.additive run                       from OpenML, by scikit-learn
@@ -36,7 +36,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, silu
 from torch.utils.data import TensorDataset
 
-from benchmarks.id_expo import tabular
+from benchmarks.id_expo import tables
 from benchmarks.id_expo.experiment import (
     SCORES,
     Judge,
@@ -48,7 +48,7 @@ from benchmarks.id_expo.experiment import (
     means,
     with_error,
 )
-from benchmarks.id_expo.tabular import SENSITIVITY_N, TEST_SAMPLES, Split
+from benchmarks.id_expo.tables import JUDGED_SAMPLES, N_LOCATIONS, Split
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import COLORS
 
@@ -204,12 +204,16 @@ def make_insertion_deletion(model: Additive | WithSurrogate, seed: int, **argume
         model=model,
         fraction=FRACTION,
         step_size=1,
+        deletion_form="ratio",
         generator=Generator().manual_seed(seed),
         **arguments,
     )
 
 
 JUDGE = Judge(lambda model: make_insertion_deletion(model, 0), (FRACTION,))
+KERNEL_SHAP = Judge(
+    lambda model: tables.make_insertion_deletion(model, "KernelSHAP", n_samples=JUDGED_SAMPLES), (FRACTION,)
+)
 
 
 @torch.no_grad()
@@ -241,9 +245,9 @@ def run(names: Iterable[str], root: Path | None, out: Path, splits: Iterable[int
             missing = [key for key in SETTINGS if not results.has(set=name, split=seed, setting=key)]
             if not missing:
                 continue
-            x, y = tabular.load(name, root)
+            x, y = tables.load(name, root)
             split, n_classes = Split.of_seed(x, y, seed), int(y.max()) + 1
-            network = tabular.pretrain(split, n_classes, seed)
+            network = tables.pretrain(split, n_classes, seed)
             pretrained = {
                 "NAM": pretrain(split, n_classes, seed),
                 "surrogate": WithSurrogate(network, pretrain(split, n_classes, seed, network)),
@@ -287,9 +291,9 @@ def measure(setting: Setting, pretrained: dict[str, nn.Module], split: Split, se
 def test(model: Additive | WithSurrogate, data: TensorDataset) -> Row:
     """Scores of the NAM's terms; those of the reference; and how often a surrogate predicts the network's class."""
     predicted = model(data.tensors[0]).argmax(dim=1)
-    row: Row = means(JUDGE.scores(model, data, SENSITIVITY_N)[FRACTION])
+    row: Row = means(JUDGE.scores(model, data, N_LOCATIONS)[FRACTION])
     if isinstance(model, WithSurrogate):
-        kernel_shap = tabular.make_judge("KernelSHAP", TEST_SAMPLES).scores(model, data)[FRACTION]
+        kernel_shap = KERNEL_SHAP.scores(model, data)[FRACTION]
         row["reference"] = means({name: kernel_shap[name] for name in ("insertion", "one_minus_deletion")})
         followed = model.additive(data.tensors[0]).argmax(dim=1) == predicted
         row["agreement"] = round(float(followed.double().mean()), 5)
@@ -316,7 +320,7 @@ def report(out: Path) -> str:
     preface = (
         "Means and standard errors over random splits; in brackets the paired difference to CE-only. The number in a "
         "fine-tuning's name is the weight of both terms. Test rows, the predicted class explained by the terms of the "
-        f"NAM, up to {FRACTION:.0%} of the columns inserted or deleted; sensitivity-n with n = {SENSITIVITY_N}. Best "
+        f"NAM, up to {FRACTION:.0%} of the columns inserted or deleted; sensitivity-n with n = {N_LOCATIONS}. Best "
         "order: of the columns of the same NAM, one by one the column that moves the probability most; for two classes "
         "that is the order by what a column adds to the log odds beyond its value at the baseline, and no order is "
         "better. KernelSHAP: of the same network, in place of the NAM. Agreement: how often the NAM predicts the "

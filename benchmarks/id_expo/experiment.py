@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.digits import mean_and_error
 from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.metrics import sensitivity_n
-from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers import InsertionDeletion, Regularizer
 
 Row = dict[str, Any]
 ETAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -158,6 +161,50 @@ def fine_tune(
     return best, time.perf_counter() - start
 
 
+class InTurn(Regularizer):
+    """One of several regularizers at each call, drawn at random."""
+
+    def __init__(self, members: Sequence[Regularizer], generator: Generator) -> None:
+        super().__init__(members[0].forward_func, generator=generator)
+        self.members = tuple(members)
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The generators of the draw and of all members."""
+        of_members = (generator for member in self.members for generator in member.generators)
+        return list(dict.fromkeys([*super().generators, *of_members]))
+
+    def forward(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+        """Return the terms of the drawn member."""
+        number = int(torch.randint(len(self.members), (), generator=self.generator))
+        terms: dict[str, Tensor] = self.members[number](*arguments, **named)
+        return terms
+
+
+class BestScore:
+    """A callback that keeps the weights with the best validation score, whatever their accuracy."""
+
+    def __init__(self) -> None:
+        self.epoch, self.score = 0, -math.inf
+        self.weights: dict[str, Tensor] = {}
+
+    def __call__(self, trainer: ExplanationRegularizedTrainer, row: Mapping[str, float]) -> None:
+        """Keep the weights if their score is the best so far."""
+        if row["valscore"] > self.score:
+            self.epoch, self.score = int(row["epoch"]), row["valscore"]
+            self.weights = copy.deepcopy(trainer.model.state_dict())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore warnings that an experiment reports as numbers: the deletion floor, maps of zeros, unread masks, no
+    epoch within the accuracy limit."""
+    with warnings.catch_warnings():
+        for start in ("The deletion floor", "The attribution of", "With half of the", "Every epoch costs"):
+            warnings.filterwarnings("ignore", message=start)
+        yield
+
+
 class Results:
     """JSON lines; a run that was killed leaves all of them but the one it was at."""
 
@@ -192,3 +239,63 @@ def with_error(values: Sequence[float], form: str = ".3f") -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+Scores = Mapping[str, float]
+Column = Callable[[Scores], float]
+
+
+def gain(*names: str) -> Column:
+    """Return a column: the mean order gain of insertion and deletion, averaged over names "explainer, baseline"."""
+    judges = [f"{metric}_gain, {name}" for name in names for metric in ("insertion", "deletion")]
+    return lambda scores: statistics.fmean(scores[judge] for judge in judges)
+
+
+def value(name: str) -> Column:
+    """Return a column: the value of one judge."""
+    return lambda scores: scores[name]
+
+
+def mean_scores(rows: Sequence[Scores]) -> Scores:
+    """Return the mean of each judge over rows."""
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+
+def difference_table(
+    arms: Mapping[str, Sequence[Scores]], reference: str, columns: Mapping[str, Column], absolute: Sequence[str] = ()
+) -> str:
+    """Return a Markdown table: of each arm the differences to the reference, paired by independent unit.
+
+    `arms` holds the scores of each unit, in the same order for all arms. Those named in `absolute`, and the reference,
+    have their own means.
+    """
+    lines = []
+    for arm, units in arms.items():
+        line = [arm]
+        for column in columns.values():
+            own = [column(unit) for unit in units]
+            if arm in (reference, *absolute):
+                line.append(with_error(own))
+            else:
+                others = [column(unit) for unit in arms[reference]]
+                line.append(with_error([a - b for a, b in zip(own, others, strict=True)], "+.3f"))
+        lines.append(line)
+    return markdown(["arm", *columns], lines)
+
+
+def verdicts(arm: Sequence[Scores], reference: Sequence[Scores], judges: Mapping[str, int]) -> str:
+    """Return a Markdown table of judges that were named before the run.
+
+    The sign of a judge tells what is asked of it: 1, that it rises by more than two standard errors; -1, that it does
+    not rise by more than two.
+    """
+    lines = []
+    for judge, sign in judges.items():
+        differences = [a[judge] - b[judge] for a, b in zip(arm, reference, strict=True)]
+        mean, error = mean_and_error(differences)
+        holds = mean > 2 * error if sign > 0 else mean < 2 * error
+        lines.append([judge, "rises" if sign > 0 else "does not rise", with_error(differences, "+.3f"), _WORDS[holds]])
+    return markdown(["judge", "asked", "difference", "holds"], lines)
+
+
+_WORDS = {True: "yes", False: "no"}

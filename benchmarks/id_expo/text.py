@@ -272,6 +272,7 @@ def make_insertion_deletion(
         feature_mask=word_mask,
         fraction=FRACTION,
         step_size=1,
+        deletion_form="ratio",
         attribute_kwargs=sampled,
         generator=Generator().manual_seed(seed),
         **arguments,

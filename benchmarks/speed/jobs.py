@@ -155,6 +155,7 @@ def training_step(subject: Subject, device: torch.device) -> Job:
         step_size=step_size,
         steps_per_update=None,
         attribute_kwargs=arguments,
+        deletion_form="ratio",
         deletion_floor=None,
     )
     steps = torch.arange(1, STEPS_OF_A_TRAINING_STEP + 1, device=device) * step_size
@@ -211,6 +212,7 @@ def agreement(subject: Subject, device: torch.device) -> dict[str, float]:
             fraction=0.5,
             step_size=64,
             steps_per_update=None,
+            deletion_form="ratio",
             deletion_floor=None,
         )
         if context is None:

@@ -3,10 +3,12 @@ r"""ID-ExpO: insertion and deletion of the explanation as loss terms (Yoshikawa,
 .. math::
 
     \Omega_\text{ins} = -\operatorname{mean}_s \log p_y(\text{insertion}_s), \qquad
-    \Omega_\text{del} = -\operatorname{mean}_s [\log p_y(x) - \log p_y(\text{deletion}_s)],
+    \Omega_\text{del} = -\operatorname{mean}_s \log (1 - p_y(\text{deletion}_s)),
 
 with the soft masks of eq. (7)-(8) (eq. 9-11). The gradient reaches the weights through the prediction on the masked
-copies, through the attribution inside the masks, and, for Grad-CAM, through its channel weights.
+copies, through the attribution inside the masks, and, for Grad-CAM, through its channel weights. The paper's own
+experiments have another form of the deletion term, ``deletion_form="ratio"``:
+:math:`-\operatorname{mean}_s [\log p_y(x) - \log p_y(\text{deletion}_s)]`.
 """
 
 from __future__ import annotations
@@ -99,10 +101,12 @@ class InsertionDeletion(Regularizer):
         steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata, at
             the same place of each. The estimate is unbiased, at a fraction of the cost. None: all steps, which `scores`
             and the trainer's `evaluate` always take. All are also taken if there are not more.
-        deletion_form: "ratio" is eq. (10), mean log p(x) - log p(deletion), negated; "log" the mean of log p(deletion);
-            "complement" the mean of log(1 - p(deletion)), negated. For raw outputs each is the mean of f(deletion).
-        deletion_floor: "ratio" and "log" have no lower bound; below this probability a copy adds no more reward.
-            None: no floor. `floor_share` is the share of copies at the floor in the last call.
+        deletion_form: "complement", the mean of log(1 - p(deletion)), negated, is bounded below by 0 and costs less
+            accuracy in the project's experiments. "ratio" is the paper's choice, eq. (10): the mean of
+            log p(x) - log p(deletion), negated. "log" is the mean of log p(deletion). For raw outputs each is the mean
+            of f(deletion).
+        deletion_floor: for "ratio" and "log", which have no lower bound: below this probability a copy adds no more
+            reward. None: no floor. `floor_share` is the share of copies at the floor in the last call.
         feature_mask: a Captum feature mask, or a callable of the inputs that returns one (superpixels). Explainers that
             take a feature mask get the same.
         group_reduction: rank the groups of the feature mask by the "mean" of the attribution over their positions, or
@@ -156,7 +160,7 @@ class InsertionDeletion(Regularizer):
         fraction: float = 0.5,
         step_size: int | None = None,
         steps_per_update: int | None = 4,
-        deletion_form: Literal["ratio", "log", "complement"] = "ratio",
+        deletion_form: Literal["ratio", "log", "complement"] = "complement",
         deletion_floor: float | None = 1e-6,
         temperature: float | Literal["auto"] | None = "auto",
         outputs: Outputs = "logits",
@@ -494,7 +498,7 @@ class InsertionDeletion(Regularizer):
             self._floor_reported = True
             warn(
                 f"The deletion floor of {self.deletion_floor} binds for {float(share):.1%} of the masked copies: they "
-                "add no more reward. Lower deletion_floor to let them, or deletion_weight to train less hard.",
+                "add no more reward. Take deletion_form='complement', which needs no floor, or lower deletion_weight.",
             )
 
     def _draw_steps(self, schedule: StepSchedule, n_examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

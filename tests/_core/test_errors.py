@@ -45,9 +45,9 @@ WARNED_OF = {
     "a generator that ends": lambda: Lime(NET, Ridge(), perturb_func=ends_early).attribute(X[:1], target=0),
     "small internal batches": lambda: IntegratedGradients(NET).attribute(X, target=0, internal_batch_size=2),
     "nothing to hold in eval mode": lambda: Stability(lambda x: NET(x)),
-    "the deletion floor": lambda: InsertionDeletion(Saliency(NET), baselines=0.0, deletion_floor=0.9)(
-        X, torch.tensor([0, 1, 2])
-    ),
+    "the deletion floor": lambda: InsertionDeletion(
+        Saliency(NET), baselines=0.0, deletion_form="log", deletion_floor=0.9
+    )(X, torch.tensor([0, 1, 2])),
 }
 
 

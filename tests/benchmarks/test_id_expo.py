@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits, load_wine
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+from sklearn.datasets import load_wine
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from benchmarks.id_expo import ablations, images, judges, tabular
-from benchmarks.id_expo.experiment import ETAS, Judge, Results, fine_tune, valscore
+from benchmarks.id_expo import ablations, tables
+from benchmarks.id_expo.experiment import (
+    ETAS,
+    BestScore,
+    InTurn,
+    Judge,
+    Results,
+    difference_table,
+    fine_tune,
+    gain,
+    valscore,
+    value,
+    verdicts,
+)
+from benchmarks.id_expo.significance import holm, paired_p_value
+from captum_idexpo.regularizers import RandomMasking
 
 # The networks of these tests are hardly trained: Grad-CAM's ReLU leaves some of their maps empty, and large weights
 # undo what they know.
@@ -31,23 +45,12 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def split():
     x, y = load_wine(return_X_y=True)
-    return tabular.Split.of_seed(torch.tensor(x, dtype=torch.float32), torch.tensor(y), 0)
+    return tables.Split.of_seed(torch.tensor(x, dtype=torch.float32), torch.tensor(y), 0)
 
 
 @pytest.fixture(scope="module")
 def network(split):
-    return tabular.pretrain(split, 3, 0)
-
-
-GRID = tabular.Grid(4, (30, 30), 4, (0.3,), (0.0,), (0.3,), (0.01,))
-
-
-def faithfulness(row):
-    return next(
-        judged["insertion"] + judged["one_minus_deletion"]
-        for judged in row["judged"]
-        if (judged["explainer"], judged["fraction"], judged["eta"]) == ("LIME", 0.5, 1.0)
-    )
+    return tables.pretrain(split, 3, 0)
 
 
 def test_results_survive_a_kill(tmp_path):
@@ -64,8 +67,8 @@ def test_results_survive_a_kill(tmp_path):
 
 def test_judge_averages_its_curves_up_to_each_fraction(split, network):
     x, y = split.test.tensors
-    regularizer = tabular.make_insertion_deletion(network, "LIME", 40, 0, fraction=0.5)
-    judge = Judge(lambda model: tabular.make_insertion_deletion(model, "LIME", 40, 0, fraction=0.5), (0.3, 0.5))
+    regularizer = tables.make_insertion_deletion(network, "LIME", n_samples=40)
+    judge = Judge(lambda model: tables.make_insertion_deletion(model, "LIME", n_samples=40), (0.3, 0.5))
     found = judge.scores(network, split.test, 4)
     with torch.no_grad():
         scores = regularizer.scores(x, network(x).argmax(dim=1))
@@ -104,148 +107,67 @@ def test_fine_tune_keeps_the_best_epoch_of_each_eta(split, network):
     assert valscore({"accuracy": 0.5, "insertion": 0.25, "one_minus_deletion": 0.75}, 2.0) == 2.0
 
 
-def test_tabular_id_expo_is_more_faithful_than_its_rivals(split, network):
-    rows = {
-        method: tabular.measure(setting, network, split, GRID, 0)
-        for method, setting in {
-            "CE-only": tabular.Setting("CE-only"),
-            "ExpO-S": tabular.Setting("ExpO-S", 0.3),
-            "ExpO-F": tabular.Setting("ExpO-F", 0.3),
-            "ID-ExpO": tabular.Setting("ID-ExpO", 0.3, explainer="LIME", fraction=0.5),
-        }.items()
+def test_in_turn_calls_each_member_and_knows_all_generators(split, network):
+    x, y = (tensor[:8] for tensor in split.train.tensors)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    members = [
+        RandomMasking(network, baselines=0.0, weight=w, generator=g)
+        for w, g in zip((0.0, 1.0), generators[1:], strict=True)
+    ]
+    regularizer = InTurn(members, generators[0])
+    assert regularizer.generators == generators
+    values = [regularizer(x, y)["random_masking"].item() for _ in range(20)]
+    assert 3 < sum(value == 0 for value in values) < 17
+
+
+def test_best_score_keeps_the_weights_of_the_best_row():
+    class Trainer:
+        model = nn.Linear(1, 1)
+
+    best = BestScore()
+    for epoch, score in enumerate((0.5, 0.9, 0.7), 1):
+        nn.init.constant_(Trainer.model.weight, epoch)
+        best(Trainer, {"epoch": epoch, "valscore": score})
+    assert best.epoch == 2
+    assert best.weights["weight"].item() == 2
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_paired_p_value_is_that_of_scipy_and_grows_with_the_overlap():
+    a, b = [0.9, 0.8, 0.85, 0.95], [0.7, 0.75, 0.8, 0.85]
+    assert paired_p_value(a, b) == pytest.approx(ttest_rel(a, b, alternative="greater").pvalue)
+    # Nadeau and Bengio: t x sqrt(1/n / (1/n + overlap))
+    t = ttest_rel(a, b).statistic * (0.25 / (0.25 + 0.3)) ** 0.5
+    assert paired_p_value(a, b, overlap=0.3) == pytest.approx(student.sf(t, 3))
+    assert paired_p_value([1.0, 1.0], [0.0, 0.0]) == 0
+    assert paired_p_value([1.0, 1.0], [1.0, 1.0]) == 1
+
+
+def test_holm_stops_at_the_first_p_value_above_its_level():
+    # .05/4 = .0125, .05/3 = .0167, .05/2 = .025
+    assert holm([0.02, 0.001, 0.06, 0.015]) == [True, True, False, True]
+    assert holm([0.02, 0.001, 0.03, 0.017]) == [False, True, False, False]
+    assert holm([0.04, 0.02]) == [True, True]
+
+
+def test_difference_table_pairs_units_and_keeps_means_of_the_reference():
+    names = ("insertion_gain, LIME, mean", "deletion_gain, LIME, mean")
+    arms = {
+        "plain": [{names[0]: 0.1, names[1]: 0.3}, {names[0]: 0.3, names[1]: 0.5}],
+        "trained": [{names[0]: 0.2, names[1]: 0.4}, {names[0]: 0.4, names[1]: 0.6}],
     }
-    assert faithfulness(rows["ID-ExpO"]) > max(faithfulness(rows[m]) for m in ("CE-only", "ExpO-S", "ExpO-F"))
+    lines = difference_table(arms, "plain", {"gain": gain("LIME, mean"), "insertion": value(names[0])}).splitlines()
+    assert lines[2] == "| plain | 0.300 ± 0.100 | 0.200 ± 0.100 |"
+    assert lines[3] == "| trained | +0.100 ± 0.000 | +0.100 ± 0.000 |"
 
 
-def test_tabular_report_marks_the_best_settings_and_averages_the_gains(tmp_path):
-    noise = np.random.default_rng(0)
-    for name in tabular.SETS:
-        results = Results(tmp_path / f"tabular_{name}.jsonl")
-        for split_, setting in ((s, setting) for s in range(tabular.N_SPLITS) for setting in tabular.settings(GRID)):
-            gain = 0.2 * (setting.method == "ID-ExpO") * (name != "collins")
-            scores = {"accuracy": 0.8, "insertion": 0.5 + gain, "one_minus_deletion": 0.5, "sensitivity_n": 0.5}
-            judged = [
-                {"explainer": explainer, "fraction": fraction, "eta": eta, "epoch": 0, "valscore": 1.0}
-                | {score: value + 0.01 * noise.standard_normal() for score, value in scores.items()}
-                for explainer in tabular.EXPLAINERS
-                for fraction in tabular.FRACTIONS
-                for eta in ETAS
-                if setting.explainer in (None, explainer) and setting.fraction in (None, fraction)
-            ]
-            results.add({"split": split_, **setting._asdict(), "judged": judged})
-    found = tabular.chosen(tmp_path)
-    for name in tabular.SETS:
-        assert tabular.is_best(found, (name, "LIME", 0.5, 3.0), "insertion") is (name != "collins")
-    text = tabular.report(tmp_path)
-    assert "20 of 24" in text.splitlines()[-1 + 8]  # five sets, two explainers, two fractions at eta = 3
-    (row,) = (line for line in text.splitlines() if line.startswith("| 0.3 | +") or line.startswith("| 0.3 | -"))
-    gain = float(row.split("|")[3].split("±")[0])
-    assert gain == pytest.approx(0.2 * 5 / 6, abs=0.01)  # five of six sets
-    assert (tmp_path / "tabular.png").stat().st_size > 10_000
-
-
-# --- images --------------------------------------------------------------------------------------------------------
-
-
-def load_small(_root, part, rows):
-    x, y = load_digits(return_X_y=True)
-    x = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 8 - 1
-    first = 0 if part == "train" else 1000
-    return TensorDataset(x[first:][rows].contiguous(), torch.tensor(y)[first:][rows])
-
-
-def small_network(_root):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-    x, y = load_small(None, "train", slice(0, 600)).tensors
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def task():
-    counts = {"n_val": {"Grad-CAM": 20, "LIME": 20}, "n_test": {"Grad-CAM": 30, "LIME": 20}}
-    train = {"n_train": 128, "epochs": 6}
-    task = images.Task(
-        settings=(
-            images.Setting("CE-only", **train),
-            images.Setting("ID-ExpO", 0.3, "Grad-CAM", **train),
-            images.Setting("ID-ExpO", 0.1, "LIME", **train),
-            images.Setting("ExpO-S", 0.1, **train),
-            images.Setting("ExpO-F", 0.1, **train),
-        ),
-        explainers=images.EXPLAINERS,
-        load=load_small, pretrained=small_network, layer="3", cell=2, fidelity_cell=4, step_size=4,
-        n_classified=60, first_val=600, learning_rate=5e-3, n_samples=40, **counts,
-    )  # fmt: skip
-    images.TASKS["small"] = task
-    yield task
-    del images.TASKS["small"]
-
-
-@pytest.fixture(scope="module")
-def folder(task, tmp_path_factory):
-    """Where a whole run has written."""
-    folder = tmp_path_factory.mktemp("small")
-    images.run("small", task, None, folder)
-    return folder
-
-
-@pytest.fixture
-def run_of_images(folder):
-    return Results(folder / "small.jsonl")
-
-
-def test_images_run_is_complete_and_reported(task, run_of_images, folder):
-    assert len(run_of_images.rows) == 6
-    n_bytes = (folder / "small.jsonl").stat().st_size
-    images.run("small", task, None, folder)  # nothing is missing
-    assert (folder / "small.jsonl").stat().st_size == n_bytes
-    text = images.report("small", task, folder)
-    images.draw_examples("small", task, None, folder).savefig(folder / "small_examples.png")
-    found = images.chosen(run_of_images)
-    for explainer in images.EXPLAINERS:
-        before, after = (found[(explainer, *images.KEPT, m)]["examples"] for m in ("before", "ID-ExpO"))
-        rise = fall = 0
-        for i in range(len(before["insertion"])):
-            changes = [after[s][i] - before[s][i] for s in ("insertion", "one_minus_deletion")]
-            rise, fall = rise + (min(changes) > 0), fall + (max(changes) < 0)
-        n = len(before["insertion"])
-        assert images.rising_and_falling(found, explainer, "ID-ExpO") == (rise / n, fall / n)
-        assert f"{rise / n:.1%} | {fall / n:.1%}" in text
-    assert found[("Grad-CAM", *images.KEPT, "ID-ExpO")]["epoch"] > 0
-    for picture in ("fronts", "quadrants", "examples"):
-        assert (folder / f"small_{picture}.png").stat().st_size > 10_000
-
-
-def test_images_load_chosen_model_reproduces_its_scores(task, run_of_images, folder):
-    model = images.load_chosen("small", "ID-ExpO", "Grad-CAM", run_of_images, None, folder)
-    kept = images.chosen(run_of_images)[("Grad-CAM", *images.KEPT, "ID-ExpO")]
-    again = images.test(task, images.Images(task, None), model, "Grad-CAM")
-    assert [row["insertion"] for row in again if row["fraction"] == 0.5] == pytest.approx([kept["insertion"]], abs=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:With half of the features masked")
-def test_judges_run_scores_every_network(task, run_of_images, folder, monkeypatch):
-    monkeypatch.setattr(judges, "N_IMAGES", 12)
-    judges.run("small", None, folder)
-    rows = Results(folder / "judges_small.jsonl").rows
-    assert [row["network"] for row in rows] == ["before", *images.METHODS]
-    for row in rows:
-        assert {len(values) for values in row["scores"].values()} == {12}
-        assert all(np.isfinite(values).all() for values in row["scores"].values())
-        assert {"road, LIME", "infidelity, Grad-CAM, blur", "masked_accuracy, mean colour"} <= set(row["scores"])
-    table = (folder / "judges_small.md").read_text()
-    assert table.startswith("| judge | before | CE-only | ExpO-S | ExpO-F | ID-ExpO |")
-    assert "| insertion, Grad-CAM, mean colour* |" in table
-    assert "judges that took no part" in (folder / "judges_small.html").read_text()
+def test_verdicts_ask_for_two_standard_errors():
+    plain = [{"gain": 0.0, "loss": 0.0, "noisy": 0.0} for _ in range(3)]
+    arm = [{"gain": g, "loss": g, "noisy": n} for g, n in ((0.1, -0.5), (0.11, 0.5), (0.12, 0.1))]
+    lines = verdicts(arm, plain, {"gain": 1, "noisy": 1, "loss": -1}).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["yes", "no", "no"]
 
 
 # --- ablations -----------------------------------------------------------------------------------------------------

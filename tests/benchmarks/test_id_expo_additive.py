@@ -73,7 +73,7 @@ def test_surrogate_follows_the_network_without_gradient_into_the_network(additiv
 def test_additive_training_makes_terms_more_faithful_and_a_run_resumes(additive, tmp_path, monkeypatch):
     x, y = load_breast_cancer(return_X_y=True)
     table = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
-    monkeypatch.setattr(additive.tabular, "load", lambda *_: table)
+    monkeypatch.setattr(additive.tables, "load", lambda *_: table)
     monkeypatch.setattr(additive, "TEST_SAMPLES", 50)
     monkeypatch.setattr(additive, "EPOCHS", 4)
     monkeypatch.setattr(additive, "SETS", ("breast cancer",))

@@ -97,7 +97,8 @@ def test_max_grad_norm_clips_the_gradients():
 
 def test_deletion_floor_share_is_reported():
     net = smooth_conv_net()
-    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6, deletion_floor=0.4)
+    settings = {"baselines": 0.0, "step_size": 6, "deletion_form": "ratio", "deletion_floor": 0.4}
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), **settings)
     with pytest.warns(UserWarning, match="deletion floor"):
         history = trainer_of(net, [regularizer]).fit(loader(IMAGES))
     assert 0 < history[0]["deletion_floor_share"] <= 1

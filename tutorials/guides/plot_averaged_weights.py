@@ -32,7 +32,6 @@ regularizer = InsertionDeletion(
     baselines=0.0,
     insertion_weight=0.1,
     deletion_weight=0.1,
-    deletion_form="complement",
     steps_per_update=2,
     generator=torch.Generator().manual_seed(0),
 )

@@ -67,7 +67,6 @@ regularizer = InsertionDeletion(
     group_reduction="sum",
     insertion_weight=0.1,
     deletion_weight=0.1,
-    deletion_form="complement",
     steps_per_update=2,
 )
 optimizer = torch.optim.AdamW(bert.parameters(), lr=2e-3)

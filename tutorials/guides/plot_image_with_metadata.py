@@ -53,9 +53,7 @@ def unpack(batch):
 
 torch.manual_seed(0)
 model = ImageAndRow()
-regularizer = InsertionDeletion(
-    LayerGradCam(model, model.conv), baselines=0.0, deletion_form="complement", steps_per_update=2
-)
+regularizer = InsertionDeletion(LayerGradCam(model, model.conv), baselines=0.0, steps_per_update=2)
 trainer = ExplanationRegularizedTrainer(
     model,
     torch.optim.Adam(model.parameters(), lr=5e-3),

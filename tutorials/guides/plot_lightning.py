@@ -36,7 +36,6 @@ class Explained(lightning.LightningModule):
             baselines=0.0,
             insertion_weight=0.1,
             deletion_weight=0.1,
-            deletion_form="complement",
             steps_per_update=2,
         )
         self.loss = ExplanationRegularizedLoss(model, [regularizer])

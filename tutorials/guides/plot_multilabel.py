@@ -28,8 +28,7 @@ train = DataLoader(TensorDataset(x[:700], y[:700]), batch_size=50, shuffle=True,
 val = DataLoader(TensorDataset(x[700:], y[700:]), batch_size=300)
 
 # %%
-# Say ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``. The probability of a label that is gone falls
-# quickly to 0, where its logarithm has no bound: ``deletion_form="complement"`` has one.
+# Say ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``.
 
 torch.manual_seed(0)
 model = nn.Sequential(
@@ -45,7 +44,6 @@ regularizer = InsertionDeletion(
     InputXGradient(model),
     baselines=0.0,
     outputs="multilabel",
-    deletion_form="complement",
     steps_per_update=2,
 )
 trainer = ExplanationRegularizedTrainer(

@@ -50,7 +50,6 @@ regularizer = InsertionDeletion(
     baselines=x[:600].mean(dim=(0, 1), keepdim=True),
     insertion_weight=0.1,
     deletion_weight=0.1,
-    deletion_form="complement",
     attribute_kwargs={"n_steps": 8},
 )
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -44,7 +44,6 @@ def make_regularizer(vit):
         baselines=0.0,
         insertion_weight=0.1,
         deletion_weight=0.1,
-        deletion_form="complement",
         steps_per_update=2,
     )
 

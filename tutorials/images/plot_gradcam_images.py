@@ -179,10 +179,10 @@ before = copy.deepcopy(model)
 # --------------------------------------------------
 #
 # Masked pixels become 0, which after standardisation is the average colour, a middle grey. Black would be a poor choice
-# of baseline here: it is what the galaxies look like. ``complement`` is the deletion term that stops paying once the
-# class is improbable. In each update the regularizer evaluates 4 of the 16 steps, drawn for each image. A copy is
-# trained on without the terms, to tell their effect from that of more training. Of the epochs that cost at most one
-# point of accuracy, the trainer keeps that of the highest 2 x accuracy + insertion + 1 - deletion, for both.
+# of baseline here: it is what the galaxies look like. In each update the regularizer evaluates 4 of the 16 steps, drawn
+# for each image. A copy is trained on without the terms, to tell their effect from that of more training. Of the epochs
+# that cost at most one point of accuracy, the trainer keeps that of the highest 2 x accuracy + insertion + 1 - deletion,
+# for both.
 
 
 def make_regularizer(model):
@@ -191,7 +191,6 @@ def make_regularizer(model):
         baselines=0.0,
         insertion_weight=0.01,
         deletion_weight=0.05,
-        deletion_form="complement",
         step_size=32,
         attribute_kwargs={"relu_attributions": True},
     )

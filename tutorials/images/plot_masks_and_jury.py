@@ -73,7 +73,6 @@ def lime_regularizer(model, weight=0.0, **settings):
         feature_mask=cells,
         insertion_weight=weight,
         deletion_weight=weight,
-        deletion_form="complement",
         attribute_kwargs={"n_samples": 48, "sampling": "independent"},
         **settings,
     )

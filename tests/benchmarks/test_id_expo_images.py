@@ -1,0 +1,121 @@
+"""The experiment on images, reduced: scikit-learn's digits in place of CIFAR-10, a small network, short runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from benchmarks.id_expo import images
+from benchmarks.id_expo.experiment import Results, quiet
+from benchmarks.id_expo.images import Arm
+
+# The network is hardly trained: Grad-CAM's ReLU leaves some of its maps empty.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:The {start}") for start in ("attribution of", "task loss was")]
+
+
+def load_small(_root, part, rows):
+    x, y = load_digits(return_X_y=True)
+    x = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 8 - 1
+    first = 0 if part == "train" else 1000
+    return TensorDataset(x[first:][rows].contiguous(), torch.tensor(y)[first:][rows])
+
+
+def small_network(_root):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    x, y = load_small(None, "train", slice(0, 600)).tensors
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+SMALL = {
+    "pretrained": small_network, "load": load_small, "layer": "3", "cell": 2, "n_train": 600, "n_val": 40,
+    "n_test": 60, "n_explained": 30, "first_test": 300, "learning_rate": 5e-3, "n_samples": 30, "n_epochs": 3,
+    "seeds": range(1),
+}  # fmt: skip
+GRAD_CAM = images.Experiment(
+    "Grad-CAM",
+    (
+        Arm("CE-only", 120),
+        Arm("ID-ExpO", 120, 0.3, "complement"),
+        images.RECIPE_ARM._replace(n_updates=30),
+        Arm("masks alone", 30),
+    ),
+    **SMALL,
+)
+LIME = images.Experiment(
+    "LIME", (Arm("CE-only", 12), Arm("ID-ExpO", 12, 0.2, "complement")), n_warm_up=200, **SMALL
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the script runs."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def test_a_reduced_run(tmp_path):
+    """One run for all of these questions, since it is the dear part."""
+    images.run("gradcam", GRAD_CAM, None, tmp_path)
+    check_that_it_is_complete_and_not_repeated(tmp_path)
+    rows = images.complete(GRAD_CAM, Results(tmp_path / "images_gradcam.jsonl"))
+    column = images.columns(GRAD_CAM)["Grad-CAM"]
+    gained, plain = (column(rows[arm][0]["score"]) for arm in ("ID-ExpO, complement", "CE-only"))
+    assert gained > plain
+    check_the_shares_of_images_that_change_both_ways(rows, images.report("gradcam", GRAD_CAM, tmp_path))
+
+
+def check_that_it_is_complete_and_not_repeated(folder):
+    path = folder / "images_gradcam.jsonl"
+    written = path.read_text()
+    assert len(Results(path).rows) == 1 + len(GRAD_CAM.arms)
+    images.run("gradcam", GRAD_CAM, None, folder)
+    assert path.read_text() == written
+
+
+def check_the_shares_of_images_that_change_both_ways(rows, text):
+    after, before = (rows[arm][0]["limit"] for arm in ("in turn", "start"))
+    rise = 0
+    for i in range(GRAD_CAM.n_explained):
+        insertion = after["each insertion"][i] - before["each insertion"][i]
+        deletion = after["each deletion"][i] - before["each deletion"][i]
+        rise += insertion > 0 and deletion < 0
+    assert text.startswith("Seeds: 1, explained images: 30.")
+    assert f"| in turn | {rise / GRAD_CAM.n_explained:.1%} |" in text
+    assert text.count("| rises |") == 11
+
+
+def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):
+    images.run("lime", LIME, None, tmp_path)
+    (warm,) = images.complete(LIME, Results(tmp_path / "images_lime.jsonl"))["start"]
+    with quiet():
+        cold = images.judge(LIME, small_network(None), LIME.images(None, 0))
+    assert warm["limit"]["masked_accuracy, mean colour"] > cold["masked_accuracy, mean colour"] + 0.1
+    assert "#### In turn" not in images.report("lime", LIME, tmp_path)
+
+
+def test_no_two_seeds_share_an_image_to_choose_by_or_to_report():
+    seen = set()
+    for seed in images.EXPERIMENTS["gradcam"].seeds:
+        experiment = images.EXPERIMENTS["gradcam"]._replace(
+            load=lambda root, part, rows: TensorDataset(torch.arange(50_000 if part == "train" else 10_000)[rows])
+        )
+        given = experiment.images(None, seed)
+        for part in (given.val, given.test):
+            (numbers,) = part.tensors
+            assert not seen & {*numbers.tolist()}
+            seen |= {*numbers.tolist()}
+        assert given.val.tensors[0].max() < 5000 <= given.test.tensors[0].min()
