@@ -197,8 +197,8 @@ def make_insertion_deletion(
     model: nn.Sequential, explainer: str, *, n_samples: int | None = None, seed: int = 0, **arguments: object
 ) -> InsertionDeletion:
     """Return the terms for one explainer; its explanations are those of the class's probability."""
-    n_features = model[0].in_features
-    sampled = {"n_samples": n_samples or min(max(2 * n_features, 50), 100), "sampling": "independent"}
+    n_samples = n_samples or min(max(2 * model[0].in_features, 50), 100)
+    sampled = {"n_samples": n_samples, "sampling": "independent"}
     return InsertionDeletion(
         EXPLAINERS[explainer](model),
         forward_func=model,

@@ -74,7 +74,7 @@ def test_additive_training_makes_terms_more_faithful_and_a_run_resumes(additive,
     x, y = load_breast_cancer(return_X_y=True)
     table = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
     monkeypatch.setattr(additive.tables, "load", lambda *_: table)
-    monkeypatch.setattr(additive, "TEST_SAMPLES", 50)
+    monkeypatch.setattr(additive, "JUDGED_SAMPLES", 50)
     monkeypatch.setattr(additive, "EPOCHS", 4)
     monkeypatch.setattr(additive, "SETS", ("breast cancer",))
     monkeypatch.setattr(additive, "SPLITS", range(1))

@@ -181,8 +181,8 @@ before = copy.deepcopy(model)
 # Masked pixels become 0, which after standardisation is the average colour, a middle grey. Black would be a poor choice
 # of baseline here: it is what the galaxies look like. In each update the regularizer evaluates 4 of the 16 steps, drawn
 # for each image. A copy is trained on without the terms, to tell their effect from that of more training. Of the epochs
-# that cost at most one point of accuracy, the trainer keeps that of the highest 2 x accuracy + insertion + 1 - deletion,
-# for both.
+# that cost at most one point of accuracy, the trainer keeps the one with the highest 2 x accuracy + insertion + 1 -
+# deletion, for both.
 
 
 def make_regularizer(model):
