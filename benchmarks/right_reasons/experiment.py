@@ -89,6 +89,28 @@ class Results:
         partial.replace(self.path)
 
 
+def chosen_weight(
+    results: Results,
+    name: str,
+    weights: Iterable[float],
+    seeds: Iterable[int],
+    validate: Callable[[float, int], float],
+) -> float:
+    """Return the weight with the best mean of a score on validation data; the scores are kept with the results."""
+    seeds = list(seeds)
+
+    def score(weight: float) -> float:
+        rows = (
+            results.measure(
+                f"validation of {name}, weight {weight:g}", seed, lambda seed=seed: {"score": validate(weight, seed)}
+            )
+            for seed in seeds
+        )
+        return statistics.fmean(row["score"] for row in rows)
+
+    return max(weights, key=score)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error."""
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -27,14 +27,14 @@ def test_iris_cancer_penalty_raises_the_accuracy_with_iris_zeroed(script):
     iris_cancer = script("iris_cancer")
     plain, rrr = (
         statistics.mean(iris_cancer.measure("standardised", weight, seed)["iris zeroed"] for seed in range(3))
-        for weight in iris_cancer.WEIGHTS.values()
+        for weight in (0.0, 10.0)
     )
     assert rrr > plain + 0.2
     assert rrr > 0.85
 
 
 def test_toy_colors_with_corners_forbidden_uses_the_top_middle(script):
-    row = script("toy_colors").measure("corners forbidden", 0, **SMALL)
+    row = script("toy_colors").measure("corners forbidden", 1000.0, 0, **SMALL)
     assert row["accuracy"] > 0.99
     assert row["corners"] < 0.05
     assert row["top middle"] > 0.9
@@ -43,10 +43,42 @@ def test_toy_colors_with_corners_forbidden_uses_the_top_middle(script):
 def test_toy_colors_search_finds_one_rule_and_then_the_other(script, monkeypatch):
     toy_colors = script("toy_colors")
     monkeypatch.setattr(toy_colors, "MAX_MODELS", 2)
-    first, second = toy_colors.search(0, **SMALL)["models"]
+    first, second = toy_colors.search(1000.0, 0, **SMALL)["models"]
     assert first["corners"] > 0.9
     assert second["top middle"] > 0.9
     assert min(first["accuracy"], second["accuracy"]) > 0.99
+
+
+def test_toy_colors_silent_rule_says_nothing_of_the_class(script):
+    toy_colors = script("toy_colors")
+    images = toy_colors.Images.drawn(4000, torch.Generator().manual_seed(0), silent="corners")
+    colors = (images.x.permute(0, 2, 3, 1)[..., None, :] == toy_colors.PALETTE).all(dim=-1).float().argmax(dim=-1)
+    obeyed = {name: rule.obeyed(colors[:, rule.rows, rule.columns]).float() for name, rule in toy_colors.RULES.items()}
+    for label in (0, 1):
+        assert obeyed["corners"][images.y == label].mean() == 0.5
+        assert obeyed["top middle"][images.y == label].mean() == 1 - label
+
+
+def test_decoys_of_validation_images_say_nothing_of_the_digit(script, monkeypatch):
+    decoy_mnist = script("decoy_mnist")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(600, 28, 28, dtype=torch.uint8), torch.randint(10, (600,), generator=generator)
+    monkeypatch.setattr(decoy_mnist, "load_mnist", lambda root, part: images)
+    monkeypatch.setattr(decoy_mnist, "N_FIT", 400)
+    for part, n, tells in (("train", 600, True), ("fit", 400, True), ("validation", 200, False)):
+        digits = decoy_mnist.load(None, part, True, 0)
+        said = (255 - 255 * digits.x.amax(dim=(1, 2))).div(25).round()
+        assert len(digits.y) == n
+        assert bool((said == digits.y).all()) is tells
+        assert (said == digits.y).float().mean() < 0.2 or tells
+
+
+def test_weights_are_chosen_by_the_mean_over_the_seeds(script, tmp_path):
+    experiment = script("experiment")
+    scores = {1.0: (0.9, 0.1), 10.0: (0.6, 0.6), 100.0: (0.2, 0.8)}
+    results = experiment.Results(tmp_path / "results.json")
+    assert experiment.chosen_weight(results, "x", scores, range(2), lambda weight, seed: scores[weight][seed]) == 10
+    assert experiment.chosen_weight(results, "x", scores, range(2), lambda *_: 1 / 0) == 10  # kept
 
 
 def test_experiment_results_are_measured_once(script, tmp_path):
