@@ -339,7 +339,14 @@ def test_comparison_page_is_one_file_with_verdicts_table_and_picture(found, tmp_
     assert page.tags.count("tr") == 1 + len(found.judges)
     assert "data:image/png;base64," in text
     assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
-    assert "judges that took no part in the training" in text
+    kinds = {"with an explainer that took no part in the training": 0, "with another baseline or metric": 0}
+    for judge in found.judges:
+        if found.held_out(judge):
+            is_new = judge.explainer is not None and judge.explainer not in found.trained_on
+            kinds[list(kinds)[not is_new]] += 1
+    for kind, n in kinds.items():
+        assert n
+        assert f"of {n} judges {kind}" in text
     assert "the same 24 examples" in text
     assert list(tmp_path.iterdir()) == [path]
     odd = compare({"<b>&": MODELS["before"], "x": MODELS["plain"]}, LOADER, EXPLAINERS, BASELINES, ["accuracy"])

@@ -30,7 +30,7 @@ Layers = nn.Module | list[nn.Module]
 PER_ACTIVATION = "One value per activation, a tuple if the layer has several tensors, a list for a list of layers."
 PER_ACTIVATION_WITH_DELTA = "One value per activation; or a pair of that and the convergence delta."
 OF_A_LAYERS_FEATURES = {
-    "layer_baselines": "what stands in place of a feature: None (zero), a number, a tensor that broadcasts to the "
+    "layer_baselines": "what a feature is replaced by: None (zero), a number, a tensor that broadcasts to the "
     "activations, or a tuple of these.",
     "layer_mask": "whole numbers, equal ones for the activations of one feature; None: every activation is a feature.",
     "perturbations_per_eval": "features replaced in one forward pass; None: chosen automatically.",

@@ -173,7 +173,7 @@ class Sparsity(AttributionPenalty):
         ascending = torch.cat(magnitudes).sort().values
         n = len(ascending)
         ranks = 2 * torch.arange(1, n + 1, device=ascending.device, dtype=ascending.dtype) - n - 1
-        # A model that uses nothing has no concentration to speak of, and no gradient of it.
+        # The attribution of a model that uses nothing has no concentration, and no gradient of it.
         total = ascending.sum().clamp_min(torch.finfo(ascending.dtype).tiny)
         penalty = 1 - (ranks * (ascending / total)).sum() / n
         return penalty if explained.contributes is None else penalty * explained.contributes.amax()

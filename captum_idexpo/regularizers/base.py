@@ -128,7 +128,7 @@ class Regularizer(nn.Module):
             raise TypeError(
                 f"forward_func must be a module or a forward function, given: {type(forward_func).__name__}."
             )
-        # The model belongs to the user. As a submodule its parameters would stand in a second state dict.
+        # The model belongs to the user. As a submodule, its parameters would be in a second state dict.
         self.__dict__["forward_func"] = forward_func
         self.__dict__["model"] = module_of(forward_func) if model is None else model
         self.outputs = outputs

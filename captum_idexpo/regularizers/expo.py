@@ -130,7 +130,7 @@ class Fidelity(_LocalPenalty):
     Args:
         forward_func: the function that is trained: a module, or a callable of the input tensors.
         neighborhood: `GaussianNeighbors` (the authors'; with ``one_dimensional=True`` their 1D-Fidelity, which costs 20
-            rows an example whatever the dimension), `UniformNeighbors`, or `MaskedNeighbors` for images.
+            rows per example, whatever the number of features), `UniformNeighbors`, or `MaskedNeighbors` for images.
         model: the module that is held in eval mode; None: the forward function, if it is a module or the method of one.
         weight: of the term, or "auto": ``ratio`` times the task loss at the start, as the authors do.
         ratio: of the term to the task loss, for an automatic weight. An untrained network is nearly linear, so that

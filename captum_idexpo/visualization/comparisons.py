@@ -155,16 +155,16 @@ src="data:image/png;base64,{encoded}"></div>
 
 
 def _verdicts(comparison: Comparison) -> str:
-    """Return a sentence for each model: how many judges find it clearly better or worse."""
+    """Return a sentence for each model and kind of judge: how many find it clearly better or worse."""
     items = []
     for model in comparison.models:
-        for held_out, kind in ((True, " that took no part in the training"), (False, " of the training"), (None, "")):
-            rows = [row for row in comparison.rows if row["model"] == model and row["held_out"] is held_out]
+        for kind in _KINDS:
+            rows = [row for row in comparison.rows if row["model"] == model and _kind(row, comparison) == kind]
             if model == comparison.reference or not rows:
                 continue
             better, worse = (sum(sign * row["better"] > _CLEAR for row in rows) for sign in (1, -1))
             items.append(
-                f"<li><strong>{html.escape(model)}</strong>: of {len(rows)} judges{kind}, {better} find it better and "
+                f"<li><strong>{html.escape(model)}</strong>: of {len(rows)} judges{_KINDS[kind]}, {better} find it better and "
                 f"{worse} worse by more than {_CLEAR} standard errors.</li>"
             )
     if not items:
@@ -173,6 +173,24 @@ def _verdicts(comparison: Comparison) -> str:
         f"<h2>Verdicts</h2><ul>{''.join(items)}</ul><p>By chance alone about one judge in twenty would find such a "
         "difference. Judges that share an explainer, a baseline or a metric are not independent of each other.</p>"
     )
+
+
+_KINDS = {
+    "explainer": " with an explainer that took no part in the training",
+    "other": " with another baseline or metric than the training",
+    "trained": " of the training",
+    "unknown": "",
+}
+
+
+def _kind(row: Mapping[str, Any], comparison: Comparison) -> str:
+    """Return the kind of a judge. One whose baseline or metric alone is new still sees the trained explainer."""
+    if row["held_out"] is None:
+        return "unknown"
+    if not row["held_out"]:
+        return "trained"
+    trained_on = comparison.trained_on or frozenset()
+    return "explainer" if row["explainer"] is not None and row["explainer"] not in trained_on else "other"
 
 
 def _table(comparison: Comparison) -> str:

@@ -68,7 +68,7 @@ def _one_thread():
 
 
 def test_a_reduced_run(tmp_path):
-    """One run for all of these questions, since it is the dear part."""
+    """Check one run in several ways, because the run takes the time."""
     images.run("gradcam", GRAD_CAM, None, tmp_path)
     check_that_it_is_complete_and_not_repeated(tmp_path)
     rows = images.complete(GRAD_CAM, Results(tmp_path / "images_gradcam.jsonl"))

@@ -39,7 +39,7 @@ def small():
 
 
 def test_a_reduced_run(tmp_path):
-    """One run for all of these questions, since it is the dear part."""
+    """Check one run in several ways, because the run takes the time."""
     tables.run(["collins"], None, tmp_path)
     check_that_it_is_complete_and_not_repeated(tmp_path)
     check_that_id_expo_gains_more_than_its_rivals(tables.read(tmp_path)["collins"])

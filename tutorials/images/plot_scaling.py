@@ -20,7 +20,7 @@ from captum_idexpo.visualization import COLORS, plot_history
 # The script
 # ----------
 #
-# Nothing in it speaks of ranks. What belongs to more than one process is marked:
+# It contains no code for ranks. The lines for more than one process are marked:
 #
 # 1. Settings of accelerate come with an ``Accelerator`` of your own: here the CPU (and with it the gloo backend; on
 #    GPUs leave ``cpu=True`` out), and how many batches one update accumulates. Mixed precision and trackers go there,
