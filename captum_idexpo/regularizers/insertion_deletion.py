@@ -101,8 +101,8 @@ class InsertionDeletion(Regularizer):
         steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata, at
             the same place of each. The estimate is unbiased, at a fraction of the cost. None: all steps, which `scores`
             and the trainer's `evaluate` always take. All are also taken if there are not more.
-        deletion_form: "complement" is the mean of log(1 - p(deletion)), negated, which is bounded below by 0. "ratio" is
-            the paper's choice, eq. (10): the mean of log p(x) - log p(deletion), negated. "log" is the mean of
+        deletion_form: "complement" is the mean of log(1 - p(deletion)), negated, which is bounded below by 0. "ratio"
+            is the paper's choice, eq. (10): the mean of log p(x) - log p(deletion), negated. "log" is the mean of
             log p(deletion). For raw outputs each is the mean of f(deletion).
         deletion_floor: for "ratio" and "log", which have no lower bound: below this probability a copy adds no more
             reward. None: no floor. `floor_share` is the share of copies at the floor in the last call.

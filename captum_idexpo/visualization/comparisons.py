@@ -164,8 +164,8 @@ def _verdicts(comparison: Comparison) -> str:
                 continue
             better, worse = (sum(sign * row["better"] > _CLEAR for row in rows) for sign in (1, -1))
             items.append(
-                f"<li><strong>{html.escape(model)}</strong>: of {len(rows)} judges{_KINDS[kind]}, {better} find it better and "
-                f"{worse} worse by more than {_CLEAR} standard errors.</li>"
+                f"<li><strong>{html.escape(model)}</strong>: of {len(rows)} judges{_KINDS[kind]}, {better} find it better "
+                f"and {worse} worse by more than {_CLEAR} standard errors.</li>"
             )
     if not items:
         return ""
