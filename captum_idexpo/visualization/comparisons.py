@@ -163,10 +163,9 @@ def _verdicts(comparison: Comparison) -> str:
             if model == comparison.reference or not rows:
                 continue
             better, worse = (sum(sign * row["better"] > _CLEAR for row in rows) for sign in (1, -1))
-            items.append(
-                f"<li><strong>{html.escape(model)}</strong>: of {len(rows)} judges{_KINDS[kind]}, {better} find it better "
-                f"and {worse} worse by more than {_CLEAR} standard errors.</li>"
-            )
+            counts = f"{better} find it better and {worse} worse by more than {_CLEAR} standard errors"
+            name = html.escape(model)
+            items.append(f"<li><strong>{name}</strong>: of {len(rows)} judges{_KINDS[kind]}, {counts}.</li>")
     if not items:
         return ""
     return (
