@@ -2,8 +2,8 @@
 Averaged weights (EMA)
 ======================
 
-After this guide you can train with an exponential moving average of the weights that is judged and selected instead of
-the weights themselves, together with a warm-up that is counted in updates.
+After this guide you can train with an exponential moving average of the weights. The trainer evaluates the average, and
+not the current weights, to select the epoch. You can also use a warm-up that is counted in updates.
 """
 
 import torch
@@ -22,8 +22,8 @@ train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=Tru
 val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
 
 # %%
-# PyTorch's own ``AveragedModel`` goes to the trainer. Validation scores are those of the average, and the model has the
-# averaged weights in the end.
+# Pass PyTorch's own ``AveragedModel`` to the trainer. The validation scores are those of the average. At the end, the
+# model has the averaged weights.
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10))
@@ -59,7 +59,8 @@ trainer = ExplanationRegularizedTrainer(
 history = trainer.fit(train, val, epochs=8)
 
 # %%
-# The score of the average beside that of the weights of the moment, epoch by epoch.
+# The figure shows the score of the average and the score of the current weights ("weights of the moment"), for each
+# epoch.
 
 from matplotlib.figure import Figure
 
@@ -74,9 +75,10 @@ axis.legend(frameon=False)
 # The mistake to avoid
 # --------------------
 #
-# Updating the average in a callback of your own: the trainer would still select the epoch by the weights of the moment.
-# And an average with a memory that is longer than the training: with 20 updates per epoch a decay of 0.999 remembers 50
-# epochs, so the average is still close to the random start. Choose a memory, 1 / (1 - decay) updates, of an epoch or
+# Do not update the average in a callback of your own. The trainer would still select the epoch by the current weights.
+#
+# Also avoid an average whose memory is longer than the training. With 20 updates per epoch, a decay of 0.999 remembers
+# 50 epochs, so the average is still close to the random start. Choose a memory, 1 / (1 - decay) updates, of an epoch or
 # less.
 
 print(f"memory: {1 / (1 - 0.95):.0f} updates, one epoch: {len(train)} updates")

@@ -3,8 +3,8 @@ A Hugging Face text classifier
 ==============================
 
 After this guide you can train the explanation of a text classifier of `transformers`, with its attention mask. The BERT
-here is small and its weights are random at first, so nothing is downloaded; with a pretrained one only the line that
-makes it changes.
+here is small and starts from random weights, so nothing is downloaded. For a pretrained model, change only the line
+that creates the model.
 """
 
 import torch
@@ -18,7 +18,8 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_attribution_bars
 
 # %%
-# Texts of 4 to 10 words between [CLS] and [SEP], padded to 12 tokens. A film is good or bad by one of six words.
+# Each text has 4 to 10 words between [CLS] and [SEP], and is padded to 12 tokens. One of six words says whether the
+# film is good or bad.
 
 words = ["[PAD]", "[CLS]", "[SEP]", "great", "superb", "lovely", "awful", "dull", "boring", "the", "a", "film", "plot"]
 words += ["actor", "scene", "was", "is", "and", "but", "with"]
@@ -35,10 +36,10 @@ mask = (ids != 0).long()
 train = DataLoader(TensorDataset(ids[:1000], mask[:1000], y[:1000]), batch_size=50, shuffle=True, generator=generator)
 
 # %%
-# The ten lines. Token ids have no gradient and cannot be masked softly, so the explanation starts at the embeddings:
-# ``KeywordModel`` calls the model by keyword arguments and returns its logits. ``feature_mask`` makes the numbers of a
-# word one location, and puts [CLS], [SEP] and the padding together into the last one. The attention mask goes along as
-# an additional argument of the model.
+# These are the ten lines. Token ids have no gradient and cannot be masked softly, so the explanation starts at the
+# embeddings. ``KeywordModel`` calls the model by keyword arguments and returns its logits. ``feature_mask`` makes the
+# numbers of a word one location. It puts [CLS], [SEP] and the padding together into the last location. The attention
+# mask is passed as an additional argument of the model.
 
 torch.manual_seed(0)
 config = BertConfig(
@@ -55,7 +56,7 @@ embed = bert.get_input_embeddings()
 
 
 def by_word(embedded):
-    """The location of each number ``(B, 12, 32)``: the place of its word; 11 for the special tokens."""
+    """Return the location of each number ``(B, 12, 32)``: the place of its word, or 11 for the special tokens."""
     special = (embedded[:, :, None] == embed.weight[:3]).all(-1).any(-1)
     return torch.where(special, 11, places)[:, :, None].expand_as(embedded)
 
@@ -86,11 +87,12 @@ scores = regularizer.scores(x_test, y_test, additional_forward_args=mask_test)
 print(f"accuracy {accuracy:.2f}, insertion {scores.insertion.mean():.2f}, deletion {scores.deletion.mean():.2f}")
 
 # %%
-# In the trainer the loader yields ids, and ``unpack`` makes embeddings of them: ``unpack=lambda batch:
+# With the trainer, the loader yields ids, and ``unpack`` turns them into embeddings: ``unpack=lambda batch:
 # Batch(embed(batch["input_ids"]), batch["labels"], None, batch["attention_mask"])``. Check the names in
-# ``KeywordModel``: a model that takes ``token_type_ids`` would read a mask under that name as something else.
+# ``KeywordModel``. If a model takes ``token_type_ids`` and you pass the mask under that name, the model reads the mask
+# as something else.
 #
-# The evidence of the words of one text: all numbers of a word have the value of the word.
+# The figure shows the evidence of the words of one text. All numbers of a word have the value of the word.
 
 text = [words[i] for i in ids[1000] if i > 2]
 (attribution,) = regularizer.attribution(x_test[:1], y_test[:1], additional_forward_args=mask_test[:1])
@@ -101,8 +103,8 @@ figure = plot_attribution_bars({f"for class {int(y_test[0])}": attribution[0, 1 
 # The mistake to avoid
 # --------------------
 #
-# Leaving the attention mask out where the explainer or a metric calls the model. Nothing fails: the model attends to
-# the padding, and explains another text than the one it classifies.
+# Pass the attention mask wherever the explainer or a metric calls the model. Without the mask there is no error. But
+# the model attends to the padding, and the explanation is of another text than the one that the model classifies.
 
 with_mask, without = (
     InputXGradient(model).attribute(x_test, target=y_test, additional_forward_args=side).sum(2)

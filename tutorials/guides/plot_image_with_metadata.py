@@ -2,8 +2,8 @@
 An image with metadata
 ======================
 
-After this guide you can train the explanation of an image for a network that also reads a table row: a patient's age, a
-camera's position. The row is handed along; it is neither explained nor masked.
+After this guide you can train the explanation of an image for a network that also reads a table row, such as a
+patient's age or a camera's position. The row is passed to the network. It is neither explained nor masked.
 """
 
 import torch
@@ -17,7 +17,8 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_explanations
 
 # %%
-# A digit, and a number that says whether to name the digit or its double, modulo 10. The loader yields dictionaries.
+# Each example is an image of a digit and a flag. The flag says whether the label is the digit or its double, modulo 10.
+# The loader yields dictionaries.
 
 digits = load_digits()
 images, numbers = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None], torch.tensor(digits.target)
@@ -43,8 +44,8 @@ class ImageAndRow(nn.Module):
 
 
 # %%
-# ``unpack`` says which part of a batch is which. What stands in ``additional_forward_args`` follows its example through
-# all masked copies.
+# ``unpack`` tells the trainer what each part of a batch is. The values in ``additional_forward_args`` are repeated for
+# all masked copies of their example.
 
 
 def unpack(batch):
@@ -65,8 +66,8 @@ history = trainer.fit(train, val, epochs=12)
 print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
 
 # %%
-# The same images, explained for both settings of the switch. The evidence is nearly the same, as it should be: which
-# digit it is has to be read in either case.
+# The figure explains the same images for both values of the flag. The evidence is nearly the same. This is correct,
+# because the network has to read the digit in both cases.
 
 shown = images[1400:1404]
 maps = {}
@@ -80,9 +81,9 @@ figure = plot_explanations(shown, maps)
 # The mistake to avoid
 # --------------------
 #
-# Passing the row as a second *input*, ``(image, row)``. Then the row is explained and masked as well, each number a
-# location among the pixels, and a layer's map has no place for it. (Several rows go into ``additional_forward_args`` as
-# a tuple, in the order of the model's arguments.)
+# Do not pass the row as a second *input*, ``(image, row)``. The row would then be explained and masked as well, and
+# each of its numbers would be a location among the pixels. A layer's map has no place for the row. (Pass several rows
+# in ``additional_forward_args`` as a tuple, in the order of the model's arguments.)
 
 by_inputs = InsertionDeletion(LayerGradCam(model, model.conv), baselines=(0.0, 0.0))
 try:

@@ -2,7 +2,7 @@
 Lightning, with validation
 ==========================
 
-After this guide you can train for faithful explanations in a ``LightningModule``, and judge them in its validation.
+After this guide you can train for faithful explanations in a ``LightningModule``, and measure them in its validation.
 """
 
 import lightning
@@ -22,9 +22,9 @@ train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=Tru
 val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=100)
 
 # %%
-# ``ExplanationRegularizedLoss`` is the loss of a training step. ``scores`` is hard insertion and deletion of the
-# predicted class, one number per example. The loss holds the model: a second attribute of it would store each weight
-# twice.
+# ``ExplanationRegularizedLoss`` is the loss of a training step. ``scores`` returns hard insertion and deletion of the
+# predicted class, one number per example. The loss holds the model. Do not also make the model an attribute of the
+# ``LightningModule``: each weight would be stored twice.
 
 
 class Explained(lightning.LightningModule):
@@ -80,9 +80,9 @@ figure = plot_explanations(shown, {"trained": explained.loss.regularizers[0].att
 # The mistake to avoid
 # --------------------
 #
-# Leaving ``inference_mode=False`` out. Lightning validates under ``torch.inference_mode``, which forbids the gradients
-# that Grad-CAM takes. ``fit`` alone does not show it, since its validation runs under ``no_grad`` where a training
-# follows; ``validate`` and ``test`` do:
+# Do not leave ``inference_mode=False`` out. Without it, Lightning validates under ``torch.inference_mode``, which
+# forbids the gradients that Grad-CAM needs. ``fit`` alone does not show the mistake, because the validation inside it
+# runs under ``no_grad``. ``validate`` and ``test`` show it:
 
 try:
     lightning.Trainer(**quiet).validate(explained, val, verbose=False)

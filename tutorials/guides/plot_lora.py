@@ -2,9 +2,9 @@
 LoRA, or a frozen backbone
 ==========================
 
-After this guide you can train for faithful explanations where only a few weights are trained: low-rank adapters of
-`peft`, or the head of a frozen network. The explanation's gradient reaches the weights that require gradient, through
-the frozen ones.
+After this guide you can train for faithful explanations when only a few weights are trained: the low-rank adapters of
+`peft`, or the head of a frozen network. The gradient of the explanation passes through the frozen weights, and reaches
+the weights that require gradient.
 """
 
 import copy
@@ -42,7 +42,8 @@ optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
 ExplanationRegularizedTrainer(network, optimizer, show_progress=False).fit(train, epochs=5)
 
 # %%
-# Wrap first, then find the layer *in the wrapped model*, then make the optimizer from what requires gradient.
+# First wrap the network. Then find the layer *in the wrapped model*. Then create the optimizer from the parameters that
+# require gradient.
 
 before = copy.deepcopy(network)
 lora = get_peft_model(network, LoraConfig(r=8, target_modules=["first", "second", "head"]))
@@ -79,8 +80,9 @@ maps = {
 figure = plot_explanations(shown, maps)
 
 # %%
-# A frozen backbone is the same without peft: ``requires_grad_(False)`` on it, and an optimizer of the rest. The map's
-# gradient reaches the head. (A map that does not depend on anything that is trained has no graph, which is an error.)
+# A frozen backbone does not need peft. Call ``requires_grad_(False)`` on the backbone, and create an optimizer of the
+# other parameters. The gradient of the map reaches the head. (A map that does not depend on any trained weight has no
+# graph. This raises an error.)
 
 frozen = copy.deepcopy(before).requires_grad_(False)
 frozen.head.requires_grad_(True)
@@ -92,9 +94,9 @@ print(f"gradient at the head: {frozen.head.weight.grad.norm():.4f}, at the backb
 # The mistake to avoid
 # --------------------
 #
-# Making the explainer before the wrapping. peft replaces the layers in place, so an explainer of ``network.second``
-# keeps a layer that the model now calls as a part of the adapter: its output is that of the frozen convolution without
-# the adapter's share.
+# Do not create the explainer before you wrap the network. peft replaces the layers in place. An explainer of
+# ``network.second`` then keeps the old layer, which the model now calls as a part of the adapter. The output of the old
+# layer is that of the frozen convolution, without the adapter's part.
 
 inner = make_regularizer(lora, layer.base_layer)
 difference = regularizer.attribution(shown, classes)[0] - inner.attribution(shown, classes)[0]

@@ -2,7 +2,7 @@
 Several labels per example
 ==========================
 
-After this guide you can train the explanations of a network with a sigmoid for each label, and judge them.
+After this guide you can train and measure the explanations of a network that has one sigmoid per label.
 """
 
 import torch
@@ -16,7 +16,8 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_explanations
 
 # %%
-# Two digits side by side, and ten labels: which digits are there? The target is multi-hot, ``(B, 10)``.
+# Each image shows two digits side by side. The ten labels tell which digits are there. The target is multi-hot, ``(B,
+# 10)``.
 
 digits = load_digits()
 images, numbers = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
@@ -28,7 +29,7 @@ train = DataLoader(TensorDataset(x[:700], y[:700]), batch_size=50, shuffle=True,
 val = DataLoader(TensorDataset(x[700:], y[700:]), batch_size=300)
 
 # %%
-# Say ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``.
+# Pass ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``.
 
 torch.manual_seed(0)
 model = nn.Sequential(
@@ -57,8 +58,8 @@ history = trainer.fit(train, val, epochs=6)
 print(f"labels right {history[-1]['val_accuracy']:.2f}, all labels right {history[-1]['val_exact_match']:.2f}")
 
 # %%
-# A map explains one label. Here are images whose two labels are both predicted: the map of the left digit's label, and
-# that of the right one's.
+# A map explains one label. The images below have two different labels, and the network predicts both of them. Each
+# image has two maps: one of the left digit's label, and one of the right digit's label.
 
 left, right = numbers[pairs[700:, 0]], numbers[pairs[700:, 1]]
 predicted = regularizer.predicted_labels(x[700:]).float()
@@ -78,8 +79,8 @@ figure = plot_explanations(x[700:][chosen[:4]], {name: values[:4] for name, valu
 # The mistake to avoid
 # --------------------
 #
-# ``outputs="logits"``, the default, takes a softmax over the labels, under which two true labels compete. A multi-hot
-# target is refused there, since it may also be classes in another form:
+# Do not use the default, ``outputs="logits"``. It takes a softmax over the labels, in which two true labels compete.
+# With this setting a multi-hot target raises an error, because it may also be classes in another form:
 
 try:
     InsertionDeletion(InputXGradient(model), baselines=0.0)(x[700:704], y[700:704])

@@ -1,9 +1,9 @@
 """
-Segmentation, by an aggregate
-=============================
+Segmentation: explain a sum over the pixels
+===========================================
 
 After this guide you can explain and train a network that returns a class for each pixel. An attribution explains one
-number per image, so the pixels' logits are summed to one first, as in Captum's own tutorial.
+number per image. So the logits of the pixels are first summed to one number, as in Captum's own tutorial.
 """
 
 import torch
@@ -16,7 +16,8 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_explanations
 
 # %%
-# Grey images with noise and a bright disc; the target is a class for each pixel, ``(B, 24, 24)``: 1 on the disc.
+# The images are grey, with noise and a bright disc. The target is a class for each pixel, ``(B, 24, 24)``: 1 on the
+# disc.
 
 generator = torch.Generator().manual_seed(0)
 centres = torch.randint(6, 18, (600, 2, 1, 1), generator=generator)
@@ -26,8 +27,9 @@ x = (0.5 * y + 0.5 * torch.rand(600, 24, 24, generator=generator))[:, None]
 train = DataLoader(TensorDataset(x[:500], y[:500]), batch_size=25, shuffle=True, generator=generator)
 
 # %%
-# ``evidence`` is what is explained: the log-odds of class 1, summed over all pixels. ``score`` is what insertion and
-# deletion measure: the mean log probability of the right classes, high where the image is segmented well.
+# ``evidence`` returns the number that is explained: the log-odds of class 1, summed over all pixels. ``score`` returns
+# the number that insertion and deletion measure: the mean log probability of the correct classes. It is high if the
+# image is segmented well.
 
 torch.manual_seed(0)
 model = nn.Sequential(
@@ -68,9 +70,9 @@ figure = plot_explanations(shown.clip(0, 1), {"Grad-CAM": regularizer.attributio
 # The mistake to avoid
 # --------------------
 #
-# Summing only over the pixels that the network gives to the class, and only the logit of that class. This network says
-# "disc" where it finds no sign of the background: inside the disc its logits are constant, so in most images that sum
-# has no gradient, and its map is 0. The log-odds over all pixels also have the evidence against the class.
+# Do not sum only the logit of one class, over only the pixels that the network assigns to that class. This network
+# predicts "disc" where it finds no sign of the background. Inside the disc its logits are constant. So in most images
+# that sum has no gradient, and its map is 0. The log-odds over all pixels also contain the evidence against the class.
 
 
 def logit_inside(images):

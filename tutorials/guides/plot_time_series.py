@@ -2,8 +2,8 @@
 Time series
 ===========
 
-After this guide you can train the explanation of a network that reads series ``(B, T, F)``, steps first, and say which
-axis is which.
+After this guide you can train the explanation of a network that reads series ``(B, T, F)``, with the steps before the
+features. You can also tell the library which axis holds the steps.
 """
 
 import torch
@@ -16,8 +16,8 @@ from captum_idexpo.attr import IntegratedGradients
 from captum_idexpo.regularizers import InsertionDeletion
 
 # %%
-# Series of 24 steps and 3 sensors: noise, and in the second sensor a wave of 6 steps at a random time. The class is the
-# sign of the wave.
+# Each series has 24 steps and 3 sensors. All sensors have noise. The second sensor also has a wave of 6 steps at a
+# random time. The class is the sign of the wave.
 
 generator = torch.Generator().manual_seed(0)
 y = torch.randint(2, (800,), generator=generator)
@@ -40,8 +40,8 @@ class Recurrent(nn.Module):
 
 
 # %%
-# One location is one step of one sensor, 72 in all. The baseline is the mean of each sensor, ``axes=(0, 1)``: over
-# examples and steps.
+# One location is one step of one sensor. There are 72 locations. The baseline is the mean of each sensor over examples
+# and steps, the axes ``(0, 1)``.
 
 torch.manual_seed(0)
 model = Recurrent()
@@ -58,7 +58,7 @@ history = trainer.fit(train, val, epochs=10)
 print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
 
 # %%
-# Above the series, below the evidence for its class.
+# The upper plot shows the series. The lower plot shows the evidence for its class.
 
 example, label = x[600:601], y[600:601]
 attribution = regularizer.attribution(example, label)[0][0]
@@ -76,8 +76,8 @@ figure.colorbar(image, ax=bottom, label="evidence")
 # The mistake to avoid
 # --------------------
 #
-# Leaving the axes to chance. Nothing in a tensor of shape ``(B, 24, 3)`` says which axis has the steps, so the classes
-# that need to know ask: ``Smoothness`` takes ``axes=(1,)``, and a layer ``(B, T, D)`` takes
+# Do not leave the axes out. A tensor of shape ``(B, 24, 3)`` does not say which axis holds the steps. The classes that
+# need the axis have an argument for it. ``Smoothness`` takes ``axes=(1,)``. A layer ``(B, T, D)`` takes
 # ``reshape_transform=steps_first``.
 
 from captum_idexpo.attr import LayerIntegratedGradients, steps_first
@@ -90,8 +90,8 @@ except ValueError as error:
 print(Smoothness(IntegratedGradients(model), axes=(1,))(example, label))
 
 # %%
-# A GRU returns a tuple, whose second part this network does not use, so a layer's attribution of it fails. Put an
-# ``nn.Identity`` behind the part that is used, and explain that.
+# A GRU returns a tuple. This network does not use the second part of the tuple, so a layer attribution of the GRU
+# fails. Pass the part that is used through an ``nn.Identity``, and explain the ``nn.Identity``.
 
 
 class WithLayer(Recurrent):

@@ -2,10 +2,10 @@
 timm, with gradient checkpointing
 =================================
 
-After this guide you can train the explanations of a network of `timm` whose activations are checkpointed: thrown away
-after the forward pass, and computed again in the backward pass. It is for networks without random parts in training
-mode, such as stochastic depth: set their rates to 0, timm's default for vision transformers. BatchNorm in a
-checkpointed part works with the trainer's frozen statistics.
+After this guide you can train the explanations of a `timm` network with gradient checkpointing. Checkpointing discards
+activations after the forward pass, and computes them again in the backward pass. The guide is for networks without
+random parts in training mode. For parts such as stochastic depth, set the rate to 0, which is timm's default for vision
+transformers. BatchNorm in a checkpointed part works with the trainer's frozen statistics.
 """
 
 import copy
@@ -28,8 +28,8 @@ train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=Tru
 val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
 
 # %%
-# Attention has several kernels, of which one has the second derivative that explanations need. A checkpointed block has
-# to be computed by the same kernel in the forward and in the backward pass, so choose it around the training.
+# Attention has several kernels. Only one of them has the second derivative that explanations need. A checkpointed block
+# must use the same kernel in the forward pass and in the backward pass. So choose the kernel for the whole training.
 
 torch.manual_seed(0)
 vit = timm.create_model(
@@ -37,7 +37,7 @@ vit = timm.create_model(
 )
 vit.set_grad_checkpointing()
 optimizer = torch.optim.AdamW(vit.parameters(), lr=3e-3)
-ExplanationRegularizedTrainer(vit, optimizer, show_progress=False).fit(train, epochs=14)  # the task first
+ExplanationRegularizedTrainer(vit, optimizer, show_progress=False).fit(train, epochs=14)  # train the task first
 
 
 def make_regularizer(vit):
@@ -75,8 +75,8 @@ figure = plot_explanations(
 # The mistake to avoid
 # --------------------
 #
-# Leaving ``sdpa_kernel`` out. The forward pass of the explanation takes the kernel with a second derivative by itself;
-# the backward pass, which computes the blocks again, would take another one:
+# Do not leave ``sdpa_kernel`` out. The forward pass of the explanation chooses the kernel with a second derivative by
+# itself. The backward pass computes the blocks again, and would choose another kernel:
 
 try:
     trainer.fit(train, epochs=1)

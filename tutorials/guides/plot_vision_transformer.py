@@ -2,8 +2,8 @@
 Vision transformers and channels-last networks
 ==============================================
 
-After this guide you can train the Grad-CAM of a network whose layers do not return ``(B, C, h, w)``: tokens
-``(B, n, D)`` of a vision transformer, or ``(B, h, w, C)`` of Swin and its like.
+After this guide you can train the Grad-CAM of a network whose layers do not return ``(B, C, h, w)``. A vision
+transformer returns tokens ``(B, n, D)``. Swin and similar networks return ``(B, h, w, C)``.
 """
 
 import copy
@@ -25,14 +25,14 @@ train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=Tru
 val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
 
 # %%
-# A vision transformer with patches of 2x2 pixels: a class token, then 4x4 patches. ``tokens_to_map`` says so to
-# Grad-CAM.
+# The vision transformer has patches of 2x2 pixels. Its tokens are a class token, then 4x4 patches. ``tokens_to_map``
+# tells Grad-CAM this order.
 
 torch.manual_seed(0)
 vit = VisionTransformer(
     image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
 )
-# The head of torchvision's transformers is 0 at first, and so are the maps: train the task before.
+# The head of torchvision's transformers starts at 0, so the maps are 0 at first. Train the task first.
 optimizer = torch.optim.Adam(vit.parameters(), lr=3e-3)
 ExplanationRegularizedTrainer(vit, optimizer, show_progress=False).fit(train, epochs=6)
 
@@ -54,8 +54,8 @@ trainer = ExplanationRegularizedTrainer(vit, optimizer, [regularizer], show_prog
 history = trainer.fit(train, val, epochs=4)
 
 # %%
-# Insertion rises and deletion falls, on images that were neither trained on nor selected by. The map is Grad-CAM of the
-# predicted class, with its sign: blue is evidence against the class.
+# Insertion rises and deletion falls. The test images were used neither for training nor for the selection of the epoch.
+# The map is Grad-CAM of the predicted class, with its sign. Blue is evidence against the class.
 
 judges = {"before": make_regularizer(before.eval()), "after": regularizer}
 for name, judge in judges.items():
@@ -70,7 +70,7 @@ figure = plot_explanations(
 )
 
 # %%
-# The same for a network with channels last: ``channels_first`` moves them.
+# For a network with channels last, use ``channels_first``. It moves the channels.
 
 swin = SwinTransformer([2, 2], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=[2, 2], num_classes=10)
 explainer = LayerGradCam(swin, swin.features[1], reshape_transform=channels_first)
@@ -80,8 +80,8 @@ print(explainer.attribute(shown, target=y[1300:1304], create_graph=True).shape)
 # The mistake to avoid
 # --------------------
 #
-# Behind the last block only the class token has a gradient, so the map of that layer is 0 at all patches. Take the
-# first normalisation *inside* the last block, as above. The regularizer warns of such maps:
+# Do not explain a layer after the last block. Only the class token has a gradient there, so the map is 0 at all
+# patches. Take the first normalisation *inside* the last block, as above. The regularizer warns of such maps:
 
 import warnings
 

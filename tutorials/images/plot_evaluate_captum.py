@@ -2,10 +2,12 @@
 Evaluate any Captum explanation
 ===============================
 
-Which attribution should one believe? Nothing is trained here but the classifier: six explanations, all of Captum's own
-classes, are judged by this package's insertion, deletion and sensitivity-n beside Captum's infidelity and maximum
-sensitivity. Two explanations that know nothing of the model take part as controls, and the pitfalls are shown, not
-only named.
+After this tutorial you can measure how faithful the explanations of Captum's classes are, compare them, and avoid two
+pitfalls of such measurements.
+
+Only the classifier is trained here. Six explanations are judged, all of them from Captum's own classes. The metrics are
+this package's insertion, deletion and sensitivity-n, and Captum's infidelity and maximum sensitivity. Two explanations
+that do not use the model take part as controls. The last sections show each pitfall with an example.
 """
 
 import warnings
@@ -31,9 +33,9 @@ from captum_idexpo.metrics import insertion, insertion_deletion, sensitivity_n
 from captum_idexpo.visualization import COLORS, plot_curves, plot_explanations
 
 # %%
-# A small CNN on scikit-learn's digits, and 100 test images that it classifies right.
+# We train a small CNN on scikit-learn's digits, and take 100 test images that it classifies correctly.
 
-warnings.filterwarnings("ignore", module="captum")  # that inputs are made to require gradients, of hooks
+warnings.filterwarnings("ignore", module="captum")  # it warns of hooks and of inputs that now require gradients
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
@@ -65,9 +67,9 @@ x, y = x[1400:][right][:100], y[1400:][right][:100]
 # The candidates
 # --------------
 #
-# Each is a function of images and targets that returns one value a pixel. ``noise`` draws a map at random; ``centre``
-# marks the middle of every image, whatever is in it. A metric that does not put these two last measures something else
-# than faithfulness, or the data make it easy.
+# Each candidate is a function of images and targets that returns one value per pixel. ``noise`` draws a random map.
+# ``centre`` marks the middle of every image, whatever the image shows. If a metric does not rank these two last, either
+# the metric measures something other than faithfulness, or the data are too easy.
 
 
 def grad_cam(x, target):
@@ -105,16 +107,17 @@ figure = plot_explanations(x[:3], {name: values[:3] for name, values in maps.ite
 # The metrics
 # -----------
 #
-# * Insertion and deletion rank the pixels and ask how fast the class appears on black, or disappears.
-# * Sensitivity-n correlates the attribution of 16 random pixels, together, with the fall of the probability when they
-#   turn black. Unlike the two above it reads values and signs, not only the order.
-# * Captum's infidelity is the mean squared error of that same statement, over perturbations of our choice; we choose
-#   the same: 16 random pixels turn black. ``normalize=True`` fits the one factor that brings attributions of other
-#   units, such as Grad-CAM's, to the scale of the output.
-# * Captum's maximum sensitivity is how far the map moves, relative to its norm, when the image moves by at most 0.02 a
-#   pixel. It asks for stability and does not look at the model's output at all.
+# * Insertion and deletion rank the pixels. Insertion measures how fast the class appears on a black image. Deletion
+#   measures how fast it disappears.
+# * Sensitivity-n removes 16 random pixels: they turn black. It correlates the sum of their attribution with the fall of
+#   the probability. It uses the values and signs of the attribution. The two metrics above use only the order.
+# * Captum's infidelity is the mean squared error between the same two numbers, for perturbations that the user chooses.
+#   We choose the same perturbation: 16 random pixels turn black. ``normalize=True`` fits one factor that scales the
+#   attribution to the output. Attributions in other units, such as those of Grad-CAM, need this factor.
+# * Captum's maximum sensitivity measures how far the map moves, relative to its norm, when the image moves by at most
+#   0.02 per pixel. It measures stability, and does not use the output of the model.
 #
-# Captum's two metrics return one value an example, as this package's do.
+# Captum's two metrics return one value per example, as this package's metrics do.
 
 
 def probabilities(x):
@@ -122,7 +125,7 @@ def probabilities(x):
 
 
 def blacken(x):
-    """16 random pixels of each image: which ones, and the image without them."""
+    """Return a mask of 16 random pixels of each image, and the image without them."""
     chosen = torch.rand_like(x).flatten(1).argsort(1).argsort(1).view_as(x) < 16
     return chosen.float(), x.masked_fill(chosen, 0.0)
 
@@ -132,8 +135,9 @@ def scores_of(name):
     torch.manual_seed(0)  # the same random pixels for every explanation
     correlation = sensitivity_n(model, x, attribution, n=16, target=y, n_samples=100)
     error = infidelity(probabilities, blacken, x, attribution, target=y, n_perturb_samples=100, normalize=True)
-    few = slice(0, 20)  # each of these explains every image ten times more
-    moved = sensitivity_max(lambda x, target: (explain(x[0], target),), x[few], target=y[few])  # tuples in and out
+    few = slice(0, 20)  # sensitivity_max explains each of them ten more times
+    # sensitivity_max passes a tuple of inputs to the function, and expects a tuple of maps.
+    moved = sensitivity_max(lambda x, target: (explain(x[0], target),), x[few], target=y[few])
     curve = insertion_deletion(model, x, attribution, target=y, step_size=2)
     return curve, {
         "insertion": curve.insertion,
@@ -152,7 +156,8 @@ for name in methods:
 pandas.DataFrame(table).T.round(3)
 
 # %%
-# The same table as a picture. The dashed line is the noise's score; bars to the better side of it say something.
+# The figure shows the same table. The dashed line is the score of the noise. A score is informative if its bar ends on
+# the better side of this line.
 
 better = {"insertion": "higher", "deletion": "lower", "sensitivity-16": "higher", "infidelity": "lower"}
 figure = Figure(figsize=(11, 2.8), layout="constrained")
@@ -164,19 +169,20 @@ for axis, metric in zip(figure.subplots(1, 5, sharey=True), table["noise"], stri
 axis.invert_yaxis()
 
 # %%
-# What can be read from it:
+# The table shows:
 #
-# * The noise comes last in everything that asks the model. That is the least a metric must do; its score is what
-#   nothing is worth, which is far from 0 for insertion.
-# * ``centre`` knows no image and no model, and does better than noise, as digits lie in the middle. On this model it
-#   even does better than Grad-CAM, by all four metrics that ask the model. An explanation should be compared with the
-#   best map that looks at nothing, not with noise alone. (The quickstart trains such a Grad-CAM to be faithful.)
-# * The maximum sensitivity of ``centre`` is 0, the best there is: a map that never changes is perfectly stable. Read
-#   stability beside faithfulness, never alone.
-# * Sensitivity-n and infidelity put the explanations in nearly the same order, which is no second opinion: over the
-#   same perturbations they ask the same question, one as a correlation, one as an error.
-# * Input x gradient, integrated gradients and DeepLift hardly differ, here, and are ahead of Saliency. All three
-#   multiply by the input, and that is where the first pitfall lies.
+# * The noise comes last in every metric that uses the model. A metric must achieve at least that. The score of the
+#   noise is the score of an explanation without information. For insertion, this score is far from 0.
+# * ``centre`` uses neither the image nor the model. It scores better than noise, because digits lie in the middle. On
+#   this model it even scores better than Grad-CAM, by all four metrics that use the model. So compare an explanation
+#   with the best map that ignores image and model, not with noise alone. (The quickstart trains such a Grad-CAM to be
+#   faithful.)
+# * The maximum sensitivity of ``centre`` is 0, which is the best value. A map that never changes is perfectly stable.
+#   Always read stability together with faithfulness.
+# * Sensitivity-n and infidelity rank the explanations in nearly the same order. This is not independent evidence. Both
+#   use the same perturbations and the same question. One measures a correlation, the other an error.
+# * Input x gradient, integrated gradients and DeepLift hardly differ here, and score better than Saliency. All three
+#   multiply by the input. This leads to the first pitfall.
 
 compared = ("IntegratedGradients", "Saliency", "LayerGradCam", "centre", "noise")
 figure = plot_curves({name: curves[name] for name in compared})
@@ -185,9 +191,9 @@ figure = plot_curves({name: curves[name] for name in compared})
 # Pitfall: the baseline
 # ---------------------
 #
-# "Removed" was black so far, and black is also what the three attributions above compare with: they give a black pixel
-# exactly 0. Where removed means grey, white or the mean image, the same maps are judged by a question that they did not
-# answer. Insertion into each of them:
+# So far, a removed pixel became black. Black is also the baseline of the three attributions above, so they give a black
+# pixel exactly 0. Now let a removed pixel become grey, white or the pixel of the mean image. Then the same maps are
+# judged with a baseline for which they were not computed. The table shows insertion into each baseline:
 
 removed = {"black": 0.0, "grey": 0.5, "white": 1.0, "mean image": x.mean(0, keepdim=True)}
 
@@ -198,7 +204,7 @@ def mean_insertion(attribution, baselines=0.0):
 
 
 by_baseline = {name: [mean_insertion(maps[name], baselines) for baselines in removed.values()] for name in maps}
-by_baseline["IntegratedGradients, own"] = [  # from the baseline that it is judged with
+by_baseline["IntegratedGradients, own"] = [  # from the same baseline as the metric's
     mean_insertion(IntegratedGradients(model).attribute(x, baselines, target=y, n_steps=20), baselines)
     for baselines in removed.values()
 ]
@@ -206,10 +212,10 @@ by_baseline["IntegratedGradients, own"] = [  # from the baseline that it is judg
 pandas.DataFrame(by_baseline, index=list(removed)).T.round(3)
 
 # %%
-# The order turns round: on white, integrated gradients from black are worth less than noise, because the black
-# background, to which they give nothing, is what must be inserted. Integrated gradients from the same baseline as the
-# metric's ("own") are at the top in every column. So give the explanation and the metric the same baseline, name it
-# with every number, and compare numbers of one baseline only.
+# The order reverses. On white, integrated gradients from black score lower than noise. The reason: on white, the black
+# background must be inserted, and integrated gradients from black give it 0. Integrated gradients from the baseline of
+# the metric ("own") are at the top in every column. So give the explanation and the metric the same baseline. Report
+# the baseline with every number. Compare only numbers of the same baseline.
 
 figure = Figure(figsize=(6, 3.2), layout="constrained")
 axis = figure.subplots()
@@ -223,9 +229,9 @@ _ = axis.legend(frameon=False, fontsize=8)
 # Pitfall: ties
 # -------------
 #
-# Insertion and deletion need an order, and equal attributions have none. This package takes tied pixels by position,
-# from the top left, so that a score can be repeated; position is not chance, though. A map that is constant is not
-# judged like noise: it inserts the image row by row.
+# Insertion and deletion need an order, and pixels with equal attributions have none. This package orders tied pixels by
+# position, from the top left, so that a score is reproducible. But an order by position is not random. A constant map
+# does not score like noise, because it inserts the image row by row.
 
 torch.manual_seed(0)
 constant = mean_insertion(torch.zeros_like(x))
@@ -241,7 +247,9 @@ for name, values in maps.items():
     print(f"{name:20} tied {tied:4.0%}   insertion {table[name]['insertion']:.4f}, at random {with_jitter:.4f}")
 
 # %%
-# Nearly half of the pixels of the attributions that multiply by the input are tied, at 0, and it makes no difference:
-# they are black, and black pixels put onto black change nothing. On another baseline it would. If breaking ties with a
-# little noise moves a score, as it does for maps with a few large cells, or for maps cut off at zero, report the mean
-# over several such orders.
+# In the attributions that multiply by the input, nearly half of the pixels are tied at 0. Here this makes no
+# difference. The tied pixels are black, and inserting black pixels into a black image changes nothing. With another
+# baseline it would make a difference.
+#
+# Break ties with a little noise, as above. If the score changes, report the mean over several such orders. The score
+# changes for maps with a few large cells, and for maps that are cut off at zero.

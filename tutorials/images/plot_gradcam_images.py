@@ -2,10 +2,13 @@
 Grad-CAM on colour images: where does the network look?
 =======================================================
 
-Colour images of CIFAR's size with a small residual network: the setting in which most people meet Grad-CAM. A piece of
-a photograph lies somewhere on a grey wall, and the network says which photograph it is from. We know where the
-piece lies, so that a heat map can be checked against it. We train plainly, look at the maps, put insertion and deletion
-of Grad-CAM into the loss, and look again.
+After this tutorial you can train a network on colour images for a faithful Grad-CAM, and check whether the map marks
+the right place.
+
+The images have the size of CIFAR's, and the network is a small residual network. Each image shows a piece of a
+photograph somewhere on a grey wall. The network predicts which photograph the piece is from. We know where the piece
+lies, so we can check a heat map against its place. First we train in the usual way and look at the maps. Then we add
+insertion and deletion of Grad-CAM to the loss, train again, and compare the maps.
 """
 
 # sphinx_gallery_thumbnail_number = -1
@@ -33,11 +36,13 @@ from captum_idexpo.visualization import draw_image, plot_curves, plot_explanatio
 # The images
 # ----------
 #
-# Ten photographs that scikit-image and scikit-learn carry are ten classes. Scaled to 100 pixels, each is divided into
-# blocks of 20 x 20; a fifth of the blocks is for validation, a fifth for testing, and pieces of 16 x 16 are cut from
-# within a block, so that training and test pieces come from disjoint areas. The walls (brick, grass, gravel) are
-# divided into an upper part for training and a lower one. Blocks are few, about six a photograph for testing, and
-# pieces of a block overlap: the numbers below say more about these photographs than about photographs.
+# The ten classes are ten photographs that come with scikit-image and scikit-learn. Each photograph is scaled so that
+# its short side has 100 pixels, and divided into blocks of 20 x 20 pixels. A fifth of the blocks is for validation, a
+# fifth is for testing, and the rest is for training. Each piece of 16 x 16 pixels is cut from within one block, so
+# training and test pieces come from disjoint areas. The walls (brick, grass, gravel) are divided, too. The upper part
+# is for training, the lower part is for validation and testing. There are few blocks, about six per photograph for
+# testing, and the pieces of a block overlap. The numbers below therefore describe these ten photographs, and say less
+# about photographs in general.
 
 PHOTOGRAPHS = {
     "astronaut": data.astronaut(),
@@ -57,7 +62,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 def resized(picture, short_side):
-    """Channels first, in [0, 1]."""
+    """Return the picture with channels first, in [0, 1], scaled to the short side."""
     image = torch.tensor(picture).view(*picture.shape[:2], -1).permute(2, 0, 1)[None] / 255
     return interpolate(image, scale_factor=short_side / min(image.shape[2:]), mode="bilinear", antialias=True)[0]
 
@@ -72,7 +77,7 @@ def choice(items):
 
 
 def compose(blocks, walls):
-    """A piece of a random block on a random wall, and where it lies."""
+    """Return an image with a piece of a random block on a random wall, and a mask of the piece's place."""
     image = crop(choice(walls), SIZE).expand(3, SIZE, SIZE).clone()
     place = torch.zeros(1, SIZE, SIZE)
     crop(place, PIECE).fill_(1)
@@ -110,8 +115,8 @@ for axis, number in zip(figure.subplots(2, 10).T.flat, torch.arange(400).view(10
 # The network
 # -----------
 #
-# Two of torchvision's residual blocks between a convolution and the average over the image. Grad-CAM looks at the last
-# one, whose maps have 8 x 8 cells.
+# The network has a convolution, two of torchvision's residual blocks, an average over the image, and a linear layer.
+# Grad-CAM explains the last residual block, whose maps have 8 x 8 cells.
 
 torch.manual_seed(0)
 shortcut = nn.Sequential(nn.Conv2d(16, 48, 1, stride=2, bias=False), nn.BatchNorm2d(48))
@@ -130,11 +135,13 @@ model = nn.Sequential(
 # Grad-CAM with a gradient
 # ------------------------
 #
-# Two lines change: the import, and ``create_graph=True`` (which the regularizer below sets by itself). That a map
-# requires grad is not enough. Captum's does, and yet its channel weights are constants: a loss on it moves the
-# activations and never learns that the last layer, which sets the channels' weights, moves the map, too.
-# ``assert_trainable`` compares the gradient with finite differences. It has no objection to the first of these, and
-# finds the second out:
+# Two lines change in code that uses Captum: the import, and ``create_graph=True``. The regularizer below sets
+# ``create_graph`` itself. A map that requires grad can still have the wrong gradient. Captum's map requires grad, but
+# autograd treats its channel weights as constants. A loss on Captum's map therefore trains the activations only. It
+# gives no gradient to the last layer, although that layer determines the channel weights and so the map.
+#
+# ``assert_trainable`` compares the gradient with finite differences. The first check below passes. The second check
+# uses Captum's own Grad-CAM, and fails:
 
 double = copy.deepcopy(model).double().eval()
 pair, classes = x["val"][:2].double(), labels["val"][:2]
@@ -150,8 +157,9 @@ except AssertionError as error:
 # Plain training
 # --------------
 #
-# ``freeze_batch_norm=False`` because the network starts from random weights; the default is for fine-tuning. The last
-# epochs have the learning rate of the fine-tuning below, so that what is gained there is not owed to a smaller rate.
+# We pass ``freeze_batch_norm=False`` because the network starts from random weights. The default is for fine-tuning.
+# The last epochs use the learning rate of the fine-tuning below. So a gain in the fine-tuning is not caused by a
+# smaller learning rate.
 
 
 def fit(model, regularizers, learning_rate, epochs, evaluation=None):
@@ -178,11 +186,13 @@ before = copy.deepcopy(model)
 # Fine-tuning with insertion and deletion of the map
 # --------------------------------------------------
 #
-# Masked pixels become 0, which after standardisation is the average colour, a middle grey. Black would be a poor choice
-# of baseline here: it is what the galaxies look like. In each update the regularizer evaluates 4 of the 16 steps, drawn
-# for each image. A copy is trained on without the terms, to tell their effect from that of more training. Of the epochs
-# that cost at most one point of accuracy, the trainer keeps the one with the highest 2 x accuracy + insertion + 1 -
-# deletion, for both.
+# Masked pixels become 0. After standardisation, 0 is the average colour, a middle grey. Black would be a poor baseline
+# here, because the images of galaxies look black. In each update the regularizer evaluates 4 of the 16 steps. They are
+# drawn per image.
+#
+# As a control, a copy of the network is trained further without the terms. It separates the effect of the terms from
+# the effect of more training. For both networks, the trainer considers the epochs that cost at most one point of
+# accuracy. Among these it keeps the epoch with the highest 2 x accuracy + insertion + 1 - deletion.
 
 
 def make_regularizer(model):
@@ -207,9 +217,10 @@ history.to_pandas()[columns].round(3)
 # On test images
 # --------------
 #
-# The scores are those of the class that the network predicts. *Inside* is the share of the map that lies on the piece,
-# *points inside* how often its largest cell does (the pointing game): neither is in the loss, which knows nothing of
-# where the pieces lie. A map that is the same everywhere has a quarter of itself inside.
+# Insertion and deletion are measured for the class that the network predicts. *Inside* is the share of the map that
+# lies on the piece. *Points inside* is the share of images in which the largest cell of the map lies on the piece (the
+# pointing game). Neither is in the loss, which does not use the place of the piece. A map that is the same everywhere
+# has a quarter of its sum inside.
 
 
 @torch.no_grad()
@@ -234,18 +245,21 @@ judged = {name: judge(network) for name, network in networks.items()}
 pd.DataFrame({name: row for name, (row, *_) in judged.items()}).round(3).T
 
 # %%
-# The map knew where to look before: its largest cell was on the piece nearly always, and is so still. What it marked
-# did not suffice, though. On a grey image, the eighth of the pixels that is marked first now makes the class as
-# probable as a quarter did before. More training alone does nothing of the kind; both gain two points of accuracy.
-# Deletion was low already, as it must be where the map covers the piece; it is a little higher now. Insertion and
-# deletion say whether the network goes by what the map marks, not whether the map is sharp: the share inside does not
-# rise either.
+# The map marked the right place before the fine-tuning, and it still does: its largest cell lies on the piece for
+# nearly all images. But the marked pixels were not enough for the prediction. Now the eighth of the pixels that is
+# ranked first, on a grey image, makes the class as probable as a quarter did before. More training alone has no such
+# effect. Both networks gain two points of accuracy. Deletion was already low, because the map covers the piece. It is a
+# little higher now.
+#
+# Insertion and deletion measure whether the prediction depends on the pixels that the map marks. They do not measure
+# whether the map is sharp. The share inside does not rise either.
 
 figure = plot_curves({name: scores for name, (_, scores, _, _) in judged.items()})
 
 # %%
-# The first test image of every other class, with the predicted class, right or wrong, and its insertion score. Most
-# maps of a row look alike, while their scores do not: how faithful a map is cannot be seen by looking at it.
+# The figure shows the first test image of every other class. Above each map are the predicted class, which may be
+# wrong, and the insertion score. Most maps of a row look alike, but their scores differ. You cannot see from a map how
+# faithful it is.
 
 shown = torch.arange(0, 400, 80)
 titles = {

@@ -1,11 +1,14 @@
 """
-LIME that holds: masks first, then ID-ExpO, then a jury
-=======================================================
+Faithful LIME: train with masks, then with ID-ExpO, then ask a jury
+===================================================================
 
-LIME explains a network by its answers to masked images. A network that has never seen a mask answers them with
-anything, so its explanations say little. In this tutorial you train such a network in three steps: it learns to read
-masks, then its explanations become faithful at a limited cost in accuracy, and at the end judges that took no part in
-the training say what has been gained.
+After this tutorial you can train an image classifier whose LIME explanations are faithful, and check the gain with
+judges that took no part in the training.
+
+LIME explains a network by its outputs on masked images. A network that has never seen a masked image may answer it with
+anything, so its explanations say little. This tutorial has three steps. First, the network learns to read masked
+images. Second, its explanations become faithful at a limited cost in accuracy. Third, judges that took no part in the
+training measure the gain.
 """
 
 # sphinx_gallery_thumbnail_number = 1
@@ -24,8 +27,8 @@ from captum_idexpo.feature_masks import grid
 from captum_idexpo.regularizers import InsertionDeletion, RandomMasking
 
 # %%
-# Handwritten digits, and a CNN trained in the usual way. A masked cell of 2x2 pixels becomes grey (0.5), which no
-# training image contains.
+# The data are handwritten digits. The CNN is trained in the usual way. A masked cell of 2x2 pixels becomes grey (0.5).
+# No training image contains such a cell.
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
@@ -37,7 +40,7 @@ GREY = 0.5
 
 
 def cells(images):
-    """16 cells of 2x2 pixels."""
+    """Return a feature mask of 16 cells of 2x2 pixels."""
     return grid(images, 2)
 
 
@@ -62,7 +65,8 @@ plain = nn.Sequential(
 _ = fit(plain, [], epochs=12)
 
 # %%
-# Does it read masks? Measure the accuracy with half of the cells masked at random, beside the usual one.
+# Does the network read masked images? We measure its accuracy with half of the cells masked at random, and its usual
+# accuracy.
 
 
 def lime_regularizer(model, weight=0.0, **settings):
@@ -87,16 +91,16 @@ def print_accuracies(name, model):
 print_accuracies("plain", plain)
 
 # %%
-# Step 1. ``RandomMasking`` is the cross-entropy on copies of which a random share is masked. It costs little, so
-# train with it first.
+# Step 1. ``RandomMasking`` is the cross-entropy on copies in which a random share of the cells is masked. It costs
+# little, so train with it first.
 
 warm = copy.deepcopy(plain)
 _ = fit(warm, [RandomMasking(warm, baselines=GREY, feature_mask=cells)], epochs=10)
 print_accuracies("masks", warm)
 
 # %%
-# Step 2. Insertion and deletion of LIME's explanation join the loss. ``max_accuracy_drop`` allows one point of
-# accuracy. The control is the same network, trained further with masks alone.
+# Step 2. Insertion and deletion of LIME's explanation are added to the loss. ``max_accuracy_drop`` allows a loss of one
+# point of accuracy. The control is the same network, trained further with ``RandomMasking`` alone.
 
 faithful, control = copy.deepcopy(warm), copy.deepcopy(warm)
 masks = {"baselines": GREY, "feature_mask": cells}
@@ -111,9 +115,10 @@ print_accuracies("control", control)
 print_accuracies("faithful", faithful)
 
 # %%
-# Step 3. The jury. Gains are insertion and deletion minus those of random orders of the same cells, so bearing masks
-# better is no gain. LIME and grey took part in the training; KernelSHAP, IntegratedGradients and blurred cells did
-# not. Differences are to the control, paired by image, with standard errors.
+# Step 3. A jury compares the networks. The gains compare insertion and deletion with those of random orders of the same
+# cells. So a network that only tolerates masks better has no gain. LIME and the grey baseline took part in the
+# training. KernelSHAP, IntegratedGradients and the blurred baseline did not. Each network is compared with the control.
+# The differences are paired by image and have standard errors.
 
 found = jury.compare(
     {"control": control, "plain": plain, "faithful": faithful},
@@ -133,10 +138,11 @@ found = jury.compare(
 figure = found.plot()
 
 # %%
-# The same as a table; judges that took part in the training have an asterisk. Against the control, which had the same
-# masks for as many epochs, the explanations gain by all judges, and accuracy stays.
+# The table shows the same results. Judges that took part in the training have an asterisk. The control was trained with
+# the same masks for as many epochs. Compared with the control, the explanations gain by all judges, and the accuracy
+# stays.
 #
-# The plain network has gains, too. Random masks destroy its predictions, so every order that is better than random
-# has more to gain. This is why the reference is a network that reads masks as well.
+# The plain network has gains, too. Random masks destroy its predictions, so every order that is better than random has
+# more to gain. The reference is therefore a network that also reads masked images.
 
 print(found.table())

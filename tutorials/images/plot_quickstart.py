@@ -2,8 +2,11 @@
 Quickstart: train a model for a faithful Grad-CAM
 =================================================
 
-A small CNN reads handwritten digits well, but the pixels its Grad-CAM marks hardly matter to it. We fine-tune it with
-the insertion and deletion of that map in the loss, and look again.
+After this tutorial you can fine-tune an image classifier so that its Grad-CAM marks the pixels that the prediction
+depends on.
+
+A small CNN reads handwritten digits well, but the pixels that its Grad-CAM marks hardly matter to its predictions. We
+add insertion and deletion of that map to the loss and fine-tune the CNN. Then we compare the map before and after.
 """
 
 # sphinx_gallery_thumbnail_number = -1
@@ -17,12 +20,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import ExplanationRegularizedTrainer
-from captum_idexpo.attr import LayerGradCam  # Captum's class, trainable
+from captum_idexpo.attr import LayerGradCam  # Captum's class, made trainable
 from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_curves, plot_explanations
 
 # %%
-# Data that ships with scikit-learn, and a model trained in the usual way.
+# The data come with scikit-learn. The model is trained in the usual way.
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
@@ -51,10 +54,11 @@ for _ in range(10):
 before = copy.deepcopy(model)
 
 # %%
-# The explanation joins the loss. With ``create_graph=True``, which the regularizer sets, a map carries its true
-# gradient into the weights; masked pixels are black. Half of the 64 pixels are inserted or deleted, four in a
-# step, and in each update 4 of these 8 steps are drawn for each example. An epoch may cost one point of accuracy, plus
-# one standard error. ``n_random_orders`` measures what the map gains over random orders of the same pixels.
+# The regularizer adds the explanation to the loss. It sets ``create_graph=True``, so the map has its correct gradient
+# with respect to the weights. Masked pixels become black. Half of the 64 pixels are inserted or deleted, four per step.
+# This makes 8 steps, and each update draws 4 of these 8 steps per example. ``max_accuracy_drop=0.01`` allows an epoch
+# to cost one point of accuracy, plus one standard error. ``n_random_orders`` measures the gain of the map over random
+# orders of the same pixels.
 
 
 def make_regularizer(model):
@@ -80,15 +84,15 @@ history = trainer.fit(DataLoader(train, batch_size=64, shuffle=True), DataLoader
 history.to_pandas().round(3)
 
 # %%
-# Of the epochs that cost no more than that, the trainer kept the one of the best validation score: twice the accuracy,
-# plus insertion, plus 1 - deletion.
+# Among the epochs within this limit, the trainer kept the one with the best validation score. The score is twice the
+# accuracy, plus insertion, plus 1 - deletion.
 
 figure = history.plot()
 
 # %%
-# On held-out images the same map now marks what the prediction rests on: inserting its highest pixels into a black
-# image makes the class probable sooner, deleting them makes it improbable sooner. Before, it ranked them little better
-# than random orders do.
+# On held-out images the map now marks the pixels that the prediction depends on. Inserting the highest-ranked pixels
+# into a black image makes the class probable sooner. Deleting them makes the class improbable sooner. Before the
+# fine-tuning, the map ranked the pixels little better than random orders do.
 
 scores = {name: make_regularizer(net).scores(x_test) for name, net in (("before", before), ("after", model))}
 for name, net in (("before", before), ("after", model)):
@@ -101,7 +105,7 @@ for name, net in (("before", before), ("after", model)):
 figure = plot_curves(scores)
 
 # %%
-# The maps themselves.
+# The figure shows the maps before and after the fine-tuning.
 
 shown = x_test[:4]
 maps = {

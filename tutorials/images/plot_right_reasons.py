@@ -1,11 +1,14 @@
 """
-Right for the right reasons: a decoy found, removed, proven
-===========================================================
+Right for the right reasons: find a decoy, remove it, check the result
+======================================================================
 
-A classifier that is right in the laboratory may be right for a wrong reason: a ruler beside the tumour, a hospital's
-stamp on the X-ray. We plant such a decoy in scikit-learn's handwritten digits, as Decoy MNIST does (Ross et al. 2017,
-arXiv 1703.03717), find it with an attribution, forbid it with ``RightForTheRightReasons``, and check on images where
-the decoy lies that it is gone.
+After this tutorial you can find wrong evidence that a classifier uses, stop the classifier from using it, and check
+that it no longer does.
+
+A classifier that is right in the laboratory may be right for a wrong reason, such as a ruler beside the tumour or a
+hospital's stamp on the X-ray. We plant such a decoy in scikit-learn's handwritten digits, as Decoy MNIST does (Ross et
+al. 2017, arXiv 1703.03717). We find the decoy with an attribution, and forbid it with ``RightForTheRightReasons``. Then
+we check the model on images whose decoy indicates a random class.
 """
 
 # sphinx_gallery_thumbnail_number = -1
@@ -25,9 +28,9 @@ from captum_idexpo.visualization import COLORS, draw_heat_map, draw_image, plot_
 # The decoy
 # ---------
 #
-# Each digit gets a black frame and, in one of its four corners, a patch of 2x2 pixels. In the data that we train on,
-# the patch's grey is ``1 - label / 10``: it tells the answer. In the test data it says a random digit. The patches hide
-# no ink, so that nothing is lost by ignoring them.
+# Each digit gets a black frame. One of the four corners of the frame has a patch of 2x2 pixels. In the training data,
+# the grey value of the patch is ``1 - label / 10``, so the patch reveals the label. In the test data, the patch
+# indicates a random digit. The patches hide no ink, so a model loses nothing if it ignores them.
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
@@ -55,15 +58,15 @@ for axis, image, digit in zip(figure.subplots(2, 6).flat, shown, digits, strict=
     draw_image(axis, image, f"{int(digit)}")
 
 # %%
-# Found
-# -----
+# Find the decoy
+# --------------
 #
-# A plain network, and its accuracy on 300 held-out images *of the same source*, where the patch still tells. Nothing
-# looks wrong.
+# We train a plain network. We measure its accuracy on 300 held-out images *of the same source*, where the patch still
+# reveals the label. Nothing looks wrong.
 
 
 def fit(inputs, weight=0.0):
-    """A network trained on the training part, the patches forbidden if there is a weight."""
+    """Train a network on the training part, and penalise the use of the patches if there is a weight."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     regularizer = RightForTheRightReasons(model, weight=weight)
@@ -89,13 +92,13 @@ plain = fit(telling)
 print(f"accuracy on held-out images: {accuracy(plain, telling, held_out):.3f}")
 
 # %%
-# Captum's integrated gradients, averaged over these images, show what it goes by. A digit never has ink in the frame,
-# and yet the four corners are lit, dimly, since each of them holds the patch in a quarter of the images only: a reason
-# to look at the corners of the data.
+# Captum's integrated gradients, averaged over these images, show what the network uses. A digit never has ink in the
+# frame, but the attribution is not 0 in the four corners. It is weak there, because each corner has the patch in only a
+# quarter of the images. This is a reason to look at the corners of the images.
 
 
 def explain(model, inputs):
-    """Magnitudes of integrated gradients from a black image, for the predicted class."""
+    """Return the magnitudes of integrated gradients from a black image, for the predicted class."""
     return IntegratedGradients(model).attribute(inputs, target=model(inputs).argmax(1)).abs().detach()
 
 
@@ -106,14 +109,16 @@ draw_image(left, clean[held_out].mean(0), "mean digit, without patches")
 draw_heat_map(right, torch.zeros(1, 12, 12), mean_map, "mean attribution, plain training")
 
 # %%
-# Removed
-# -------
+# Remove the decoy
+# ----------------
 #
-# ``RightForTheRightReasons`` adds the squared input gradient inside the annotations, here each image's own patch, to
-# the loss. How large its weight should be, held-out accuracy cannot say: the patch tells the label there, too, so that
-# the model that cheats has the best chance to win. What can be read from held-out images, without any knowledge of the
-# test, is the share of the attribution that lies in the patch. We take the smallest weight that leaves it less than
-# one percent; the patch is 4 of 144 pixels, 2.8 percent of the area.
+# ``RightForTheRightReasons`` adds the squared input gradient inside the annotations to the loss. Here the annotation of
+# an image is its own patch.
+#
+# Held-out accuracy cannot tell how large the weight should be. The patch reveals the label there, too, so a model that
+# uses the patch is likely to win. Another number helps: the share of the attribution that lies in the patch. It needs
+# only held-out images, and nothing about the test. We take the smallest weight for which this share is less than one
+# percent. The patch is 4 of 144 pixels, 2.8 percent of the area.
 
 
 def share_in_patch(model, inputs, part):
@@ -130,14 +135,14 @@ right = candidates[chosen]
 print(f"chosen: {chosen}")
 
 # %%
-# The scale of a good weight is that of the inputs: with pixels from 0 to 255, gradients are 255 times smaller and the
-# weight for the same penalty 255 squared times larger.
+# A good weight depends on the scale of the inputs. With pixels from 0 to 255, gradients are 255 times smaller. The
+# weight for the same penalty is then 255 squared times larger.
 #
-# Proven
-# ------
+# Check the result
+# ----------------
 #
-# The test images' patches say random digits. Beside the two models stands a third that never saw a patch, as the
-# accuracy that there is to win back; it is judged on images without patches.
+# The patches of the test images indicate random digits. We compare the two models with a third model that never saw a
+# patch. Its accuracy is the accuracy that can be regained. It is measured on images without patches.
 
 never = fit(clean)
 print(f"plain, lying patches                {accuracy(plain, lying, test):.3f}")
@@ -145,11 +150,12 @@ print(f"right reasons, lying patches        {accuracy(right, lying, test):.3f}")
 print(f"never saw a patch, no patches       {accuracy(never, clean, test):.3f}")
 
 # %%
-# The penalty is on the gradient at the image itself. A model could satisfy it and still go by the patch, by being flat
-# there and steep elsewhere, so that the proof must not rest on that gradient. Three other witnesses: integrated
-# gradients, which look at the whole way from black to the image; an intervention, the same images with another patch,
-# which a model that reads digits should not notice; and the patch painted black, a deletion with the annotation as its
-# ranking.
+# The penalty is on the gradient at the image itself. A model could have a small gradient there, a large one elsewhere,
+# and still use the patch. So the check must not rely on that gradient. We use three other checks:
+#
+# * Integrated gradients use the whole path from black to the image.
+# * An intervention gives the same images another patch. A model that reads digits should not change its prediction.
+# * A deletion paints the patch black. The annotation is its ranking.
 
 models = {"plain": plain, "right reasons": right}
 x_test, patches_test = lying[test], patches[test]
@@ -178,10 +184,10 @@ for axis, (measure, values) in zip(figure.subplots(1, 3, sharey=True), measures.
 axis.invert_yaxis()
 
 # %%
-# Insertion and deletion of each model's own explanation are another matter, and it is worth knowing what they do *not*
-# prove. They ask whether an explanation is faithful to its model, be that model's reason right or wrong. The plain
-# model's map is as faithful as the other's: its deletion is as low, and its insertion curve lies lower only because
-# it ends lower, at a model that is less certain when digit and patch contradict each other.
+# Insertion and deletion of each model's own explanation measure something else. It is important to know what they do
+# *not* prove. They measure whether an explanation is faithful to its model. The reason of that model can be right or
+# wrong. The plain model's map is as faithful as the other model's map. Its deletion is as low. Its insertion curve lies
+# lower only because the curve ends lower: the plain model is less certain when digit and patch contradict each other.
 
 scores = {
     name: insertion_deletion(model, x_test, explain(model, x_test), target=predicted[name])
@@ -190,9 +196,10 @@ scores = {
 figure = plot_curves(scores)
 
 # %%
-# Last, the maps themselves, over test images on which the two models disagree; above each map, what its model says.
-# One more warning is in them: a dark patch misleads the plain model, too, and hardly shows in its map. Integrated
-# gradients are multiplied by the distance from the baseline, so that from black they are blind to what is nearly black.
+# The last figure shows the maps of test images on which the two models disagree. Above each map is the prediction of
+# its model. The maps contain one more warning. A dark patch also misleads the plain model, but hardly shows in its map.
+# Integrated gradients are multiplied by the distance from the baseline. From a black baseline, they are therefore close
+# to 0 at pixels that are nearly black.
 
 shown = [i for i in range(len(x_test)) if predicted["plain"][i] != predicted["right reasons"][i]][:4]
 figure = plot_explanations(

@@ -2,9 +2,12 @@
 Scaling out with accelerate
 ===========================
 
-The trainer runs on Hugging Face accelerate, so that one script serves a laptop and a cluster. This page writes such a
-script, starts it as one process and as two, kills the two in the middle and resumes them, and compares: the weights are
-those of the single process that was never killed.
+After this tutorial you can train on several processes or machines, and resume a run that was killed.
+
+The trainer uses Hugging Face accelerate, so the same script runs on a laptop and on a cluster. This page writes such a
+script. It starts the script as one process, and then as two processes. It kills the two processes before they finish,
+and resumes them. At the end it compares the weights. The resumed run has the same weights as the single process, which
+was never killed.
 """
 
 import subprocess
@@ -20,19 +23,19 @@ from captum_idexpo.visualization import COLORS, plot_history
 # The script
 # ----------
 #
-# It contains no code for ranks. The lines for more than one process are marked:
+# The script contains no code for ranks. Numbers mark the lines that matter for more than one process:
 #
-# 1. Settings of accelerate come with an ``Accelerator`` of your own: here the CPU (and with it the gloo backend; on
-#    GPUs leave ``cpu=True`` out), and how many batches one update accumulates. Mixed precision and trackers go there,
-#    too.
-# 2. The same seed everywhere. Every process builds the same model and draws the same random numbers for the whole
-#    batch, of which it keeps those of its own examples.
-# 3. ``batch_size`` is that of one process and one backward pass. An update is made of processes x accumulated batches
-#    x ``batch_size`` images.
-# 4. Loaders and model are handed over as they are: the trainer prepares them.
-# 5. ``fit`` returns in all processes; files are written by one.
+# 1. Create your own ``Accelerator`` to choose the settings of accelerate. Here they are the CPU, which uses the gloo
+#    backend, and the number of batches that one update accumulates. On GPUs, leave ``cpu=True`` out. Mixed precision
+#    and trackers are settings of the ``Accelerator``, too.
+# 2. Set the same seed in every process. Every process builds the same model. Every process draws the same random
+#    numbers for the whole batch, and uses those of its own examples.
+# 3. ``batch_size`` is the batch size of one process and one backward pass. An update uses processes x accumulated
+#    batches x ``batch_size`` images.
+# 4. Pass the loaders and the model unprepared. The trainer prepares them.
+# 5. ``fit`` returns in all processes. One process writes the files.
 #
-# Double precision is for this page only: it lets one see how equal "equal" is.
+# Double precision is for this page only. It shows how small the differences between the weights are.
 
 SCRIPT = '''
 import argparse
@@ -77,7 +80,7 @@ regularizer = InsertionDeletion(
 
 
 def die(trainer, row):
-    """As a machine dies: at the end of an epoch, before its checkpoint, without a word."""
+    """Exit as a failing machine does: at the end of an epoch, before its checkpoint, without a message."""
     if row["epoch"] == options.die_in_epoch:
         os._exit(1)
 
@@ -101,7 +104,7 @@ if accelerator.is_main_process:  # 5
           f"{torch.distributed.get_backend() if accelerator.num_processes > 1 else None}")
 '''
 
-temporary = tempfile.TemporaryDirectory()  # goes when this script ends
+temporary = tempfile.TemporaryDirectory()  # deleted when this script ends
 folder = Path(temporary.name)
 script = folder / "train.py"
 _ = script.write_text(SCRIPT, encoding="utf-8")
@@ -110,7 +113,7 @@ _ = script.write_text(SCRIPT, encoding="utf-8")
 # One process
 # -----------
 #
-# ``python train.py one``: 64 images an update.
+# The command is ``python train.py one``. An update uses 64 images.
 
 
 def start(command, name, *options):
@@ -132,7 +135,7 @@ assert one.returncode == 0, one.stderr
 # Two processes
 # -------------
 #
-# From a shell, any of these:
+# From a shell, use either of these commands:
 #
 # .. code-block:: bash
 #
@@ -140,20 +143,21 @@ assert one.returncode == 0, one.stderr
 #    torchrun --standalone --nproc-per-node 2 train.py two --batch-size 16 --accumulate 2
 #
 # Both set the environment variables by which processes find each other (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
-# ``MASTER_PORT``) and start the script so many times. Over several machines torchrun is started on each of them, with
-# ``--nnodes`` and ``--rdzv-endpoint host:port`` in place of ``--standalone``. On GPUs, one process drives one of them.
+# ``MASTER_PORT``), and start the script once per process. For several machines, start torchrun on each of them, with
+# ``--nnodes`` and ``--rdzv-endpoint host:port`` instead of ``--standalone``. On GPUs, each process uses one GPU.
 #
-# Two processes of 16 images that accumulate two batches make an update of 64 images again. And they die in the third
-# epoch: all at once, in the middle of everything, with a checkpoint every five updates.
+# Each of the two processes has batches of 16 images and accumulates two batches. So an update uses 64 images again.
+# Both processes are killed in the third epoch, at the same time. The trainer writes a checkpoint every five updates.
 
-torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # what torchrun runs
+torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # the module that torchrun runs
 settings = ["--batch-size=16", "--accumulate=2"]
 killed = start(torchrun, "two", *settings, "--die-in-epoch=3")
 print("left behind:", sorted(path.name for path in (folder / "two" / "checkpoints").iterdir()))
 
 # %%
-# The last two checkpoints are kept; a file's number is that of its update. An epoch has 12, so that the third was to
-# end with the 36th. The same command again finds them and goes on from there, within the epoch.
+# The trainer keeps the last two checkpoints. The number in the name of a file is the number of its update. An epoch has
+# 12 updates, so the third epoch would have ended with update 36. The same command, started again, finds the checkpoints
+# and continues from the last one, within the epoch.
 
 resumed = start(torchrun, "two", *settings)
 assert resumed.returncode == 0, resumed.stderr
@@ -162,7 +166,8 @@ assert resumed.returncode == 0, resumed.stderr
 # The same weights
 # ----------------
 #
-# Not nearly, as after other random masks, but to the rounding of sums that were added up in another order.
+# The weights of both runs are equal up to rounding. Rounding differs because the sums are added in another order. With
+# other random masks, the weights would be only similar.
 
 results = {name: torch.load(folder / name / "result.pt") for name in ("one", "two")}
 for name, weight in results["one"]["model"].items():
@@ -171,14 +176,22 @@ for name, weight in results["one"]["model"].items():
     torch.testing.assert_close(weight, results["two"]["model"][name], rtol=0, atol=1e-9)
 
 # %%
-# What makes it so: Grad-CAM, the masked copies and the task are one forward pass of one module, which
-# DistributedDataParallel wraps; the steps that ``steps_per_update`` draws are drawn by each process for all 64 images;
-# validation gathers the scores of examples before it takes a mean. Three things break it: seeds that differ from
-# process to process, batches that cannot be shared out evenly (768 images are 12 updates of 64; ``drop_last=True``
-# otherwise), and BatchNorm in train mode, whose statistics are those of one process.
+# Three things make the weights equal:
 #
-# The history is one for all processes, too, and continues through the kill. The lines are the two processes'; the
-# circles around them the single one's.
+# * Grad-CAM, the masked copies and the task are one forward pass of one module. DistributedDataParallel wraps this
+#   module.
+# * Each process draws the steps of ``steps_per_update`` for all 64 images.
+# * Validation gathers the scores of the examples before it takes a mean.
+#
+# Three things make them differ:
+#
+# * The seeds differ from process to process.
+# * The batches cannot be divided evenly among the processes. Here 768 images are 12 updates of 64. Otherwise use
+#   ``drop_last=True``.
+# * BatchNorm is in train mode. Its statistics are those of one process.
+#
+# All processes also share one history. It continues after the resume. The lines in the figure are the run with two
+# processes. The circles around them are the run with one process.
 
 shown = ["epoch", "loss", "task", "insertion", "deletion", "val_accuracy", "val_insertion", "valscore"]
 histories = {name: [{key: row[key] for key in shown} for row in result["history"]] for name, result in results.items()}

@@ -1,12 +1,15 @@
 """
-ExpO on a regression: a network that a straight line describes
-==============================================================
+ExpO for a regression: a network that a straight line describes
+===============================================================
 
-Diabetes patients, ten measurements each, and how far their disease had progressed a year later. A network predicts the
-progression as well as such data allow, and LIME explains a prediction by a line: so many points for each unit of the
-body mass index. Such an explanation is as good as the line. ExpO (Plumb et al. 2020, arXiv 1902.06787) makes the line's
-error part of the loss, so that the network becomes nearly linear around each patient, and stays free to be anything
-else from one patient to the next. We train both ways, compare the errors, and look at one patient.
+After this tutorial you can train a regression network whose predictions LIME's lines describe well, and measure the
+error of these lines.
+
+The data are diabetes patients, with ten measurements each. The target is the progression of the disease a year later. A
+network predicts the progression as well as such data allow. LIME explains a prediction by a line: so many points for
+each unit of the body mass index. Such an explanation is as good as the line. ExpO (Plumb et al. 2020, arXiv 1902.06787)
+adds the error of the line to the loss. The network then becomes nearly linear around each patient. It is still free to
+be nonlinear from one patient to the next. We train with and without ExpO, compare the errors, and look at one patient.
 """
 
 import pandas as pd
@@ -23,9 +26,10 @@ from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, Stability
 from captum_idexpo.visualization import COLORS
 
 # %%
-# The data ship with scikit-learn: 442 patients, of whom half train the network, a quarter choose the epoch and a
-# quarter test it. Features and target are standardised with the training patients' means and deviations, so that a step
-# of 1 is one standard deviation; errors below are in the target's deviations, too, unless they are called points.
+# The data come with scikit-learn: 442 patients. Half of them train the network, a quarter choose the epoch and a
+# quarter test it. Features and target are standardised with the means and standard deviations of the training patients,
+# so a step of 1 is one standard deviation. The errors below are in standard deviations of the target, too, unless they
+# are called points.
 
 patients = load_diabetes(scaled=False)
 features = torch.tensor(patients.data, dtype=torch.float32)
@@ -40,11 +44,11 @@ def split(seed):
 
 
 # %%
-# Four ways to train the same network from the same initial weights. ``weight="auto"`` measures the first batch and sets
-# the weight so that the term is ``ratio`` of the task loss there: no knowledge of the target's unit is needed. The
-# ratios are small because a network is nearly linear before it is trained (these are the ones that cost no error on
-# most of the tables in ``benchmarks/expo_uci.py``). ``GaussianNeighbors(0.5)`` are points half a deviation away in all
-# features; 1D-Fidelity moves a single random feature instead.
+# We train the same network in four ways, from the same initial weights. ``weight="auto"`` measures the first batch, and
+# sets the weight so that the term is ``ratio`` times the task loss there. So you need not know the unit of the target.
+# The ratios are small because a network is nearly linear before it is trained. (On most of the tables in
+# ``benchmarks/expo_uci.py`` these ratios cost no error.) ``GaussianNeighbors(0.5)`` draws points half a standard
+# deviation away in all features. 1D-Fidelity moves a single random feature instead.
 
 
 def regularizers(model):
@@ -76,10 +80,10 @@ def train(method, train_set, val_set):
 
 
 # %%
-# The trainer keeps the epoch of the lowest validation error, without regard to explanations, so that each network is
-# the best predictor its loss gave. The judge is not the penalty: it is a LIME, a ridge regression on 1000 neighbours
-# weighted by distance. *Neighbourhood fidelity* is the squared error of its line on new neighbours, a tenth of a
-# deviation away.
+# The trainer keeps the epoch with the lowest validation error, and ignores the explanations. So each network is the
+# best predictor that its loss gave. The judge is not the penalty. The judge is LIME with a ridge regression on 1000
+# neighbours, which are weighted by distance. *Neighbourhood fidelity* is the squared error of LIME's line on new
+# neighbours, a tenth of a standard deviation away.
 
 
 @torch.no_grad()
@@ -104,12 +108,14 @@ table = pd.DataFrame(
 table.round(5)
 
 # %%
-# Means over three splits. The mean squared errors differ by less than a hundredth; what the line leaves falls to a
-# sixth with Fidelity and to a quarter with 1D-Fidelity. Here both evaluate 20 neighbours a patient; with a hundred
-# features Fidelity would need 200 and 1D-Fidelity still 20. Stability asks for constant outputs, not for straight ones:
-# at a ratio that costs no error it does nothing for the line. In the target's unit, by the roots of the columns, the
-# line's error is small beside the prediction's for every network: stopped at its best epoch, this one is rather
-# straight by itself.
+# The table shows means over three splits. The mean squared errors differ by less than a hundredth. The error of the
+# line falls to a sixth with Fidelity and to a quarter with 1D-Fidelity. Here both evaluate 20 neighbours per patient.
+# With a hundred features, Fidelity would need 200 neighbours and 1D-Fidelity still 20. Stability asks for constant
+# outputs, not for linear ones. At a ratio that costs no error, it does not improve the line.
+#
+# The square roots of the columns are errors in the unit of the target. For every network, the error of the line is
+# small compared with the error of the prediction. This network is rather linear by itself, because its training stops
+# at its best epoch.
 
 points = float(progression.std()) * table**0.5
 for method, (error, gap) in zip(METHODS, points.to_numpy(), strict=True):
@@ -119,8 +125,8 @@ for method, (error, gap) in zip(METHODS, points.to_numpy(), strict=True):
 # Every test patient of the first split
 # -------------------------------------
 #
-# A mean may hide many. Below the diagonal, ExpO's network is described better by its line than the plain one. Those
-# above had a good line already.
+# A mean does not show the single patients. Below the diagonal are patients for whom the line describes ExpO's network
+# better than the plain network. The patients above the diagonal already had a good line.
 
 plain, expo = judged["plain"][0][1], judged["Fidelity"][0][1]
 figure = Figure(figsize=(4, 4), layout="constrained")
@@ -135,8 +141,8 @@ print(f"{int((expo < plain).sum())} of {len(plain)} patients lie below the diago
 # One patient
 # -----------
 #
-# The one whom the plain network's line describes worst. The patient's body mass index is moved, everything else stays;
-# the curve is what the network does, the dashed line what LIME says it does.
+# We take the patient for whom the line describes the plain network worst. We change this patient's body mass index and
+# keep all other features. The curve is the output of the network. The dashed line is LIME's description of it.
 
 
 def draw(axis, method, number, feature="bmi"):
@@ -168,6 +174,7 @@ for axis, method in zip(figure.subplots(1, 2, sharey=True), ("plain", "Fidelity"
     draw(axis, method, worst)
 
 # %%
-# LIME's line is fitted to a wide neighbourhood, a deviation in each of the ten features. Where the network bends there,
-# the line misses even the prediction that it is to explain, and "so many points for each unit" describes another
-# patient. This one was chosen as the worst; the picture before shows them all.
+# LIME's line is fitted to a wide neighbourhood of one standard deviation in each of the ten features. Where the network
+# is not linear in this neighbourhood, the line misses even the prediction that it explains. Then "so many points for
+# each unit" does not describe this patient. This patient was chosen as the worst one. The figure before shows all
+# patients.

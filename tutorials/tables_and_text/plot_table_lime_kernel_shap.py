@@ -1,11 +1,15 @@
 """
-A table: explain one diagnosis, and train for it
-================================================
+A table: explain a diagnosis, and train for faithful explanations
+=================================================================
 
-A network reads ten measurements of the cell nuclei in a breast biopsy and says how probable a malignant tumour is. Who
-decides on its word asks: which measurements speak for it, and would the answer really change without them? LIME and
-KernelSHAP answer the first question with a bar for each measurement, insertion and deletion the second. We explain one
-patient, measure how faithful such explanations are, fine-tune the network for faithful ones, and explain her again.
+After this tutorial you can explain a classifier of table rows with LIME and KernelSHAP, measure how faithful the
+explanations are, and train the classifier for faithful ones.
+
+A network reads ten measurements of the cell nuclei in a breast biopsy, and predicts the probability of a malignant
+tumour. A person who decides by this prediction has two questions. Which measurements are evidence for it? Would the
+prediction really change without them? LIME and KernelSHAP answer the first question with one bar per measurement.
+Insertion and deletion answer the second question. We explain one patient, and measure how faithful such explanations
+are. Then we fine-tune the network for faithful explanations, and explain the same patient again.
 """
 
 import copy
@@ -24,9 +28,9 @@ from captum_idexpo.regularizers import InsertionDeletion
 from captum_idexpo.visualization import plot_attribution_bars, plot_curves
 
 # %%
-# The data ship with scikit-learn: 569 patients. Class 1 is malignant here. Every measurement has three columns, its
-# mean over the nuclei, its standard error and its worst value; a feature mask makes them one feature, since nobody
-# would explain them apart. LIME, KernelSHAP and the metrics all take the mask.
+# The data come with scikit-learn: 569 patients. Class 1 is malignant here. Every measurement has three columns: its
+# mean over the nuclei, its standard error and its worst value. Separate explanations of the three columns are of little
+# use, so a feature mask makes them one feature. LIME, KernelSHAP and the metrics all take the mask.
 
 torch.manual_seed(0)
 biopsies = load_breast_cancer()
@@ -42,9 +46,9 @@ train, val = TensorDataset(x[:284], y[:284]), TensorDataset(x[284:398], y[284:39
 x_test, y_test = x[398:], y[398:]
 
 # %%
-# A masked measurement takes its baseline. After standardisation 0 is the average patient, which is the least that can
-# be said of a measurement: neither small nor large. The raw zero would be a nucleus without radius, far from all data.
-# (``baselines="mean"`` has the trainer measure that mean where columns are not standardised.)
+# A masked measurement gets the value of its baseline. After standardisation the baseline 0 is the average patient,
+# whose measurements are neither small nor large. A zero before standardisation would be a nucleus without radius, far
+# from all data. (If the columns are not standardised, pass ``baselines="mean"``. The trainer then measures the mean.)
 #
 # The network is trained until its validation accuracy has not risen for ten epochs.
 
@@ -72,11 +76,13 @@ before = copy.deepcopy(model)
 # One patient
 # -----------
 #
-# The first patient of the test set with a malignant tumour. LIME and KernelSHAP both explain the probability of that
-# class, for a whole batch at once, with masks that torch's seed repeats. KernelSHAP's bars add up to what sets this
-# patient apart from the average one, p(malignant) here less p(malignant) there. ID-ExpO's LIME is a regression without
-# intercept, so that its bars share out p(malignant) whole, the average patient's part included: compare lengths within
-# one colour, not across.
+# We explain the first patient of the test set who has a malignant tumour. LIME and KernelSHAP both explain the
+# probability of that class. They explain a whole batch at once. Their masks are reproducible with torch's seed.
+#
+# The bars of KernelSHAP add up to the difference between this patient and the average patient: p(malignant) of this
+# patient minus p(malignant) of the average patient. ID-ExpO's LIME is a regression without intercept. Its bars
+# therefore divide the whole p(malignant) among the measurements, including the part of the average patient. So compare
+# lengths within one colour, not between the colours.
 
 patient = int((y_test == 1).nonzero()[0])
 SAMPLING = {"feature_mask": feature_mask, "baselines": 0.0, "sampling": "independent", "return_input_shape": False}
@@ -100,19 +106,19 @@ figure = plot_attribution_bars(explained, measurements)
 figure.suptitle(f"p(malignant) = {float(probabilities(model)(row)[0, 1].detach()):.2f}")
 
 # %%
-# Faithful?
-# ---------
+# Are the explanations faithful?
+# ------------------------------
 #
-# Insertion shows the network the measurements of a patient in the order of their bars, the others at the average, and
-# averages the probability of the class it predicts: high if a few suffice. Deletion takes them away in that order: low
-# if nothing else carries the prediction. Sensitivity-n takes three random measurements away, a hundred times, and
-# correlates the sum of their bars with the fall of the probability. A random order of the measurements is what an
-# explanation has to beat.
+# Insertion starts with all measurements at the average. It shows the network the measurements of a patient in the order
+# of their bars, and averages the probability of the predicted class. It is high if a few measurements are enough.
+# Deletion removes the measurements in that order. It is low if no other measurement carries the prediction.
+# Sensitivity-n removes three random measurements, a hundred times. It correlates the sum of their bars with the fall of
+# the probability. An explanation has to beat a random order of the measurements.
 
 
 @torch.no_grad()
 def judge(model):
-    """Accuracy, a table of scores, and LIME's insertion and deletion."""
+    """Return the accuracy, a table of scores, and LIME's insertion and deletion."""
     predicted = model(x_test).argmax(dim=1)
     masked = {"baselines": 0.0, "feature_mask": feature_mask, "target": predicted}
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +126,7 @@ def judge(model):
     explained["random order"] = torch.randn(len(x_test), 10, generator=generator)
     rows, scores = {}, {}
     for name, values in explained.items():
-        attribution = values[:, feature_mask[0]]  # one number a measurement, spread over its three columns
+        attribution = values[:, feature_mask[0]]  # one value per measurement, copied to its three columns
         correlation = sensitivity_n(
             probabilities(model), x_test, attribution, 3, outputs="probabilities", generator=generator, **masked
         )
@@ -135,19 +141,22 @@ accuracy_before, table_before, scores_before = judge(before)
 table_before
 
 # %%
-# Both explanations beat a random order, and by less than one would wish. The curves below show why deletion is so high:
-# most of the prediction survives the loss of the three or four highest measurements, because the others tell the same
-# story (radius, perimeter and area do by geometry).
+# Both explanations beat a random order, but by less than desired. The curves below show why deletion is so high.
+# Without the three or four highest measurements, most of the prediction is still there, because the other measurements
+# carry the same information. For radius, perimeter and area the reason is geometry.
 
 # %%
 # Fine-tuning
 # -----------
 #
-# The same trainer, now with LIME's insertion and deletion in the loss. LIME costs less than KernelSHAP here, and its
-# noise is no obstacle: fresh masks are drawn at every step. The masked copies are scored on the network's logits, which
-# ``forward_func=model`` says. KernelSHAP is left out of the training, as a judge that was not trained for. A copy of
-# the network is trained on without the new terms, its epoch chosen by the same score, to tell the effect of the terms
-# from that of more training. An epoch may cost at most one point of validation accuracy.
+# We use the same trainer, now with LIME's insertion and deletion in the loss. LIME costs less than KernelSHAP here. The
+# noise of LIME is no obstacle, because new masks are drawn at every step. With ``forward_func=model`` the masked copies
+# are scored on the network's logits. KernelSHAP is not used in the training, so that it can judge the result
+# independently.
+#
+# As a control, a copy of the network is trained further without the new terms. Its epoch is chosen by the same score.
+# The control separates the effect of the terms from the effect of more training. An epoch may cost at most one point of
+# validation accuracy.
 
 
 def make_regularizer(model):
@@ -174,21 +183,25 @@ print(f"{accuracy_longer:.3f} trained longer without the terms")
 pd.concat({"before": table_before, "after": table_after, "trained longer": table_longer})
 
 # %%
-# Insertion gains from more training alone, too; deletion mostly from the terms, and KernelSHAP, which took no part,
-# gains as much as LIME. A random order gains a little insertion and loses in deletion: the explanations have moved away
-# from chance. Sensitivity-3 falls, with and without the terms, probably because a surer network gives the same answer
-# without most triples of measurements. The terms ask for the right order of the bars, sensitivity-n for their lengths:
-# whoever reads lengths should not train for order alone.
+# Insertion also rises with more training alone. Deletion improves mostly because of the terms. KernelSHAP took no part
+# in the training, and gains as much as LIME. A random order gains a little insertion and loses in deletion. So the
+# explanations have moved away from chance.
 #
-# The curves of LIME, means over the test patients. Deletion ends where everything is at the average; before that it
-# lies lower, since what is deleted last are the measurements that spoke for the other class.
+# Sensitivity-3 falls with the terms and without them. The probable reason is that a more certain network gives the same
+# answer without most triples of measurements. The terms train the order of the bars. Sensitivity-n measures their
+# lengths. If you read the lengths, do not train for the order alone.
+#
+# The figure shows the curves of LIME, as means over the test patients. The deletion curve ends where all measurements
+# are at the average. Before that it lies lower, because the measurements that are deleted last are evidence for the
+# other class.
 
 figure = plot_curves({"before": scores_before, "after": scores_after})
 
 # %%
-# A low probability without the marked measurements could be had cheaply, by a network that calls the average patient
-# healthy or ill with conviction. So look at what it says of her, who is the baseline. With weights of 0.1 instead of
-# 0.02 this does happen, and accuracy falls, too: raise weights no further than this number and the accuracy allow.
+# A network can reach a low deletion in a trivial way: it predicts with certainty that the average patient is healthy,
+# or that the average patient is ill. The average patient is the baseline, so look at the prediction for it. With
+# weights of 0.1 instead of 0.02 this does happen, and accuracy falls, too. Raise the weights only as far as this number
+# and the accuracy allow.
 
 average = torch.zeros(1, 30)
 for name, network in (("before", before), ("after", model), ("trained longer", longer)):
@@ -205,7 +218,8 @@ for axis, (name, values) in zip(figure.subplots(1, 2), explained.items(), strict
     axis.set_title(name, loc="left")
 
 # %%
-# The two measurements that led before, texture and smoothness, lead by more now. Where a bar changed its sign
-# (compactness), the network has changed its mind, not the explanation: both methods say so. ID-ExpO does not find a
-# better explanation of the network you have; it trains another network that can be explained better, and that one
-# should be validated anew.
+# Texture and smoothness had the longest bars before. Now their lead is larger. The bar of compactness changed its sign.
+# Both methods show this change, so it is a change of the network and not of the explanation.
+#
+# ID-ExpO does not find a better explanation of the network that you have. It trains another network, which can be
+# explained better. Validate that network again.

@@ -1,10 +1,14 @@
 """
-Text: which words speak for a class
-===================================
+Text: which words are evidence for a class
+==========================================
 
-Token ids are whole numbers: half a token does not exist, and no gradient reaches one. A small transformer reads
-sentences of the documentation of NumPy, scikit-learn and PyTorch and says whose they are; ``KernelShap`` tells by which
-words, and ``InsertionDeletion`` trains the classifier so that these are the words which count.
+After this tutorial you can explain a text classifier by its words, and train it so that its predictions depend on the
+words that the explanation names.
+
+A token id is a whole number. Half a token does not exist, and a token id has no gradient. A small transformer reads
+sentences of the documentation of NumPy, scikit-learn and PyTorch, and predicts which library a sentence is from.
+``KernelShap`` finds the words that are evidence for the prediction. ``InsertionDeletion`` trains the classifier so that
+these words decide.
 """
 
 import ast
@@ -31,11 +35,11 @@ from captum_idexpo.visualization import COLORS, plot_curves
 # Sentences
 # ---------
 #
-# The docstrings of the three libraries lie on this disk. They are read as text, nothing is imported. Sentences that
-# name a library are left out, as they would be no task. The split is by file, since sentences of one module resemble
-# each other: of each library's files three fifths are for training, the rest for test, and what occurs in both parts
-# goes to training. (Docstrings have templates, so that some likeness between the parts remains.) The numbers below
-# change with the versions installed.
+# The docstrings of the three libraries are on this disk. They are read as text and not imported. Sentences that name a
+# library are left out, because they would make the task trivial. The data are split by file, because sentences of one
+# module resemble each other. Three fifths of each library's files are for training, the rest is for test. A sentence
+# that occurs in both parts goes to training. (Docstrings follow templates, so the two parts are still somewhat alike.)
+# The numbers below change with the installed versions.
 
 LENGTH = 20
 NAMES = {"numpy", "np", "scikit", "sklearn", "torch", "pytorch"}
@@ -43,11 +47,11 @@ LIBRARIES = {numpy: "*", sklearn: "*", torch: "nn optim distributions utils"}
 
 
 def sentences(path):
-    """The sentences of a file's docstrings, as tuples of words in lower case."""
+    """Yield the sentences of a file's docstrings, as tuples of words in lower case."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     docs = [ast.get_docstring(node) for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
     for paragraph in re.split(r"\n\s*\n", "\n\n".join(filter(None, docs))):
-        if re.search(r">>>|::|[-=~]{3}", paragraph):  # code, headings
+        if re.search(r">>>|::|[-=~]{3}", paragraph):  # skip code and headings
             continue
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
             words = re.findall(r"[a-z_]+", sentence.lower())
@@ -68,13 +72,14 @@ for label, (library, folders) in enumerate(LIBRARIES.items()):
 
 known = {words for group in parts["train"] for words, _ in group}
 parts["test"] = [[row for row in group if row[0] not in known] for group in parts["test"]]
-for part, groups in parts.items():  # as many of each library
+for part, groups in parts.items():  # take equally many sentences of each library
     size = min(map(len, groups))
     parts[part] = [row for group in groups for row in random.Random(0).sample(group, size)]
     print(f"{part}: {size} sentences of each library")
 
 # %%
-# A vocabulary of the words that training sentences use three times or more; 0 is padding, 1 any other word.
+# The vocabulary has the words that occur three times or more in the training sentences. Id 0 is padding, id 1 is any
+# other word.
 
 counts = Counter(word for words, _ in parts["train"] for word in words)
 vocabulary = ["<pad>", "<other>", *sorted(word for word, count in counts.items() if count >= 3)]
@@ -92,9 +97,9 @@ def encode(rows):
 # The classifier
 # --------------
 #
-# Padding's embedding is zero (``padding_idx=0``) and padding is attended to like any word. The model so has seen what a
-# masked word looks like, and no copy, not even the one without words, leaves the attention with nothing to look at.
-# The second entrance, from embeddings on, is for the explanation.
+# The embedding of padding is zero (``padding_idx=0``). The model attends to padding as to any word. So the model has
+# already seen what a masked word looks like. The attention also has tokens to attend to in every masked copy, even in
+# the copy without words. The method ``from_embeddings`` starts at the embeddings. The explanation uses it.
 
 
 class Classifier(nn.Module):
@@ -131,18 +136,19 @@ print(f"accuracy on other files' sentences: {accuracy(model):.3f} (guessing: 0.3
 # Words as features
 # -----------------
 #
-# Perturbation methods need no gradient of the input, so that KernelShap takes token ids as they are, with padding as
-# the baseline: ``KernelShap(model).attribute(ids, baselines=0, ...)``. To be trained, insertion and deletion mask
-# *softly*, and what lies half way between a word and padding is not a token id. Hence the explanation starts at the
-# embeddings, where half way is half the vector. Two things then say what one location is:
+# Perturbation methods need no gradient with respect to the input. KernelShap therefore takes token ids directly, with
+# padding as the baseline: ``KernelShap(model).attribute(ids, baselines=0, ...)``. In training, insertion and deletion
+# mask *softly*: a value can lie half way between a word and padding. There is no token id half way. So the explanation
+# starts at the embeddings, where half way is half the vector. Two arguments then define the features and the masked
+# value:
 #
-# * the feature mask gives all numbers of one word's vector one feature, and counts the padding at the end to the last
-#   word, as masking it changes nothing;
-# * the baseline 0.0 is padding's embedding.
+# * The feature mask groups all numbers of one word's vector into one feature. Padding at the end belongs to the feature
+#   of the last word, because masking padding changes nothing.
+# * The baseline 0.0 is the embedding of padding.
 
 
 def words_as_features(embedded):
-    """A feature a word ``(B, T, 1)``, of embeddings ``(B, T, E)``."""
+    """Return a feature mask ``(B, T, 1)`` with one feature per word, for embeddings ``(B, T, E)``."""
     last = (embedded != 0).any(dim=2, keepdim=True).sum(dim=1, keepdim=True) - 1
     return torch.arange(LENGTH).view(1, -1, 1).minimum(last)
 
@@ -165,9 +171,9 @@ def make_regularizer(model, weight=0.1, n_samples=48, **settings):
 # Fine-tuning
 # -----------
 #
-# A loop of our own, in which the regularizer is called with embeddings, so that gradients reach the embedding as well.
-# ``"paired"`` draws each coalition of words with its complement, which spares half of KernelShap's noise and more. The
-# control is the same model, fine-tuned on the same batches without the term.
+# We write our own training loop. It calls the regularizer with embeddings, so that gradients reach the embedding as
+# well. ``"paired"`` draws each coalition of words together with its complement. This removes half of KernelShap's noise
+# or more. The control is the same model, fine-tuned on the same batches without the term.
 
 
 def fine_tune(model, weight):
@@ -192,9 +198,9 @@ models = {
 }
 
 # %%
-# What it did, on 200 test sentences, beside the accuracy on all of them and the certainty, the probability of the
-# predicted class: words are inserted into nothing but padding, or replaced by padding, up to half of
-# each sentence, for the class that the model predicts.
+# The accuracy is measured on all test sentences. The other numbers are measured on 200 of them. The certainty is the
+# probability of the predicted class. Insertion adds words to a sentence that is only padding. Deletion replaces words
+# by padding. Both go up to half of each sentence, and score the class that the model predicts.
 
 torch.manual_seed(2)
 chosen = torch.randperm(len(x_test))[:200]
@@ -210,23 +216,26 @@ for name, net in models.items():
 figure = plot_curves(scores)
 
 # %%
-# The words that KernelShap names now decide more, at no cost in accuracy: the first of them alone, a tenth of a
-# sentence or less, nearly fixes the prediction, and without the first half of them little of it is left. What the term
-# asks for is a model that goes by few words, and this is what it gets. It did not become a better judge of sentences:
-# accuracy is the control's, and its certainty rose still further above it. The term rewards certainty, so that some of
-# what insertion gained is just that; think of calibration before you use such probabilities. Deletion cannot be gained
-# so: a model that is more certain of the whole sentence falls from higher up, and this one lands lower all the same.
+# The words that KernelShap names now decide more, at no cost in accuracy. The first word alone, a tenth of a sentence
+# or less, nearly determines the prediction. Without the first half of the words, little of the prediction is left. The
+# term asks for a model that depends on few words, and this is the result.
+#
+# The model did not become a better classifier. Its accuracy is that of the control, and its certainty rose still
+# further above the accuracy. The term rewards certainty, so a part of the gain in insertion is only certainty. Check
+# the calibration before you use such probabilities. More certainty cannot improve deletion: a model that is more
+# certain of the whole sentence starts from a higher probability. This model still ends at a lower one.
 #
 # Before and after
 # ----------------
 #
-# Captum colours words by their attribution, green for the class that is predicted, red against it: the first test
-# sentences of each library, before and after. Attributions are divided by the sentence's largest. The colours hardly
-# change: it is the model that has come to go by the words that were named.
+# Captum colours words by their attribution. Green words are evidence for the predicted class, red words are evidence
+# against it. The table shows the first test sentences of each library, before and after the fine-tuning. Attributions
+# are divided by the largest one of the sentence. The colours hardly change. The model has changed: it now depends on
+# the words that were already named.
 
 
 class Html(str):
-    """A text that notebooks, and this page, show as HTML."""
+    """Hold a text that notebooks and this page show as HTML."""
 
     def _repr_html_(self):
         return str(self)
@@ -234,7 +243,7 @@ class Html(str):
 
 @torch.no_grad()
 def rows_of(net, i):
-    """A table's row: what the model says, and the sentence's words in colours."""
+    """Return cells of the table: what the model predicts, and the sentence's words in colours."""
     embedded = net.embedding(x_test[i : i + 1])
     predicted = net.from_embeddings(embedded).argmax(1)
     (attribution,) = make_regularizer(net, n_samples=256).attribution(embedded, predicted)
@@ -254,8 +263,9 @@ Html(f"<table>{table}</table>".replace("<td>", '<td style="text-align: left">'))
 # Words
 # -----
 #
-# The attribution of a word, averaged over the sentences (of the 200) in which it occurs at least four times and which
-# are given to a library: what the fine-tuned model takes that library's language to be.
+# The figure shows the words with the highest mean attribution for each library. The mean is over those of the 200
+# sentences that the fine-tuned model assigns to the library. A word must occur at least four times in these sentences.
+# The words show what the model takes to be the language of a library.
 
 
 def typical_words(net, label, n=8):
