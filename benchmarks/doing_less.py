@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from cifar10 import load_images, pretrained_resnet20
 from digits import Split, mean_and_error, pretrain
 from matplotlib.axes import Axes
@@ -62,6 +63,7 @@ class Setting(NamedTuple):
     longer: bool = False
     batch_size: int | None = None  # None: the study's
     quiet: bool = False  # masks and a ridge with less noise
+    bfloat16: bool = False  # autocast
 
 
 # The first is plain fine-tuning, the second what the others are compared with.
@@ -72,6 +74,8 @@ GRAD_CAM_SETTINGS = (
     Setting("k = 4, longer", 4, longer=True),
     Setting("k = 2", 2),
     Setting("k = 8", 8),
+    Setting("k = 4, bfloat16", 4, bfloat16=True),
+    Setting("k = 2, bfloat16", 2, bfloat16=True),
     Setting("plain, as many epochs", 4, weight=0.0, longer=True),
 )
 # As many updates as `longer` takes, at the same cost.
@@ -207,6 +211,7 @@ def train_and_judge(study: Study, task: Task, setting: Setting, seed: int) -> di
         model,
         optimizer,
         [make_regularizer(study, model, weight, setting, seed)] if weight else [],
+        accelerator=Accelerator(mixed_precision="bf16") if setting.bfloat16 else None,
         evaluation=make_regularizer(study, model, 0.0, JUDGE, seed),
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
         show_progress=False,
