@@ -248,8 +248,8 @@ pd.DataFrame({name: row for name, (row, *_) in judged.items()}).round(3).T
 # The map marked the right place before the fine-tuning, and it still does: its largest cell lies on the piece for
 # nearly all images. But the marked pixels were not enough for the prediction. Now the eighth of the pixels that is
 # ranked first, on a grey image, makes the class as probable as a quarter did before. More training alone has no such
-# effect. The accuracy changes by less than a point. Deletion was already low, because the map covers the piece. It is a
-# little higher now.
+# effect. Accuracy stays within the limit. Deletion was already low, because the map covers the piece. It is a little
+# higher now.
 #
 # Insertion and deletion measure whether the prediction depends on the pixels that the map marks. They do not measure
 # whether the map is sharp. The share inside does not rise either.

@@ -58,7 +58,8 @@ before = copy.deepcopy(model)
 # with respect to the weights. Masked pixels become black. Half of the 64 pixels are inserted or deleted, four per step.
 # This makes 8 steps, and each update draws 4 of these 8 steps per example. ``max_accuracy_drop=0.01`` allows an epoch
 # to cost one point of accuracy, plus one standard error. ``n_random_orders`` measures the gain of the map over random
-# orders of the same pixels.
+# orders of the same pixels. A warning may say that the maps of a few examples are 0 everywhere, because Grad-CAM's ReLU
+# has removed all of their evidence. A few such maps do no harm.
 
 
 def make_regularizer(model):

@@ -50,7 +50,8 @@ x_test, y_test = x[398:], y[398:]
 # whose measurements are neither small nor large. A zero before standardisation would be a nucleus without radius, far
 # from all data. (If the columns are not standardised, pass ``baselines="mean"``. The trainer then measures the mean.)
 #
-# The network is trained for at most 40 epochs. The training stops if the validation accuracy does not rise for ten epochs.
+# The network is trained for at most 40 epochs. The training stops if the validation accuracy does not rise for ten
+# epochs.
 
 model = nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
 
