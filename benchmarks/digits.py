@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,8 +191,6 @@ def demo(out: Path) -> None:
     start = time.perf_counter()
     torch.set_num_threads(2)  # the same numbers on every machine of this kind, however many cores it has
     show_progress = sys.stderr.isatty()
-    # The network is sure of itself: from the start some deleted digits lie below the floor, as the warning would say.
-    warnings.filterwarnings("ignore", message="The deletion floor")
     split = Split.of_seed(0)
     pretrained = pretrain(split, 0)
     figure = Figure(figsize=(12, 9), layout="constrained")

@@ -9,6 +9,7 @@ the dearest one takes. An evaluation is a row that goes through the model while 
 
     python benchmarks/doing_less.py run --studies digits_gradcam digits_lime
     python benchmarks/doing_less.py run --studies cifar_gradcam cifar_lime --data-root FOLDER     see cifar10.py
+    python benchmarks/doing_less.py run --bfloat16 --studies digits_gradcam         trained and judged in bfloat16
     python benchmarks/doing_less.py report
 
 A run that was stopped goes on where it stopped; it writes JSON lines, the report a table and a picture.
@@ -183,13 +184,17 @@ STUDIES = {
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def run(name: str, out: Path, root: Path) -> None:
-    """All settings of a study that are not yet done, seed by seed."""
+def run(name: str, out: Path, root: Path, bfloat16: bool) -> None:
+    """All settings of a study that are not yet done, seed by seed.
+
+    accelerate has one precision in a process, so those in bfloat16 are run by themselves.
+    """
     study, results = STUDIES[name], out / f"doing_less_{name}.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     done = read_results(results)
     for seed in range(study.n_seeds):
-        missing = [setting for setting in study.settings if (seed, setting.name) not in done]
+        wanted = [setting for setting in study.settings if setting.bfloat16 is bfloat16]
+        missing = [setting for setting in wanted if (seed, setting.name) not in done]
         task = study.task(seed, root) if missing else None
         for setting in missing:
             row = {"seed": seed, "setting": setting.name, **train_and_judge(study, task, setting, seed)}
@@ -211,7 +216,7 @@ def train_and_judge(study: Study, task: Task, setting: Setting, seed: int) -> di
         model,
         optimizer,
         [make_regularizer(study, model, weight, setting, seed)] if weight else [],
-        accelerator=Accelerator(mixed_precision="bf16") if setting.bfloat16 else None,
+        accelerator=Accelerator(mixed_precision="bf16" if setting.bfloat16 else "no"),
         evaluation=make_regularizer(study, model, 0.0, JUDGE, seed),
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
         show_progress=False,

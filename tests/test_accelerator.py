@@ -314,7 +314,7 @@ def regularizers(net):
     g = [torch.Generator().manual_seed(seed) for seed in range(8)]
     lime, cam = Lime(net, Ridge(0.1), MaskSimilarity()), LayerGradCam(net, net[4])
     masks = {"sampling": "independent", "n_samples": 20}
-    held = {"baselines": 0.0, "deletion_floor": None}
+    held = {"baselines": 0.0, "deletion_form": "ratio", "deletion_floor": None}
     return {
         "Grad-CAM": InsertionDeletion(cam, steps_per_update=2, generator=g[0], **held),
         "LIME": InsertionDeletion(lime, feature_mask=SUPERPIXELS, attribute_kwargs=masks, generator=g[1], **held),

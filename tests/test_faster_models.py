@@ -31,7 +31,7 @@ def batch(dtype=torch.float64):
 
 def gradient(model, explainer, x, y):
     torch.manual_seed(2)
-    settings = {"baselines": 0.3, "forward_func": model, "deletion_floor": None}
+    settings = {"baselines": 0.3, "forward_func": model, "deletion_form": "ratio", "deletion_floor": None}
     if explainer == "lime":
         sampled = {"n_samples": 40, "sampling": "independent"}
         regularizer = InsertionDeletion(

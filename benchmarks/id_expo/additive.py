@@ -11,7 +11,7 @@ column d adds to the class explained, less its mean over training rows, is an ex
 * Surrogate: a NAM that follows the probabilities of a network of two hidden layers, fitted beside it; its terms
   explain the network. ID-ExpO trains both, or the NAM alone. KernelSHAP of the same network is the measure.
 
-Two tables, split, standardised and selected as in `tables.py`:
+Two tables, split and standardised as in `tables.py`. Eq. (15) on validation rows chooses among every second epoch:
 
     python -m benchmarks.id_expo.additive run --data-root FOLDER    CSV files, last column "target"
     python -m benchmarks.id_expo.additive run                       from OpenML, by scikit-learn

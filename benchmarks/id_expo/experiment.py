@@ -283,19 +283,20 @@ def difference_table(
     return markdown(["arm", *columns], lines)
 
 
-def verdicts(arm: Sequence[Scores], reference: Sequence[Scores], judges: Mapping[str, int]) -> str:
-    """Return a Markdown table of judges that were named before the run.
+RISES, DOES_NOT_RISE = "rises by more than two standard errors", "does not rise by more than two standard errors"
+KEEPS_ACCURACY = "falls by less than one point"
 
-    The sign of a judge tells what is asked of it: 1, that it rises by more than two standard errors; -1, that it does
-    not rise by more than two.
+
+def verdicts(arm: Sequence[Scores], reference: Sequence[Scores], judges: Mapping[str, str]) -> str:
+    """Return a Markdown table of judges, and of what was asked of them before the run.
+
+    With a single unit there is no standard error, and so no verdict.
     """
     lines = []
-    for judge, sign in judges.items():
+    for judge, asked in judges.items():
         differences = [a[judge] - b[judge] for a, b in zip(arm, reference, strict=True)]
         mean, error = mean_and_error(differences)
-        holds = mean > 2 * error if sign > 0 else mean < 2 * error
-        lines.append([judge, "rises" if sign > 0 else "does not rise", with_error(differences, "+.3f"), _WORDS[holds]])
+        holds = {RISES: mean > 2 * error, DOES_NOT_RISE: mean < 2 * error, KEEPS_ACCURACY: mean > -0.01}[asked]
+        verdict = ("yes" if holds else "no") if len(differences) > 1 else ""
+        lines.append([judge, asked, with_error(differences, "+.3f"), verdict])
     return markdown(["judge", "asked", "difference", "holds"], lines)
-
-
-_WORDS = {True: "yes", False: "no"}

@@ -16,6 +16,8 @@ def paired_p_value(a: Sequence[float], b: Sequence[float], overlap: float = 0.0)
     Random splits of one data set share rows, so their scores are not independent. Nadeau and Bengio (2003) multiply the
     variance of the mean by 1 + n x `overlap`, with n splits and the ratio of test to training rows as the overlap.
     """
+    if len(a) < 2:
+        raise ValueError(f"A test needs two splits or more, given: {len(a)}.")
     mean, error = mean_and_error([x - y for x, y in zip(a, b, strict=True)])
     if error == 0:
         return 0.0 if mean > 0 else 1.0

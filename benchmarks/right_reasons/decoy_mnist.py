@@ -36,6 +36,7 @@ from experiment import (
     mlp,
     parse_arguments,
     train,
+    weighted,
     with_error,
     write_table,
 )
@@ -163,26 +164,26 @@ def measure(name: str, weights: dict[str, float], root: Path | None, seed: int, 
     train(model, digits, regularizers, epochs=EPOCHS, seed=seed)
     seconds = round(time.perf_counter() - start, 1)
     parts = {"train": accuracy(model, digits.x, digits.y), "test": accuracy(model, test.x, test.y)}
-    return {"weight": weights.get(name, 0.0), **parts, "seconds": seconds}
+    return {**parts, "seconds": seconds}
 
 
-def table(results: Results) -> str:
+def table(results: Results, weights: dict[str, float]) -> str:
     head = ["training", "weight", "training images", "test images", "test images, paper"]
     lines = []
     for name, setting in SETTINGS.items():
-        weight = results.column(name, "weight")[0]
-        measured = (with_error(results.column(name, part)) for part in ("train", "test"))
+        weight = weights.get(name, 0.0)
+        measured = (with_error(results.column(weighted(name, weight), part)) for part in ("train", "test"))
         lines.append([name, f"{weight:.3g}" if weight else "", *measured, setting.paper])
     return markdown(head, lines)
 
 
-def report(results: Results, root: Path | None, out: Path) -> None:
+def report(results: Results, weights: dict[str, float], root: Path | None, out: Path) -> None:
     """The table beside the paper's figures, and the picture: images with their patches, accuracies."""
-    write_table(out / "decoy_mnist.md", PREFACE, table(results))
+    write_table(out / "decoy_mnist.md", PREFACE, table(results, weights))
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     draw_images(left, root)
-    draw_accuracies(right, results)
+    draw_accuracies(right, results, weights)
     figure.savefig(out / "decoy_mnist.png", dpi=110)
 
 
@@ -196,11 +197,11 @@ def draw_images(figure: Figure, root: Path | None) -> None:
             axis.set_axis_off()
 
 
-def draw_accuracies(figure: Figure, results: Results) -> None:
+def draw_accuracies(figure: Figure, results: Results, weights: dict[str, float]) -> None:
     """A bar for each way to train, the paper's figure as a mark."""
     axis = figure.subplots()
     for place, (name, setting) in enumerate(SETTINGS.items()):
-        mean, error = mean_and_error(results.column(name, "test"))
+        mean, error = mean_and_error(results.column(weighted(name, weights.get(name, 0.0)), "test"))
         axis.barh(
             place,
             mean,
@@ -224,11 +225,13 @@ def main() -> None:
     weights: dict[str, float] = {}
     for name, candidates in WEIGHTS.items():
         validate = partial(validation_accuracy, name, weights, root)
-        weights[name] = chosen_weight(results, name, candidates, SEEDS[:1], validate)
+        teacher = f" of RRR {weights['RRR']:.4g}" if SETTINGS[name].distills else ""
+        weights[name] = chosen_weight(results, name + teacher, candidates, SEEDS[:1], validate)
     for name in SETTINGS:
         for seed in SEEDS:
-            results.measure(name, seed, lambda name=name, seed=seed: measure(name, weights, root, seed))
-    report(results, root, out)
+            setting = weighted(name, weights.get(name, 0.0))
+            results.measure(setting, seed, lambda name=name, seed=seed: measure(name, weights, root, seed))
+    report(results, weights, root, out)
 
 
 def validation_accuracy(name: str, weights: dict[str, float], root: Path | None, weight: float, seed: int) -> float:

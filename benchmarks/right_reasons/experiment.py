@@ -102,13 +102,18 @@ def chosen_weight(
     def score(weight: float) -> float:
         rows = (
             results.measure(
-                f"validation of {name}, weight {weight:g}", seed, lambda seed=seed: {"score": validate(weight, seed)}
+                weighted(f"validation of {name}", weight), seed, lambda seed=seed: {"score": validate(weight, seed)}
             )
             for seed in seeds
         )
         return statistics.fmean(row["score"] for row in rows)
 
     return max(weights, key=score)
+
+
+def weighted(name: str, weight: float) -> str:
+    """Return the key of a setting with a weight, under which its rows are stored."""
+    return f"{name}, weight {weight:.4g}" if weight else name
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -33,6 +33,7 @@ from experiment import (
     mlp,
     parse_arguments,
     train,
+    weighted,
     with_error,
     write_table,
 )
@@ -165,7 +166,7 @@ def measure(setting: str, weight: float, seed: int, n_images: int = N_IMAGES, ep
     for rule in SETTINGS[setting]:
         annotations += RULES[rule].area
     activation = nn.ReLU if setting.endswith("rectified") else nn.Tanh
-    return {"weight": weight, **judge(fit(images, annotations, seed, weight, epochs, activation), test)}
+    return judge(fit(images, annotations, seed, weight, epochs, activation), test)
 
 
 def validation_accuracy(weight: float, seed: int, n_images: int = N_IMAGES, epochs: int = EPOCHS) -> float:
@@ -199,14 +200,14 @@ def data(seed: int, n_images: int) -> tuple[Images, Images]:
     return Images.drawn(n_images, generator), Images.drawn(n_images, generator)
 
 
-def table(results: Results) -> str:
+def table(results: Results, weight: float) -> str:
     """What may be used, then the search's models, one a line."""
     columns = ("accuracy", *RULES)
     rows = []
     for name in SETTINGS:
         paper = "" if name.startswith("both") else PAPER
-        rows.append([name, *(with_error(results.column(name, column)) for column in columns), paper])
-    searches = results.column("search", "models")
+        rows.append([name, *(with_error(results.column(weighted(name, weight), column)) for column in columns), paper])
+    searches = results.column(weighted("search", weight), "models")
     places = {
         f"model {place + 1}": [models[place] for models in searches if place < len(models)]
         for place in range(max(map(len, searches)))
@@ -218,17 +219,17 @@ def table(results: Results) -> str:
     return markdown(head, rows)
 
 
-def report(results: Results, out: Path) -> None:
+def report(results: Results, weight: float, out: Path) -> None:
     """The table, and a picture of what the first seed's models use and may not use."""
-    write_table(out / "toy_colors.md", PREFACE, table(results))
+    write_table(out / "toy_colors.md", f"{PREFACE.strip()} The weight is {weight:g}.", table(results, weight))
     figure = Figure(figsize=(12.5, 5), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    draw_settings(above, results)
-    draw_search(below, results.rows["search"][str(SEEDS[0])]["models"])
+    draw_settings(above, results, weight)
+    draw_search(below, results.rows[weighted("search", weight)][str(SEEDS[0])]["models"])
     figure.savefig(out / "toy_colors.png", dpi=110)
 
 
-def draw_settings(figure: SubFigure, results: Results) -> None:
+def draw_settings(figure: SubFigure, results: Results, weight: float) -> None:
     """An image of each class; how often each pixel's gradient is large, what is forbidden framed."""
     figure.suptitle("two images, and where gradients are large")
     axes = figure.subplots(1, 2 + len(SETTINGS))
@@ -238,7 +239,7 @@ def draw_settings(figure: SubFigure, results: Results) -> None:
         axis.set_title(f"class {label + 1}", fontsize=9)
         axis.set_axis_off()
     for axis, (name, rules) in zip(axes[2:], SETTINGS.items(), strict=True):
-        draw_area(axis, results.rows[name][str(SEEDS[0])], name)
+        draw_area(axis, results.rows[weighted(name, weight)][str(SEEDS[0])], name)
         for rule in rules:
             frame(axis, RULES[rule].area)
 
@@ -269,9 +270,9 @@ def main() -> None:
     weight = chosen_weight(results, "one rule forbidden", WEIGHTS, VALIDATION_SEEDS, validation_accuracy)
     for seed in SEEDS:
         for name in SETTINGS:
-            results.measure(name, seed, partial(measure, name, weight, seed))
-        results.measure("search", seed, partial(search, weight, seed))
-    report(results, out)
+            results.measure(weighted(name, weight), seed, partial(measure, name, weight, seed))
+        results.measure(weighted("search", weight), seed, partial(search, weight, seed))
+    report(results, weight, out)
 
 
 if __name__ == "__main__":

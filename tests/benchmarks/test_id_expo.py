@@ -13,7 +13,10 @@ from torch import nn
 
 from benchmarks.id_expo import ablations, tables
 from benchmarks.id_expo.experiment import (
+    DOES_NOT_RISE,
     ETAS,
+    KEEPS_ACCURACY,
+    RISES,
     BestScore,
     InTurn,
     Judge,
@@ -143,6 +146,8 @@ def test_paired_p_value_is_that_of_scipy_and_grows_with_the_overlap():
     assert paired_p_value(a, b, overlap=0.3) == pytest.approx(student.sf(t, 3))
     assert paired_p_value([1.0, 1.0], [0.0, 0.0]) == 0
     assert paired_p_value([1.0, 1.0], [1.0, 1.0]) == 1
+    with pytest.raises(ValueError, match="two splits or more"):
+        paired_p_value([1.0], [0.0])
 
 
 def test_holm_stops_at_the_first_p_value_above_its_level():
@@ -164,10 +169,17 @@ def test_difference_table_pairs_units_and_keeps_means_of_the_reference():
 
 
 def test_verdicts_ask_for_two_standard_errors():
-    plain = [{"gain": 0.0, "loss": 0.0, "noisy": 0.0} for _ in range(3)]
-    arm = [{"gain": g, "loss": g, "noisy": n} for g, n in ((0.1, -0.5), (0.11, 0.5), (0.12, 0.1))]
-    lines = verdicts(arm, plain, {"gain": 1, "noisy": 1, "loss": -1}).splitlines()[2:]
-    assert [line.split("|")[-2].strip() for line in lines] == ["yes", "no", "no"]
+    plain = [{"gain": 0.0, "loss": 0.0, "noisy": 0.0, "accuracy": 0.9} for _ in range(3)]
+    values = ((0.1, -0.5, 0.895), (0.11, 0.5, 0.889), (0.12, 0.1, 0.88))
+    arm = [{"gain": gain, "loss": gain, "noisy": noisy, "accuracy": accuracy} for gain, noisy, accuracy in values]
+    asked = {"gain": RISES, "noisy": RISES, "loss": DOES_NOT_RISE, "accuracy": KEEPS_ACCURACY}
+
+    def answers(rows):
+        return [line.split("|")[-2].strip() for line in verdicts(rows, plain[: len(rows)], asked).splitlines()[2:]]
+
+    assert answers(arm) == ["yes", "no", "no", "no"]
+    assert answers([row | {"accuracy": row["accuracy"] + 0.005} for row in arm])[-1] == "yes"
+    assert answers(arm[:1]) == ["", "", "", ""]  # one unit has no standard error
 
 
 # --- ablations -----------------------------------------------------------------------------------------------------
@@ -183,7 +195,7 @@ def test_ablations_constant_variant_changes_the_gradient_not_the_value():
         variant = ablations.VARIANTS[name]
         regularizer = ablations.InsertionDeletion(
             variant.explainer(model, model[5]), baselines=0.0, step_size=4, steps_per_update=None,
-            attribute_kwargs={"relu_attributions": True}, **variant.settings,
+            attribute_kwargs={"relu_attributions": True}, **{"deletion_form": "ratio", **variant.settings},
         )  # fmt: skip
         model.zero_grad()
         loss = sum(regularizer(x, y).values())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.id_expo import images
-from benchmarks.id_expo.experiment import Results, quiet
+from benchmarks.id_expo.experiment import RISES, Results, quiet
 from benchmarks.id_expo.images import Arm
 
 # The network is hardly trained: Grad-CAM's ReLU leaves some of its maps empty.
@@ -95,7 +95,7 @@ def check_the_shares_of_images_that_change_both_ways(rows, text):
         rise += insertion > 0 and deletion < 0
     assert text.startswith("Seeds: 1, explained images: 30.")
     assert f"| in turn | {rise / GRAD_CAM.n_explained:.1%} |" in text
-    assert text.count("| rises |") == 11
+    assert text.count(f"| {RISES} |") == 11
 
 
 def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from sklearn.datasets import load_wine
@@ -11,16 +13,16 @@ from benchmarks.id_expo.experiment import Results
 from benchmarks.id_expo.tables import Arm
 
 ARMS = [
-    Arm("CE-only", passes=10),
-    Arm("ID-ExpO", 0.1, "ratio", passes=10),
-    Arm("ID-ExpO", 0.1, "complement", passes=10),
-    Arm("in turn", 0.1, "complement", passes=10),
-    Arm("masks alone", 1.0, passes=10),
-    Arm("ExpO-S", 0.3, passes=10),
-    Arm("ExpO-F", 0.3, passes=10),
-    Arm("CE-only", explainer="KernelSHAP", passes=10),
-    Arm("ID-ExpO", 0.1, "ratio", "KernelSHAP", passes=10),
-    Arm("ID-ExpO", 0.1, "complement", "KernelSHAP", passes=10),
+    Arm("CE-only", passes=12),
+    Arm("ID-ExpO", 0.1, "ratio", passes=12),
+    Arm("ID-ExpO", 0.1, "complement", passes=12),
+    Arm("in turn", 0.1, "complement", passes=12),
+    Arm("masks alone", 1.0, passes=12),
+    Arm("ExpO-S", 0.3, passes=12),
+    Arm("ExpO-F", 0.3, passes=12),
+    Arm("CE-only", explainer="KernelSHAP", passes=12),
+    Arm("ID-ExpO", 0.1, "ratio", "KernelSHAP", passes=12),
+    Arm("ID-ExpO", 0.1, "complement", "KernelSHAP", passes=12),
 ]
 
 
@@ -29,7 +31,13 @@ def small():
     x, y = load_wine(return_X_y=True)
     patched = pytest.MonkeyPatch()
     patched.setattr(tables, "load", lambda name, root: (torch.tensor(x, dtype=torch.float32), torch.tensor(y)))
-    for name, value in {"N_SPLITS": 2, "ARMS": ARMS, "RECIPE_ARM": ARMS[3], "JUDGED_SAMPLES": 40}.items():
+    for name, value in {
+        "N_SPLITS": 2,
+        "N_EPOCHS": 3,
+        "ARMS": ARMS,
+        "RECIPE_ARM": ARMS[3],
+        "JUDGED_SAMPLES": 40,
+    }.items():
         patched.setattr(tables, name, value)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the script runs
@@ -66,19 +74,18 @@ def check_that_id_expo_gains_more_than_its_rivals(found):
 def check_that_every_row_has_the_judges_of_the_report(found):
     for rows in found.values():
         for row in rows:
-            assert row["score"]["epoch"] >= 1  # the weights before training are no candidate of the first rule
             for rule in tables.RULES:
                 assert set(tables.RECIPE) <= set(row[rule])
-                assert all(isinstance(column(row[rule]), float) for column in tables.COLUMNS.values())
+                assert all(math.isfinite(column(row[rule])) for column in tables.COLUMNS.values())
 
 
 def check_that_the_report_has_each_arm(folder):
     text = tables.report(folder)
     assert text.startswith("Sets: 1, splits of each: 2.")
     for arm in ARMS:
-        assert text.count(f"| {tables.title(arm)} |") == (2 if arm.explainer == "LIME" else 0)
+        assert text.count(f"| {tables.title(arm)} |") == (2 if arm.explainer == "LIME" else 1)
     assert "| ratio | insertion | " in text
-    assert " of 2 |" in text  # one set, two explainers
+    assert " of 1 |" in text  # one set
     assert "#### collins" in tables.each_set(folder)
 
 
@@ -92,7 +99,7 @@ def test_the_hardest_rival_decides_a_test():
         tables.title(ARMS[5]): rows(0.5, 0.6),
         tables.title(ARMS[6]): rows(0.2, 0.26),
     }
-    p_value = tables.largest_p_value(found, "LIME", "ratio", "insertion", 0.0)
+    p_value = tables.largest_p_value(found, "ratio", "insertion", 0.0)
     assert p_value == pytest.approx(tables.paired_p_value([0.9, 0.95], [0.5, 0.6]))
 
 

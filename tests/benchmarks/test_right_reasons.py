@@ -33,6 +33,16 @@ def test_iris_cancer_penalty_raises_the_accuracy_with_iris_zeroed(script):
     assert rrr > 0.85
 
 
+def test_iris_cancer_validates_on_training_rows(script):
+    iris_cancer = script("iris_cancer")
+    split, inner = (iris_cancer.Split.of_seed(0, False, validate) for validate in (False, True))
+    outer_rows = {tuple(row.tolist()) for row in split.x}
+    inner_rows = [{tuple(row.tolist()) for row in part} for part in (inner.x, inner.test_x)]
+    assert inner_rows[0] | inner_rows[1] == outer_rows
+    assert not inner_rows[0] & inner_rows[1]
+    assert not inner.zeroed_x[:, : iris_cancer.N_IRIS].any()
+
+
 def test_toy_colors_with_corners_forbidden_uses_the_top_middle(script):
     row = script("toy_colors").measure("corners forbidden", 1000.0, 0, **SMALL)
     assert row["accuracy"] > 0.99

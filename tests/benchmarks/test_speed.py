@@ -42,6 +42,7 @@ def test_loop_id_expo_computes_the_same_loss_and_gradient(speed):
         step_size=step_size,
         steps_per_update=None,
         attribute_kwargs={"relu_attributions": True},
+        deletion_form="ratio",
         deletion_floor=None,
     )
     ours = sum(regularizer(x, y).values())

@@ -188,7 +188,13 @@ def test_gradient_norms_every_changes_no_generator_or_batch_norm_statistic():
 
 def regularizer_of(name, net):
     generator = torch.Generator().manual_seed(1)
-    arguments = {"baselines": 0.0, "insertion_weight": 1.0, "deletion_weight": 1.0, "deletion_floor": None}
+    arguments = {
+        "baselines": 0.0,
+        "insertion_weight": 1.0,
+        "deletion_weight": 1.0,
+        "deletion_form": "ratio",
+        "deletion_floor": None,
+    }
     if name == "Grad-CAM":
         return InsertionDeletion(LayerGradCam(net, net[4]), step_size=6, **arguments)
     if name == "LIME":
