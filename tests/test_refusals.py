@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import captum_idexpo
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, training
+from captum_idexpo._core.compiled import can_run_eagerly
 from captum_idexpo.attr import (
     LRP,
     GradientShap,
@@ -224,6 +225,8 @@ def test_refusals_on_the_page_are_those_raised_here():
 @pytest.mark.parametrize("name", RAISED)
 @pytest.mark.filterwarnings("ignore")
 def test_refusal_raises_the_listed_error_and_names_the_cure(name, tmp_path):
+    if name == "A second derivative" and not can_run_eagerly():
+        pytest.skip("an older PyTorch raises its own RuntimeError first")
     _, error, cure = next(row for row in rows() if row[0].startswith(name))
     kinds = {**vars(captum_idexpo), "CheckpointError": training.CheckpointError}
     kind = kinds.get(error) or getattr(__import__("builtins"), error)

@@ -99,6 +99,7 @@ def test_look_at_large_inputs_takes_one_row_at_a_time():
     assert rows == [1] * (1 + 3)
 
 
+@pytest.mark.skipif(not can_run_eagerly(), reason="torch.compiler.set_stance needs PyTorch 2.6")
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_look_does_not_recompile_a_compiled_model(in_place):
@@ -115,8 +116,7 @@ def test_look_does_not_recompile_a_compiled_model(in_place):
     with torch.no_grad():
         compiled(torch.zeros(4, 3, 8, 8))
     n_compilations = len(compilations)
-    expected = 2**19 // 192 if can_run_eagerly() else UNKNOWN
-    assert looked_at(compiled) == expected
-    assert looked_at(nn.Sequential(compiled)) == expected
+    assert looked_at(compiled) == 2**19 // 192
+    assert looked_at(nn.Sequential(compiled)) == 2**19 // 192
     assert looked_at(torch.compile(Functional(), backend=backend)) == UNKNOWN  # it calls functions
     assert len(compilations) == n_compilations

@@ -187,6 +187,7 @@ def test_gradient_norms_of_a_compiled_model_are_those_of_the_eager_one():
         assert histories[1][name] == pytest.approx(histories[0][name])
 
 
+@needs_eager_runs
 def test_chunks_of_a_compiled_model_have_one_size():
     """Also where neither the examples nor their copies divide by what a pass takes."""
     torch._dynamo.reset()
