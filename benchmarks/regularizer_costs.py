@@ -63,7 +63,7 @@ def tabular() -> dict[str, Step]:
     batch = (x, y, (torch.rand(128, 30) < 0.2).float())
     lime = {"sampling": "independent", "n_samples": 50}
     insertion_deletion = InsertionDeletion(
-        id_expo_lime(model), baselines=0.0, forward_func=model, attribute_kwargs=lime
+        id_expo_lime(model), baselines=0.0, forward_func=model, deletion_form="ratio", attribute_kwargs=lime
     )
     return {
         "plain": step_of(model, batch, []),
@@ -93,7 +93,9 @@ def images() -> dict[str, Step]:
     batch = (x, y, (torch.rand(32, 1, 32, 32) < 0.2).float())
     masked = MaskedNeighbors(feature_mask=grid(x, 8))
     grad_cam, teacher = LayerGradCam(model, model.layer2), ResNet()
-    insertion_deletion = InsertionDeletion(grad_cam, baselines=0.0, attribute_kwargs={"relu_attributions": True})
+    insertion_deletion = InsertionDeletion(
+        grad_cam, baselines=0.0, deletion_form="ratio", attribute_kwargs={"relu_attributions": True}
+    )
     return {
         "plain": step_of(model, batch, []),
         "RightForTheRightReasons": step_of(model, batch, [RightForTheRightReasons(model)]),
