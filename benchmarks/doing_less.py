@@ -1,7 +1,7 @@
 """What do cheaper estimates of ID-ExpO's loss cost in faithfulness, and what do they save?
 
 Grad-CAM's loss is nearly all insertion and deletion steps: of 32, only k are drawn in an update (`steps_per_update`).
-LIME's is nearly all perturbations: M an example, drawn afresh in every update (`n_samples`), beside k = 4 steps; less
+LIME's is nearly all perturbations: M per example, drawn afresh in every update (`n_samples`), beside k = 4 steps; less
 noise: orthogonal masks and a ridge whose strength the samples choose. Each
 setting fine-tunes the same weights on the same images, and the same judge (all steps, M = 200) scores it on images
 that were neither trained on nor selected by. The cheapest useful setting is also run for as many model evaluations as
@@ -49,8 +49,8 @@ from captum_idexpo.visualization import COLORS
 SCORES = {"valscore": "score", "accuracy": "accuracy", "insertion": "insertion", "one_minus_deletion": "1 - deletion"}
 JUDGE_SAMPLES = 200
 PREFACE = """Mean ± standard error over seeds; differences are paired by seed. Score: eq. (15), 2 x accuracy + insertion
-+ 1 - deletion, on images not trained on. Evaluations: rows through the model while it is trained, a training image;
-shares of the second setting's, of evaluations and of wall-clock time. Longer: for as many evaluations as that.
++ 1 - deletion, on images not trained on. Evaluations: rows through the model while it is trained, per training image;
+shares are of the second setting's. Longer: for as many evaluations as that. Settings in bfloat16 are also judged in it.
 """
 
 
@@ -319,14 +319,14 @@ def report(out: Path) -> None:
 
 
 def table(runs: Runs) -> list[str]:
-    """Costs (the loss's, and shares of the reference's) and scores, with paired differences, as Markdown."""
+    """Evaluations (and their share of the reference's) and scores, with paired differences, as Markdown."""
     plain, reference = list(runs)[:2]
-    head = ["setting", "seeds", "epochs", "evaluations an image", "share of them", "share of the time"]
+    head = ["setting", "seeds", "epochs", "evaluations an image", "share of them"]
     head += [*SCORES.values(), f"score over {plain}", f"score over {reference}"]
     rows = [head, ["---"] * len(head)]
     for setting, results in runs.items():
         row = [setting, str(len(results)), str(mean(results, "epochs")), f"{mean(results, 'evaluations'):.0f}"]
-        row += [f"{mean(results, cost) / mean(runs[reference], cost):.2f}" for cost in ("evaluations", "seconds")]
+        row.append(f"{mean(results, 'evaluations') / mean(runs[reference], 'evaluations'):.2f}")
         row += [with_error([result[score] for result in results.values()]) for score in SCORES]
         for other in (plain, reference):
             row.append("" if setting == other else with_error(gains(results, runs[other]), "+"))
@@ -370,13 +370,14 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of CIFAR-10, see cifar10.py")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--bfloat16", action="store_true", help="run the settings in bfloat16, and only these")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the same numbers however many cores a machine has, and times that compare
+    torch.set_num_threads(1)  # the same numbers however many cores a machine has
     # A sure network's deleted copies may lie below the floor; that they do is no news here.
     warnings.filterwarnings("ignore", message="The deletion floor")
     if arguments.command == "run":
         for name in arguments.studies:
-            run(name, arguments.out, arguments.data_root)
+            run(name, arguments.out, arguments.data_root, arguments.bfloat16)
     report(arguments.out)
 
 
