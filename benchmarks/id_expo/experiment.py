@@ -195,6 +195,18 @@ class BestScore:
             self.weights = copy.deepcopy(trainer.model.state_dict())
 
 
+RULES = ("score", "limit")
+Chosen = dict[str, tuple[int, dict[str, Tensor]]]
+"""rule -> the epoch that it chose, 0 for the start, and its weights"""
+
+
+def by_rule(history: Iterable[Mapping[str, float]], best: BestScore, model: nn.Module) -> Chosen:
+    """Return what both rules chose: the best validation score, and the trainer's choice within its accuracy limit."""
+    eligible = [row for row in history if row["eligible"]]
+    kept = max(eligible, key=lambda row: row["valscore"])["epoch"] if eligible else 0
+    return {"score": (best.epoch, best.weights), "limit": (int(kept), copy.deepcopy(model.state_dict()))}
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Ignore warnings that an experiment reports as numbers: the deletion floor, maps of zeros, unread masks, no

@@ -52,11 +52,14 @@ from benchmarks.id_expo.experiment import (
     DOES_NOT_RISE,
     KEEPS_ACCURACY,
     RISES,
+    RULES,
     BestScore,
+    Chosen,
     Column,
     InTurn,
     Results,
     Row,
+    by_rule,
     difference_table,
     gain,
     markdown,
@@ -72,7 +75,6 @@ from captum_idexpo.jury import compare
 from captum_idexpo.metrics import sensitivity_n
 from captum_idexpo.regularizers import InsertionDeletion, RandomMasking
 
-RULES = ("score", "limit")
 N_LOCATIONS = 4  # of sensitivity-n
 MAX_ACCURACY_DROP = 0.01
 BY_MASKS = ("accuracy", "masked_accuracy", "insertion", "deletion", "insertion_gain", "deletion_gain")
@@ -208,9 +210,7 @@ EXPERIMENTS = {
 }
 
 
-def fine_tune(
-    experiment: Experiment, arm: Arm, model: nn.Module, images: Images, seed: int
-) -> dict[str, tuple[int, dict[str, Tensor]]]:
+def fine_tune(experiment: Experiment, arm: Arm, model: nn.Module, images: Images, seed: int) -> Chosen:
     """Train, and return by rule the chosen epoch and its weights."""
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(
@@ -233,9 +233,7 @@ def fine_tune(
         DataLoader(images.val, 250),
         epochs=experiment.n_epochs,
     )
-    eligible = [row for row in history if row["eligible"]]
-    kept = max(eligible, key=lambda row: row["valscore"])["epoch"] if eligible else 0
-    return {"score": (best.epoch, best.weights), "limit": (int(kept), copy.deepcopy(model.state_dict()))}
+    return by_rule(history, best, model)
 
 
 def batches(experiment: Experiment, n_updates: int, images: Images, seed: int) -> DataLoader:

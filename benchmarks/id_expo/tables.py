@@ -49,10 +49,12 @@ from benchmarks.id_expo.experiment import (
     KEEPS_ACCURACY,
     RISES,
     BestScore,
+    Chosen,
     InTurn,
     Results,
     Row,
     Scores,
+    by_rule,
     difference_table,
     gain,
     markdown,
@@ -86,7 +88,6 @@ EXPLAINERS = {
     "KernelSHAP": lambda model: KernelShap(Probabilities(model)),
     "IntegratedGradients": lambda model: IntegratedGradients(Probabilities(model)),
 }
-RULES = ("score", "limit")
 N_SPLITS = 5
 N_LOCATIONS = 4  # of sensitivity-n
 JUDGED_SAMPLES = 200
@@ -232,7 +233,7 @@ def make_regularizers(arm: Arm, model: nn.Sequential, seed: int) -> list[nn.Modu
     return [InTurn(members, generator)]
 
 
-def fine_tune(arm: Arm, model: nn.Sequential, split: Split, seed: int) -> dict[str, tuple[int, dict[str, Tensor]]]:
+def fine_tune(arm: Arm, model: nn.Sequential, split: Split, seed: int) -> Chosen:
     """Train, and return by rule the chosen epoch and its weights."""
     torch.manual_seed(seed)
     optimizer = make_optimizer(model)
@@ -251,9 +252,7 @@ def fine_tune(arm: Arm, model: nn.Sequential, split: Split, seed: int) -> dict[s
     rows = ConcatDataset([split.train] * (arm.passes // N_EPOCHS))
     batches = DataLoader(rows, BATCH_SIZE, shuffle=True, generator=Generator().manual_seed(seed))
     history = trainer.fit(batches, DataLoader(split.val, 500), epochs=N_EPOCHS)
-    eligible = [row for row in history if row["eligible"]]
-    kept = max(eligible, key=lambda row: row["valscore"])["epoch"] if eligible else 0
-    return {"score": (best.epoch, best.weights), "limit": (int(kept), copy.deepcopy(model.state_dict()))}
+    return by_rule(history, best, model)
 
 
 # --- judges --------------------------------------------------------------------------------------------------------

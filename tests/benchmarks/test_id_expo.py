@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_wine
 from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks.id_expo import ablations, tables
 from benchmarks.id_expo.experiment import (
@@ -21,14 +23,17 @@ from benchmarks.id_expo.experiment import (
     InTurn,
     Judge,
     Results,
+    by_rule,
     difference_table,
     fine_tune,
     gain,
+    quiet,
     valscore,
     value,
     verdicts,
 )
 from benchmarks.id_expo.significance import holm, paired_p_value
+from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.regularizers import RandomMasking
 
 # The networks of these tests are hardly trained: Grad-CAM's ReLU leaves some of their maps empty, and large weights
@@ -133,6 +138,27 @@ def test_best_score_keeps_the_weights_of_the_best_row():
         best(Trainer, {"epoch": epoch, "valscore": score})
     assert best.epoch == 2
     assert best.weights["weight"].item() == 2
+
+
+def test_by_rule_names_the_epoch_whose_weights_the_trainer_keeps(split, network):
+    """The limit is judged on few rows: some epochs are eligible, and not those of the best score."""
+    model, best, weights = copy.deepcopy(network), BestScore(), {0: copy.deepcopy(network.state_dict())}
+    trainer = ExplanationRegularizedTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        [tables.make_insertion_deletion(model, "LIME", n_samples=30, insertion_weight=1.0, deletion_weight=1.0)],
+        max_accuracy_drop=0.0,
+        callbacks=[best, lambda t, row: weights.update({row["epoch"]: copy.deepcopy(t.model.state_dict())})],
+        show_progress=False,
+    )
+    with quiet():
+        history = trainer.fit(DataLoader(split.train, 32), DataLoader(split.val, 50), epochs=4)
+    chosen = by_rule(history, best, model)
+    assert chosen["score"][0] == max(history, key=lambda row: row["valscore"])["epoch"]
+    for epoch, state in chosen.values():
+        assert all(torch.equal(state[name], weights[epoch][name]) for name in state)
+    none = by_rule([{**row, "eligible": 0.0} for row in history], best, network)
+    assert none["limit"][0] == 0
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,30 @@ def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):
     assert "#### In turn" not in images.report("lime", LIME, tmp_path)
 
 
+def test_arms_have_the_terms_that_they_are_named_after():
+    model = small_network(None)
+    x = load_small(None, "train", slice(0, 200)).tensors[0]
+    for experiment, arm in ((each, arm) for each in images.EXPERIMENTS.values() for arm in each.arms):
+        experiment = experiment._replace(layer="3", cell=2)
+        made = experiment.regularizers(arm, model, 0)
+        if arm.method.startswith("CE-only"):
+            assert made == []
+        elif arm.method == "masks alone":
+            assert [type(each).__name__ for each in made] == ["RandomMasking"]
+        else:
+            members = made[0].members if arm.method == "in turn" else made
+            named = [type(member.explainer).__name__ for member in members]
+            own = {"Grad-CAM": "LayerGradCam", "LIME": "Lime"}[experiment.explainer]
+            assert named == ([own, "IntegratedGradients"] if arm.method == "in turn" else [own])
+            for each in members:
+                assert each.deletion_form == arm.form
+                assert each.insertion_weight == each.deletion_weight == arm.weight
+                if arm.method == "in turn":
+                    assert 0.3 < float((each.baselines(x) == 0).flatten(1).all(dim=1).float().mean()) < 0.7
+                else:
+                    assert each.baselines == 0
+
+
 def test_no_two_seeds_share_an_image_to_choose_by_or_to_report():
     seen = set()
     for seed in images.EXPERIMENTS["gradcam"].seeds:

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_wine
 
 from benchmarks.id_expo import tables
-from benchmarks.id_expo.experiment import Results
+from benchmarks.id_expo.experiment import RULES, Results
 from benchmarks.id_expo.tables import Arm
 
 ARMS = [
@@ -74,7 +74,7 @@ def check_that_id_expo_gains_more_than_its_rivals(found):
 def check_that_every_row_has_the_judges_of_the_report(found):
     for rows in found.values():
         for row in rows:
-            for rule in tables.RULES:
+            for rule in RULES:
                 assert set(tables.RECIPE) <= set(row[rule])
                 assert all(math.isfinite(column(row[rule])) for column in tables.COLUMNS.values())
 
@@ -87,6 +87,72 @@ def check_that_the_report_has_each_arm(folder):
     assert "| ratio | insertion | " in text
     assert " of 1 |" in text  # one set
     assert "#### collins" in tables.each_set(folder)
+
+
+@pytest.fixture
+def split():
+    return tables.Split.of_seed(*tables.load("wine", None), 0)
+
+
+def test_arms_have_the_terms_that_they_are_named_after(split):
+    model = tables.pretrain(split, 3, 0)
+    for arm in ARMS:
+        made = tables.make_regularizers(arm, model, 0)
+        if arm.method == "in turn":
+            (in_turn,) = made
+            assert [type(member.explainer).__name__ for member in in_turn.members] == ["Lime", "IntegratedGradients"]
+            made = in_turn.members
+            x = split.train.tensors[0]
+            assert all(0.3 < float((m.baselines(x) == 0).all(dim=1).float().mean()) < 0.7 for m in made)
+        kinds = {"CE-only": [], "masks alone": ["RandomMasking"], "ExpO-S": ["Stability"], "ExpO-F": ["Fidelity"]}
+        expected = kinds.get(arm.method, ["InsertionDeletion"] * len(made))
+        assert [type(each).__name__ for each in made] == expected
+        for each in made:
+            if arm.form:
+                assert each.deletion_form == arm.form
+                assert each.insertion_weight == each.deletion_weight == arm.weight
+            if arm.method == "ID-ExpO":
+                assert type(each.explainer).__name__.lower() == arm.explainer.lower()
+                assert each.baselines == 0
+            if arm.method.startswith("ExpO"):
+                assert each.ratio == arm.weight
+
+
+def test_judge_sees_the_test_rows(split):
+    model = tables.pretrain(split, 3, 0)
+    x, y = split.test.tensors
+    with torch.no_grad():
+        right = (model(x).argmax(dim=1) == y).double().mean()
+        swapped = split._replace(test=torch.utils.data.TensorDataset(x, (y + 1) % 3))
+    assert tables.judge(model, split)["accuracy"] == pytest.approx(float(right), abs=1e-5)
+    assert tables.judge(model, swapped)["accuracy"] < 0.5
+
+
+def test_leak_lays_explanations_on_rows_of_another_class(split, monkeypatch):
+    model, calls, measure = tables.pretrain(split, 3, 0), [], tables.insertion_deletion
+
+    def noted(forward_func, inputs, attributions, *, target, **settings):
+        calls.append((forward_func(inputs).argmax(dim=1), target))
+        found = measure(forward_func, inputs, attributions, target=target, **settings)
+        calls[-1] += (float(found.insertion_gain.mean()),)
+        return found
+
+    monkeypatch.setattr(tables, "insertion_deletion", noted)
+    with torch.no_grad():
+        row = tables.of_explanation(model, split, "LIME")
+    ((given, explained, gain),) = calls
+    assert len(explained) == len(split.test)
+    assert (given != explained).all()
+    assert row["leak, LIME"] == gain
+
+
+def test_a_lower_deletion_is_better():
+    def rows(*values):
+        return [{"score": {"deletion, LIME, mean": value}} for value in values]
+
+    arms = {tables.title(arm): rows(0.5, 0.6) for arm in ARMS}
+    arms[tables.title(Arm("ID-ExpO", 0.1, "ratio"))] = rows(0.1, 0.16)
+    assert tables.largest_p_value(arms, "ratio", "deletion", 0.0) < 0.05
 
 
 def test_the_hardest_rival_decides_a_test():
@@ -103,9 +169,7 @@ def test_the_hardest_rival_decides_a_test():
     assert p_value == pytest.approx(tables.paired_p_value([0.9, 0.95], [0.5, 0.6]))
 
 
-def test_leak_is_zero_where_every_row_has_the_same_class():
-    x, y = tables.load("wine", None)
-    split = tables.Split.of_seed(x, y, 0)
+def test_leak_is_zero_where_every_row_has_the_same_class(split):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(13, 3))
     with torch.no_grad():
