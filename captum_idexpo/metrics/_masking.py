@@ -281,9 +281,19 @@ def check_temperature(temperature: float | str | None) -> None:
 def make_masks(
     locations: Locations, sign: Tensor | None, temperature: float | str | None, inputs: tuple[Tensor, ...]
 ) -> HardMasks | SoftMasks:
-    """Return the masks of the locations, in the order of their attributions times the sign."""
+    """Return the masks of the locations, in the order of their attributions times the sign.
+
+    Raises:
+        TypeError: the masks are soft and an input holds integers.
+    """
     values = locations.values if sign is None else locations.values * sign
     if temperature is None:
         dtypes = {tensor.dtype for tensor in inputs}  # hard masks multiply the inputs, so they get their dtype
         return HardMasks(values, locations.present, *(dtypes if len(dtypes) == 1 else ()))
+    for tensor in inputs:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(
+                f"inputs of {tensor.dtype}, such as token ids, cannot be interpolated with their baseline by soft "
+                "masks: pass embeddings to a forward function that takes them, or temperature=None for hard masks."
+            )
     return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

@@ -603,6 +603,11 @@ BAD = {
     "no location in S": (ValueError, "raise fraction", {"fraction": 0.01}),
     "unknown outputs": (ValueError, "outputs must be one of", {"outputs": "scores"}),
     "negative temperature": (ValueError, "temperature", {"temperature": -1.0}),
+    "soft masks of integers": (
+        TypeError,
+        "temperature=None",
+        {"inputs": IMAGES.long(), "forward_func": lambda x: NET(x.to(IMAGES.dtype)), "temperature": "auto"},
+    ),
     "unknown temperature": (ValueError, "temperature", {"temperature": "hot"}),
     "fractions": (TypeError, "feature_mask must hold whole", {"feature_mask": torch.full((1, 1, 6, 6), 0.5)}),
     "mask of another size": (ValueError, "feature_mask of shape", {"feature_mask": torch.zeros(1, 1, 5, 6).long()}),
