@@ -1,7 +1,8 @@
 """A jury: several models compared by several explainers, baselines and metrics, on the same examples.
 
-A gain of one score, with the explainer and the baseline of the training, may be a habit that the model has learned.
-Judges that took no part in the training tell whether it is more: another explainer, another baseline, another metric.
+A gain of one score, with the explainer and the baseline of the training, may be an adaptation of the model to this
+score. Judges that took no part in the training show whether it is more: another explainer, another baseline, another
+metric.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ class Comparison:
         clusters: the cluster of each example, integers ``(N,)``; None: each example is its own.
         reference: the model that the others are compared with.
         trained_on: names of explainers, baselines and metrics that took part in training or selection.
-        settings: what else to print on the page.
+        settings: further settings to print on the page of `to_html`, by name.
 
     Attributes:
         rows: one mapping for each model and judge: "model", "metric", "explainer", "baseline", "value" (the mean),
             "standard_error", "difference" (to the reference, paired by example), "difference_standard_error",
             "better" (in standard errors of the difference, positive where the model is better than the reference; NaN
-            where the difference has no error), "held_out" (None if `trained_on` is not known), "n_examples" and
+            where the difference has no error), "held_out" (see `held_out`), "n_examples" and
             "n_clusters".
     """
 
@@ -122,7 +123,7 @@ class Comparison:
         return list(self.examples[self.reference])
 
     def held_out(self, judge: Judge) -> bool | None:
-        """Return True if a judge took no part in the training; None if that is not known."""
+        """Return True if at least one part of a judge took no part in the training; None if that is not known."""
         if self.trained_on is None:
             return None
         return not all(part is None or part in self.trained_on for part in judge)
@@ -145,8 +146,8 @@ class Comparison:
     def table(self) -> str:
         """Return a Markdown table: a line for each judge, a column for each model.
 
-        Behind a mean stands the difference to the reference with its standard error. Judges that took part in the
-        training are marked by an asterisk.
+        Each mean is followed by the difference to the reference, with its standard error. Judges that are not held out
+        are marked by an asterisk.
         """
         heads = ["judge", *map(_escaped, self.models)]
         lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
@@ -196,7 +197,7 @@ def standard_error(values: Tensor, clusters: Tensor | None = None) -> float:
     r"""Return the standard error of the mean of values ``(N,)`` whose clusters are independent of each other.
 
     It is :math:`\frac1N \sqrt{\frac{G}{G-1} \sum_g (\sum_{i \in g} (v_i - \bar v))^2}` over G clusters. With clusters
-    of one example each that is the usual standard error. NaN for a single cluster.
+    of one example each, this is the usual standard error. It is NaN for a single cluster.
     """
     deviations = values - values.mean()
     if clusters is not None:
@@ -235,16 +236,16 @@ def compare(
 ) -> Comparison:
     """Judge several models on the same examples, with the same random masks.
 
-    The metrics, of which each example has a value:
+    The metrics, which have a value for each example:
 
     * "accuracy", and "masked_accuracy" with each baseline (`captum_idexpo.metrics.masked_accuracy`);
     * "insertion", "deletion", and their gains over random orders, "insertion_gain" and "deletion_gain", with each
       explainer and baseline (`captum_idexpo.metrics.insertion_deletion`, hard);
     * "road", for images, with each explainer (`captum_idexpo.metrics.road`);
-    * "infidelity", with each explainer and baseline: Captum's, normalised, where a perturbation sets a random fifth of
-      the features to the baseline; lower is better;
-    * "sensitivity", with each explainer: Captum's max-sensitivity; lower is better. It explains each example
-      1 + n_perturbations times, with fixed baselines, and contains the sampling noise of explainers that have some.
+    * "infidelity", with each explainer and baseline: Captum's infidelity, normalised. A perturbation sets a random
+      fifth of the features to the baseline. Lower is better;
+    * "sensitivity", with each explainer: Captum's max-sensitivity. Lower is better. It explains each example
+      1 + n_perturbations times, with fixed baselines. It contains the sampling noise of the explainer, if there is any.
 
     "road" and "sensitivity" take the explanations with the first baseline.
 
@@ -255,7 +256,7 @@ def compare(
         explainers: by name, functions that make an attribution of `captum_idexpo.attr` of a model: classes, such as
             ``Saliency``, or ``lambda model: LayerGradCam(model, model.layer3)``.
         baselines: by name, numbers, tensors, or callables of the inputs (`captum_idexpo.baselines`).
-        metrics: those to compute; None: all that fit the outputs and the inputs.
+        metrics: the metrics to compute; None: all that fit the outputs and the inputs.
         reference: the model that the others are compared with; None: the first.
         trained_on: names of the explainers, baselines and metrics that took part in training or selection, so that the
             other judges can be marked as held out. Accuracy, insertion, deletion and the gains always count as metrics
@@ -271,11 +272,11 @@ def compare(
         step_size: locations per step; None: the smallest number that gives at most 32 steps.
         n_random_orders: random orders that the gains are measured against.
         masked_share: share of the features that masked accuracy masks.
-        n_perturbations: perturbations per example, for infidelity five times as many.
+        n_perturbations: perturbations per example for sensitivity. Infidelity takes five times as many.
         perturbation_radius: largest change of a value for sensitivity, in the inputs' units.
         unpack: a function that returns the `captum_idexpo.Batch` of what the loader yields.
         max_examples_per_batch: rows per forward pass; None: chosen automatically.
-        seed: of all random numbers. Global random streams are put back afterwards.
+        seed: the seed of all random numbers. The states of global generators are restored afterwards.
         show_progress: show a progress bar over models and batches.
 
     Returns:

@@ -70,15 +70,15 @@ class InsertionDeletion(Regularizer):
 
     Locations are ranked from the most positive attribution, so pass magnitudes (``abs`` of Saliency) where signs do not
     matter. For images ``(B, C, H, W)`` without a feature mask, channels are averaged and a location is a pixel. A
-    layer's attribution is enlarged to the size of the inputs (to the nearest, as in the paper); that of an embedding
-    ``(B, T, E)`` of rows ``(B, T)`` is summed over E.
+    layer's attribution is enlarged to the size of the inputs (by the nearest value, as in the paper). The attribution
+    of an embedding ``(B, T, E)`` of rows ``(B, T)`` is summed over E.
 
     Args:
         explainer: an attribution of `captum_idexpo.attr`.
         baselines: what masked locations are set to: a number, a tensor, a tuple of these, or a callable of the inputs
             that returns them, such as those of `captum_idexpo.baselines`. "mean" is the mean of the training inputs
             over examples and positions, which the trainer measures before it starts
-            (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the same.
+            (`captum_idexpo.baselines.mean_inputs`). Explainers that take baselines get the same ones.
         forward_func: the function that is masked and scored; None: the explainer's forward function.
         model: the module that is held in eval mode, if it is not found behind the forward functions.
         insertion_weight: weight of the insertion term (the paper: 0.001 to 0.1); 0 leaves it out.
@@ -98,9 +98,10 @@ class InsertionDeletion(Regularizer):
         temperature: as for `captum_idexpo.metrics.insertion_deletion`; None is the hard mask, through which the
             attribution gets no gradient. No gradient flows through temperature and threshold of the soft mask. Hold
             them fixed when you check with finite differences.
-        steps_per_update: draw this many of the n steps per example and call, one from each of as many equal strata, at
-            the same place of each. The estimate is unbiased, at a fraction of the cost. None: all steps, which `scores`
-            and the trainer's `evaluate` always take. All are also taken if there are not more.
+        steps_per_update: draw this many of the n steps per example and call, one from each of as many strata of nearly
+            equal size, at the same place of each stratum. The estimate is unbiased, at a fraction of the cost. If n is
+            at most this number, all steps are taken. None: all steps, which `scores` and the trainer's `evaluate`
+            always take.
         deletion_form: "complement" is the mean of log(1 - p(deletion)), negated, which is bounded below by 0. "ratio"
             is the paper's choice, eq. (10): the mean of log p(x) - log p(deletion), negated. "log" is the mean of
             log p(deletion). For raw outputs each is the mean of f(deletion).
@@ -110,18 +111,18 @@ class InsertionDeletion(Regularizer):
             take a feature mask get the same.
         group_reduction: rank the groups of the feature mask by the "mean" of the attribution over their positions, or
             by its "sum".
-        attribute_kwargs: further arguments of ``explainer.attribute``, such as n_samples; those that it needs and that
-            are not listed here (a neuron_selector, a distribution of baselines) have to be given. Without n_samples,
-            LIME and KernelSHAP take three masked copies for each feature, with ``sampling="independent"``.
+        attribute_kwargs: further arguments of ``explainer.attribute``, such as n_samples. Pass those that it needs and
+            that are not listed here (a neuron_selector, a distribution of baselines). Without n_samples, LIME and
+            KernelSHAP take three masked copies for each feature, with ``sampling="independent"``.
             ``additional_forward_args`` also go to the forward function.
         eval_mode: explain and score in eval mode (BatchNorm, dropout), so that running statistics do not change and no
             example depends on the others of its batch.
-        generator: source of the drawn steps, and of the explainer's masks unless these are Captum's. None: torch's
-            global generator.
+        generator: source of the drawn steps, and of the explainer's masks unless Captum's own code draws them. None:
+            torch's global generator.
         memory_budget: bytes of activations that the graphs of the explanation and of the masked copies may keep until
             the backward pass. What exceeds it is computed again there, with the same gradient. None: no bound.
-        n_random_orders: `scores`, and so the trainer's `evaluate` and validation, also measure the gains over so many
-            random orders of the locations; see `captum_idexpo.metrics.insertion_deletion`. Where a layer's map is
+        n_random_orders: `scores`, and so the trainer's `evaluate` and validation, also measure the gains over this many
+            random orders of the locations, see `captum_idexpo.metrics.insertion_deletion`. Where a layer's map is
             enlarged to pixels, a random order of pixels destroys an image sooner than one of the layer's cells: pass a
             ``feature_mask`` of these cells to compare like with like.
 
@@ -211,7 +212,7 @@ class InsertionDeletion(Regularizer):
 
     @property
     def models_differentiated_twice(self) -> list[nn.Module]:
-        """The module that is explained. That which is scored may be another form of it, a compiled one."""
+        """The module that is explained. The module that is scored may be a compiled form of it."""
         explained = module_of(self._explaining.explainer.forward_func)
         return [] if explained is None else [explained]
 
@@ -231,7 +232,7 @@ class InsertionDeletion(Regularizer):
         return self.measurements.get(_FLOOR_SHARE)
 
     def prepare(self, loader: Iterable[Any]) -> None:
-        """Measure the mean of the training inputs, if that is to be the baseline."""
+        """Measure the mean of the training inputs, if it is the baseline."""
         if isinstance(self.baselines, str):
             self.baselines = mean_inputs(loader)
 
@@ -290,7 +291,7 @@ class InsertionDeletion(Regularizer):
     def scores_and_attribution(
         self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
     ) -> tuple[InsertionDeletionScores, tuple[Tensor, ...]]:
-        """Return the hard scores, and the attribution that they judge, made once.
+        """Return the hard scores and the attribution that they judge. The attribution is computed once.
 
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
@@ -346,7 +347,7 @@ class InsertionDeletion(Regularizer):
     ) -> tuple[Tensor, ...]:
         """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel.
 
-        Of a multi-hot target one of the true labels is explained, drawn per example.
+        For a multi-hot target one of the true labels is explained, drawn per example.
         """
         batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():

@@ -64,16 +64,16 @@ class ExplanationRegularizedTrainer:
     Args:
         model: a classifier or regressor with at least one parameter that requires gradient.
         optimizer: a torch optimizer of the model's parameters whose step needs no closure (unlike that of LBFGS).
-        regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`; without any the task alone is trained.
+        regularizers: such as `captum_idexpo.regularizers.InsertionDeletion`. Without any, only the task is trained.
         loss_fn: (model output, target) -> scalar, the task loss.
         unpack: a function that returns the `captum_idexpo.Batch` of what a loader yields; see
             `ExplanationRegularizedLoss`.
         scheduler: a torch learning-rate scheduler. The history shows "learning_rate", that of the first group of
             parameters, as mean over the batches of the epoch.
-        scheduler_interval: "epoch" steps the scheduler after each epoch (`ReduceLROnPlateau` with the mean loss);
-            "update" after each update, which schedulers need whose length is a number of updates.
-        accelerator: a Hugging Face ``Accelerator``; None makes one, which uses a GPU where there is one. Its
-            `gradient_accumulation_steps` is read once, here.
+        scheduler_interval: "epoch" steps the scheduler after each epoch (`ReduceLROnPlateau` with the mean loss).
+            "update" steps it after each update. A scheduler whose length is a number of updates needs "update".
+        accelerator: a Hugging Face ``Accelerator``. None makes one, which uses a GPU if there is one.
+            `gradient_accumulation_steps` of the accelerator is read once, here.
         evaluation: the `InsertionDeletion` whose explainer and settings judge the model (hard scores); None: the first
             one among the regularizers. Without any, only loss and accuracy are measured.
         freeze_batch_norm: train the task with BatchNorm's running statistics, and keep them. Regularizers in eval mode
@@ -89,16 +89,16 @@ class ExplanationRegularizedTrainer:
         max_grad_norm: clip the gradient to this norm before each update.
         weight_schedule: (number of updates so far) -> a factor on the terms of all regularizers, such as
             `linear_warmup(500)`.
-        gradient_norms_every: measure the gradient norm of each term every so many updates, and warn if one is more than
-            ten times that of the task. Each of several processes measures its share of the batch. It costs another
-            forward and backward pass.
+        gradient_norms_every: measure the gradient norm of each term once in this many updates, and warn if one is more
+            than ten times that of the task. Each of several processes measures its share of the batch. A measurement
+            costs another forward and backward pass.
         checkpoint_dir: where checkpoints are written, the last two kept; see `resume`. Resuming from an older
             checkpoint deletes the newer ones.
-        checkpoint_every: write a checkpoint after so many updates, too, and not only after each epoch.
+        checkpoint_every: also write a checkpoint each time this many updates are done, and not only after each epoch.
         averaged_model: weights averaged over time, ``torch.optim.swa_utils.AveragedModel(model, ...)``. It is updated
-            after each update. `fit` evaluates and selects the averaged weights, and the model has them in the end, from
-            where a further `fit` would start. In a callback `evaluate` judges the model's own weights. An average with
-            ``use_buffers=False`` has the model's own BatchNorm statistics.
+            after each update. `fit` evaluates and selects the averaged weights. After `fit` the model has these
+            weights, and a further `fit` starts from them. In a callback `evaluate` judges the model's own weights. An
+            average with ``use_buffers=False`` has the model's own BatchNorm statistics.
         callbacks: called after each epoch with the trainer and the row of the history.
         update_callbacks: called after each update, before the average and the scheduler follow, with the trainer and a
             row of that update: "epoch", "update" (their number so far), "loss" and its parts for the last batch.
@@ -212,7 +212,7 @@ class ExplanationRegularizedTrainer:
             train_loader: yields (inputs, target), (inputs, target, annotations) or whatever `unpack` takes; inputs are
                 a tensor, a tuple or, where no regularizer explains them, a mapping.
             val_loader: yields the same, for selection and early stopping; None: the last weights are kept.
-            epochs: passes over the training data at most; after `resume`, in all.
+            epochs: the largest number of passes over the training data. After `resume` it includes the passes before.
 
         Returns:
             One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the seconds of these spent
@@ -223,12 +223,12 @@ class ExplanationRegularizedTrainer:
             "deletion_floor_share" is the share of masked copies at the deletion floor.
 
         Raises:
-            NonFiniteError: the loss turned NaN or infinite; the message names the term, the epoch and the step. The
-                model then has the last weights whose task loss was finite on the batch before, and `averaged_model`
+            NonFiniteError: the loss turned NaN or infinite. The message names the term, the epoch and the step. The
+                model then has the last weights whose task loss was finite on the batch before, and `averaged_model` has
                 their average. If a validation score turned NaN, the model has the best weights so far. `history` holds
                 the epochs before.
             TypeError, ValueError: a loader that yields something else, or nothing.
-            CheckpointError: a checkpoint could not be written; the one before is untouched.
+            CheckpointError: a checkpoint could not be written. The one before is untouched.
         """
         check_count("epochs", epochs)
         if self.max_accuracy_drop is not None and val_loader is None:
@@ -276,8 +276,8 @@ class ExplanationRegularizedTrainer:
         """Let the next `fit` continue where a killed run stopped, with the same model, optimizer and loaders.
 
         Everything is put back: weights, optimizer, scheduler, automatic weights, all random streams, the position in
-        the epoch, the best weights and the history. On a CPU the result is that of a run that was never killed, bit
-        for bit. Batches of the epoch that were done before are read again and skipped. So resuming in the middle of an
+        the epoch, the best weights and the history. On a CPU the result is that of a run that was never killed, bit for
+        bit. The batches of the epoch that are already done are read again and skipped. So resuming in the middle of an
         epoch is exact if the random numbers of the data set come from worker processes that do not persist or from one
         of `generators`, and approximate if the data set draws from the global generator in this process.
 
@@ -285,8 +285,8 @@ class ExplanationRegularizedTrainer:
             path: a checkpoint file, or a folder whose latest good one is taken; None: `checkpoint_dir`.
 
         Raises:
-            CheckpointError: there is none, or none that is good; or it belongs to another model, optimizer, scheduler
-                or set of regularizers, which are left as they are; or checkpoint_dir holds those of another run.
+            CheckpointError: there is no good checkpoint; or it belongs to another model, optimizer, scheduler or set of
+                regularizers, which are then left unchanged; or checkpoint_dir holds the checkpoints of another run.
             ValueError: neither a path nor a checkpoint_dir.
         """
         folder = self.checkpoint_dir if path is None else Path(path)
@@ -378,18 +378,19 @@ class ExplanationRegularizedTrainer:
 
         Args:
             loader: yields (inputs, target).
-            explain: which class is explained and scored, the predicted one or the label.
+            explain: which class is explained and scored: the "predicted" class or the "label".
             masked_share: also measure "masked_accuracy", with this share of the features masked at random, with the
                 baselines and the feature mask of the judge; see `captum_idexpo.metrics.masked_accuracy`.
 
         Returns:
             "loss" (the task's), "accuracy", "insertion", "deletion", "one_minus_deletion" and "valscore" (eq. 15).
-            Without an `InsertionDeletion` to judge, only loss, accuracy and valscore; one with ``n_random_orders`` adds
-            "insertion_gain" and "deletion_gain". For raw outputs (regression) neither accuracy nor one_minus_deletion,
-            and the valscore is insertion - deletion - accuracy_weight x loss. Targets beyond 0 and 1 for a single
-            column are a regression's, too, and have no accuracy. With `max_accuracy_drop`, after `fit`:
-            "accuracy_change" to the weights at the start, paired by example, and "accuracy_change_standard_error"; a
-            loader in another order in each pass has none, with a warning.
+            Without an `InsertionDeletion` to judge there are only loss, accuracy and valscore. One with
+            ``n_random_orders`` adds "insertion_gain" and "deletion_gain". For raw outputs (regression) there is no
+            accuracy and no one_minus_deletion, and the valscore is insertion - deletion - accuracy_weight x loss.
+            Targets other than 0 and 1 for a single column are those of a regression, too, and have no accuracy. With
+            `max_accuracy_drop`, after `fit`, there is "accuracy_change", the change from the weights at the start,
+            paired by example, and "accuracy_change_standard_error". If the loader has another order in each pass, these
+            two are left out, with a warning.
         """
         loader = self._prepare(loader)
         return self._evaluate(loader, explain, masked_share, self._classified_at_start(loader))
@@ -406,11 +407,11 @@ class ExplanationRegularizedTrainer:
         Args:
             loader: yields (inputs, target).
             explain: the "predicted" class or the "label".
-            masked_share: measure the accuracy with so large a share of the features masked, too.
+            masked_share: also measure the accuracy with this share of the features masked.
 
         Returns:
-            By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion", as
-            far as they can be judged.
+            By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion".
+            Scores that cannot be measured are left out.
         """
         with gathered(self.model):
             return example_scores(
