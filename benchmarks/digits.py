@@ -5,7 +5,7 @@ insertion and deletion of its explanation in the loss (Grad-CAM on the 8x8 stage
 over 16 cells of 2x2 pixels). Both are selected on validation images by eq. (15) of ID-ExpO (arXiv 2310.12553) and
 judged on held-out images by the hard metrics, the predicted class explained.
 
-    python benchmarks/digits.py demo     both explainers, one seed: a table and a picture (`make demo`)
+    python benchmarks/digits.py demo     both explainers, one seed: a table and a picture
     python benchmarks/digits.py front    both explainers, five seeds, a front of weights: JSON lines, a table, a picture
 """
 

@@ -155,7 +155,6 @@ def train(model: Network, data: TensorDataset, epochs: int, learning_rate: float
         torch.optim.Adam(model.parameters(), lr=learning_rate),
         terms if forbid else [],
         weight_schedule=linear_warmup(2 * N_TRAIN // BATCH),
-        scheduler_interval="update",
         max_grad_norm=1.0,
         show_progress=sys.stderr.isatty(),
     )

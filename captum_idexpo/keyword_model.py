@@ -1,4 +1,4 @@
-"""Models of keyword arguments and of structured outputs, as a module from tensors to a tensor."""
+"""Models that take keyword arguments or return structured outputs, as a module from tensors to a tensor."""
 
 from __future__ import annotations
 

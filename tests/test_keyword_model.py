@@ -1,4 +1,4 @@
-"""Models of keyword arguments and structured outputs, as explainers need them."""
+"""Models that take keyword arguments or return structured outputs, as explainers need them."""
 
 from __future__ import annotations
 

@@ -797,9 +797,9 @@ class ExplanationRegularizedTrainer:
             return
         warn(
             f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: "
-            "training may have undone what the model knew. Lower the learning rate"
-            + (" or the weights of the regularizers" if self.regularizers else "")
-            + ", or raise them slowly (a warm-up with scheduler_interval='update', weight_schedule)."
+            "training may have undone what the model knew. Lower the learning rate, or raise it slowly (scheduler, "
+            "scheduler_interval='update')."
+            + (" Lower the weights of the regularizers, or raise them slowly (weight_schedule)." if self.regularizers else "")
             + (_FROZEN if self.freeze_batch_norm and self._has_batch_norm else ""),
         )
 
