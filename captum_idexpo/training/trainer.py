@@ -799,7 +799,7 @@ class ExplanationRegularizedTrainer:
             f"The task loss was {start:.3g} on the first batches, and {mean:.3g} as the mean of the first epoch: "
             "training may have undone what the model knew. Lower the learning rate, or raise it slowly (scheduler, "
             "scheduler_interval='update')."
-            + (" Lower the weights of the regularizers, or raise them slowly (weight_schedule)." if self.regularizers else "")
+            + (" Lower the regularizers' weights, or raise them slowly (weight_schedule)." if self.regularizers else "")
             + (_FROZEN if self.freeze_batch_norm and self._has_batch_norm else ""),
         )
 
