@@ -345,9 +345,11 @@ class InsertionDeletion(Regularizer):
     def attribution(
         self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
     ) -> tuple[Tensor, ...]:
-        """Return the attribution as it is ranked: for each input tensor a map of its shape, or with one channel.
+        """Return the attribution that is scored: for each input tensor a map of its shape, or with one channel.
 
-        For a multi-hot target one of the true labels is explained, drawn per example.
+        For a multi-hot target one of the true labels is explained, drawn per example. Of a single logit the column is
+        explained, whose high values speak for class 1. The scores rank the map of an example of class 0 by its
+        negative.
         """
         batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():

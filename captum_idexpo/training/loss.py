@@ -94,7 +94,7 @@ class ExplanationRegularizedLoss(nn.Module):
 
         Raises:
             TypeError: a batch of another form.
-            ValueError: an empty batch, or a task loss that is no scalar.
+            ValueError: an empty batch, a task loss that is no scalar, or cross-entropy of a single column.
         """
         terms = self.terms(batch)
         loss = torch.stack([term.to(terms["task"].dtype) for term in terms.values()]).sum()
@@ -107,7 +107,9 @@ class ExplanationRegularizedLoss(nn.Module):
         if isinstance(target, Tensor) and not target.numel():
             raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
         started = time.perf_counter()
-        task = self.loss_fn(call_model(self.model, read), target)
+        output = call_model(self.model, read)
+        _check_columns(self.loss_fn, output)
+        task = self.loss_fn(output, target)
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
         terms, self.seconds = {"task": task}, {"task": time.perf_counter() - started}
@@ -146,6 +148,17 @@ def call_model(model: Callable[..., Any], batch: Batch) -> Any:
     side = batch.additional_forward_args
     side = () if side is None else side if isinstance(side, tuple) else (side,)
     return model(*map(_copied, (*inputs, *side)))
+
+
+def _check_columns(loss_fn: Callable[..., Any], output: object) -> None:
+    """Raise ValueError for cross-entropy of a single column, which is 0 whatever the model returns."""
+    is_cross_entropy = loss_fn is cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss)
+    if is_cross_entropy and isinstance(output, Tensor) and output.dim() > 1 and output.shape[1] == 1:
+        raise ValueError(
+            f"The loss is cross_entropy, which is always 0 for outputs of one column, given: {tuple(output.shape)}. "
+            "Pass loss_fn=torch.nn.BCEWithLogitsLoss() and float targets of that shape for two classes, or the loss of "
+            "your regression."
+        )
 
 
 def _copied(value: Any) -> Any:

@@ -57,8 +57,9 @@ class Sweep(list[Row]):
 
         Returns:
             One row per combination of the other settings: these, "n_runs", and for each score that all of its runs have
-            the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs). It
-            replaces a standard error that the runs have themselves.
+            the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs). If the
+            runs have such an error themselves, it is at least the mean of theirs, since runs that are judged on the
+            same examples share the chance of these examples.
 
         Raises:
             ValueError: there is no such setting; a combination has one run, or two with the same value of it; the rows
@@ -91,9 +92,10 @@ class Sweep(list[Row]):
         for score in runs[0]:
             skipped = score in self.settings or score in errors or score == "eligible"
             if not skipped and all(score in run for run in runs):
-                values = [run[score] for run in runs]
+                values, error = [run[score] for run in runs], f"{score}_standard_error"
+                own_error = float(np.mean([run.get(error, 0.0) for run in runs]))
                 row[score] = float(np.mean(values))
-                row[f"{score}_standard_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+                row[error] = max(float(np.std(values, ddof=1) / np.sqrt(len(values))), own_error)
         return row
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:

@@ -118,6 +118,13 @@ def test_loss_refuses_a_loss_fn_that_returns_many_values():
         ExplanationRegularizedLoss(smooth_conv_net(), loss_fn=nn.CrossEntropyLoss(reduction="none"))((X, Y))
 
 
+@pytest.mark.parametrize("loss_fn", [cross_entropy, nn.CrossEntropyLoss()])
+def test_loss_refuses_cross_entropy_of_a_single_column(loss_fn):
+    loss = ExplanationRegularizedLoss(nn.Linear(5, 1), (), loss_fn)
+    with pytest.raises(ValueError, match=r"always 0 for outputs of one column, given: \(4, 1\).*BCEWithLogitsLoss"):
+        loss((torch.randn(4, 5), torch.ones(4, 1)))
+
+
 def test_loss_names_the_term_that_is_nan():
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)

@@ -130,6 +130,17 @@ def test_sweep_mean_over_seeds_has_standard_errors_and_its_front():
     assert upper == pytest.approx(means[0]["insertion"] + means[0]["insertion_standard_error"])
 
 
+def test_sweep_mean_has_at_least_the_runs_own_error():
+    def means(own_error):
+        changes = {"accuracy_change": -0.02, "accuracy_change_standard_error": own_error}
+        rows = [{"weight": 0.1, "seed": seed, "accuracy": 0.9, **changes} for seed in (0, 1, 2)]
+        return Sweep(rows, ["weight", "seed"], max_accuracy_drop=0.01).mean()
+
+    # All runs lose the same example, so that they do not differ.
+    assert [(row["accuracy_change_standard_error"], row["eligible"]) for row in means(0.015)] == [(0.015, True)]
+    assert [(row["accuracy_change_standard_error"], row["eligible"]) for row in means(0.005)] == [(0.005, False)]
+
+
 def test_sweep_mean_refuses_unknown_settings_and_single_runs(tmp_path):
     found = sweep(lambda weight, seed: {"accuracy": 1.0}, {"weight": [0, 1], "seed": [0]}, tmp_path / "sweep.jsonl")
     with pytest.raises(ValueError, match=r"over must be one of the settings \['weight', 'seed'\], given: 'accuracy'"):
