@@ -43,7 +43,13 @@ from captum_idexpo.metrics._scoring import is_raw, log_probabilities
 from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
 from captum_idexpo.metrics.road import road
 from captum_idexpo.regularizers import InsertionDeletion
-from captum_idexpo.visualization.comparisons import LOWER_IS_BETTER, comparison_page, plot_comparison
+from captum_idexpo.visualization.comparisons import (
+    LOWER_IS_BETTER,
+    better_arrow,
+    change_text,
+    comparison_page,
+    plot_comparison,
+)
 
 METRICS = (
     "accuracy",
@@ -146,15 +152,16 @@ class Comparison:
     def table(self) -> str:
         """Return a Markdown table: a line for each judge, a column for each model.
 
-        Each mean is followed by the difference to the reference, with its standard error. Judges that are not held out
-        are marked by an asterisk.
+        Each mean is followed by the difference to the reference, with its standard error. An arrow says whether higher
+        or lower values are better. Judges that are not held out are marked by an asterisk.
         """
         heads = ["judge", *map(_escaped, self.models)]
         lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
         for judge in self.judges:
             mark = "*" if self.held_out(judge) is False else ""
             cells = [_cell(self.row(model, judge), model == self.reference) for model in self.models]
-            lines.append(f"| {' | '.join([f'{_escaped(judge)}{mark}', *cells])} |")
+            name = f"{_escaped(judge)} {better_arrow(judge.metric)}{mark}"
+            lines.append(f"| {' | '.join([name, *cells])} |")
         return "\n".join(lines)
 
     def plot(self) -> Any:
@@ -363,6 +370,7 @@ def compare(
         trained_on=None if trained is None else trained | {"accuracy", *_BY_MASKS},
         settings={
             "explained class": "predicted by each model" if explain == "predicted" else "label",
+            **{f"arguments of {name}": _listed(arguments) for name, arguments in (attribute_kwargs or {}).items()},
             "share of the locations inserted or deleted": fraction,
             "random orders": n_random_orders,
             "share masked for masked accuracy": masked_share,
@@ -615,7 +623,16 @@ def _cell(row: dict[str, Any], is_reference: bool) -> str:
     text = f"{row['value']:.3f}"
     if is_reference:
         return text
-    return f"{text} ({row['difference']:+.3f} ± {row['difference_standard_error']:.3f})"
+    return f"{text} ({change_text(row)})"
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    """Return the arguments of an explainer in one line; tensors by their shapes."""
+    shown = {
+        name: f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        for name, value in arguments.items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _escaped(name: object) -> str:

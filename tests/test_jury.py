@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_idexpo import Batch, jury
-from captum_idexpo.attr import InputXGradient, KernelShap, LayerGradCam, Saliency
+from captum_idexpo.attr import InputXGradient, IntegratedGradients, KernelShap, LayerGradCam, Saliency
 from captum_idexpo.baselines import noise, resampled
 from captum_idexpo.jury import Judge, compare, standard_error
 from captum_idexpo.metrics import insertion_deletion, masked_accuracy, road
 from captum_idexpo.visualization import plot_comparison
+from captum_idexpo.visualization.comparisons import change_text, comparison_page
 from tests.helpers import smooth_conv_net, smooth_net
 
 G = torch.Generator().manual_seed(0)
@@ -355,11 +356,39 @@ def test_comparison_page_is_one_file_with_verdicts_table_and_picture(found, tmp_
     assert "&lt;b&gt;&amp;" in path.read_text()
 
 
+def test_comparison_page_counts_verdicts_by_metric_and_lists_arguments(tmp_path):
+    arguments = {"gradient": {"n_steps": 5, "baselines": torch.zeros(1, 6, dtype=torch.float64)}}
+    metrics = ["insertion", "infidelity"]
+    explainers = {"gradient": IntegratedGradients}
+    found = compare(MODELS, LOADER, explainers, BASELINES, metrics, attribute_kwargs=arguments)
+    page = comparison_page(found)
+    assert "<dt>arguments of gradient</dt><dd>n_steps=5, baselines=tensor of shape (1, 6)</dd>" in page
+    for model in ("plain", "trained"):
+        for sign, word in ((1, "find it better"), (-1, "worse")):
+            rows = [row for row in found.rows if row["model"] == model and sign * row["better"] > 2]
+            counts = [(metric, sum(row["metric"] == metric for row in rows)) for metric in metrics]
+            listed = ", ".join(f"{metric}: {count}" for metric, count in counts if count)
+            assert f"{len(rows)} ({listed}) {word}" if rows else f"0 {word}" in page
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "text"),
+    [
+        (0.0123, 0.0456, "+0.012 ± 0.046"),
+        (-0.000123, 0.0000456, "-0.000123 ± 0.000046"),
+        (0.0, 0.0, "+0.000 ± 0.000"),
+        (1.5, float("nan"), "+1.500 ± nan"),
+    ],
+)
+def test_differences_show_two_digits_of_their_errors(difference, error, text):
+    assert change_text({"difference": difference, "difference_standard_error": error}) == text
+
+
 def test_comparison_table_and_frame_name_all_judges(found):
     lines = found.table().splitlines()
     assert len(lines) == 2 + len(found.judges)
     assert lines[0] == "| judge | before | plain | trained |"
-    assert any(line.startswith("| insertion, gradient, zero* |") for line in lines)
+    assert any(line.startswith("| insertion, gradient, zero ↑* |") for line in lines)
     frame = found.to_pandas()
     assert list(frame.columns[:5]) == ["model", "metric", "explainer", "baseline", "value"]
     assert len(frame) == len(found.rows)
@@ -368,9 +397,9 @@ def test_comparison_table_and_frame_name_all_judges(found):
 def test_comparison_plot_has_an_axis_for_each_metric_and_hollow_markers(found):
     figure = found.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert {title.split(" (")[0].replace(" ", "_") for title in titles} == {judge.metric for judge in found.judges}
-    assert "deletion (lower is better)" in titles
-    (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("insertion (")]
+    assert {title[:-2].replace(" ", "_") for title in titles} == {judge.metric for judge in found.judges}
+    assert {"deletion ↓", "insertion ↑"} <= {*titles}
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == "insertion ↑"]
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "gradient, zero", "gradient, one", "KernelSHAP, zero", "KernelSHAP, one",
     ]  # fmt: skip

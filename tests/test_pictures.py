@@ -20,6 +20,7 @@ from PIL import Image
 from captum_idexpo.metrics import InsertionDeletionScores
 from captum_idexpo.visualization import (
     plot_attribution_bars,
+    plot_comparison,
     plot_curves,
     plot_explanations,
     plot_fronts,
@@ -132,7 +133,20 @@ def crowded_explanations():
     return plot_explanations(torch.rand(1, 3, 4, 4), maps, {name: ["insertion 0.62"] for name in maps})
 
 
-@pytest.mark.parametrize("picture", [*PICTURES, crowded_curves, crowded_bars, crowded_explanations])
+def crowded_comparison():
+    metrics = ["masked_accuracy", "insertion_gain", "deletion_gain", "infidelity", "sensitivity"]
+    parts = {"explainer": "Integrated Gradients", "baseline": "values of another row", "held_out": False}
+    scores = {"difference": 0.1, "difference_standard_error": 0.02}
+    models = [f"fine-tuned for so long: {i}" for i in range(3)]
+    return plot_comparison(
+        [{"metric": m, "model": name, **parts, **scores} for m in metrics for name in models], "plain"
+    )
+
+
+CROWDED = (crowded_curves, crowded_bars, crowded_explanations, crowded_comparison)
+
+
+@pytest.mark.parametrize("picture", [*PICTURES, *CROWDED])
 def test_picture_text_is_neither_cut_nor_overlapping(picture, monkeypatch):
     drawn, draw_text = [], Text.draw
     monkeypatch.setattr(

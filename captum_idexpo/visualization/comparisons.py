@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ _CLEAR = 2  # standard errors from which on a difference is called clear
 def plot_comparison(rows: Rows, reference: str) -> Figure:
     """Plot the differences of each model to a reference, one axis for each metric, with two standard errors.
 
-    Full markers are judges that took no part in the training, or of which that is not known. Hollow markers are judges
-    that did. With the reference alone the values are plotted.
+    An arrow says whether higher or lower values of the metric are better. Full markers are judges that took no part in
+    the training, or of which that is not known. Hollow markers are judges that did. With the reference alone the values
+    are plotted.
 
     Args:
         rows: those of `captum_idexpo.jury.Comparison`.
@@ -61,24 +63,36 @@ def plot_comparison(rows: Rows, reference: str) -> Figure:
     for axis, metric in zip(figure.axes, metrics, strict=False):
         of_metric = [row for row in rows if row["metric"] == metric and row["model"] in shown]
         _draw_metric(axis, of_metric, shown, judges[metric], column, error)
-        better = "lower" if metric in LOWER_IS_BETTER else "higher"
-        axis.set_title(f"{metric.replace('_', ' ')} ({better} is better)", fontsize=9)
+        axis.set_title(f"{metric.replace('_', ' ')} {better_arrow(metric)}", fontsize=9)
     for axis in figure.axes[len(metrics) :]:
         axis.set_axis_off()
     first = figure.axes[0]
     handles = [first.plot([], [], **_look(number, True), label=model)[0] for number, model in enumerate(shown)]
     if any(row["held_out"] is False for row in rows):
-        handles += first.plot([], [], "o", color="black", fillstyle="none", label="took part in the training")
+        took_part = _look(0, False) | {"color": "black"}
+        handles += first.plot([], [], **took_part, label="took part in the training")
     title = f"difference to {reference!r}" if column == "difference" else "mean"
     figure.legend(
         handles=handles,
-        title=f"{title}, ± 2 standard errors",
+        title=f"{title}, ± 2 standard errors; ↑ higher is better, ↓ lower is better",
         loc="outside upper center",
         ncols=len(handles),
         frameon=False,
         fontsize=8,
     )
     return figure
+
+
+def better_arrow(metric: str) -> str:
+    """Return an arrow in the direction of better values."""
+    return "↓" if metric in LOWER_IS_BETTER else "↑"
+
+
+def change_text(row: Mapping[str, Any]) -> str:
+    """Return a row's difference to the reference with its standard error, of which two digits are shown."""
+    difference, error = row["difference"], row["difference_standard_error"]
+    n_decimals = min(max(3, 1 - math.floor(math.log10(error))), 6) if 0 < error < math.inf else 3
+    return f"{difference:+.{n_decimals}f} ± {error:.{n_decimals}f}"
 
 
 def _draw_metric(axis: Axes, rows: Rows, models: Sequence[str], judges: Sequence[str], column: str, error: str) -> None:
@@ -155,14 +169,14 @@ src="data:image/png;base64,{encoded}"></div>
 
 
 def _verdicts(comparison: Comparison) -> str:
-    """Return a sentence for each model and kind of judge: how many find it clearly better or worse."""
+    """Return a sentence for each model and kind of judge: how many find it clearly better or worse, by metric."""
     items = []
     for model in comparison.models:
         for kind in _KINDS:
             rows = [row for row in comparison.rows if row["model"] == model and _kind(row, comparison) == kind]
             if model == comparison.reference or not rows:
                 continue
-            better, worse = (sum(sign * row["better"] > _CLEAR for row in rows) for sign in (1, -1))
+            better, worse = (_counted([row for row in rows if sign * row["better"] > _CLEAR]) for sign in (1, -1))
             counts = f"{better} find it better and {worse} worse by more than {_CLEAR} standard errors"
             name = html.escape(model)
             items.append(f"<li><strong>{name}</strong>: of {len(rows)} judges{_KINDS[kind]}, {counts}.</li>")
@@ -172,6 +186,13 @@ def _verdicts(comparison: Comparison) -> str:
         f"<h2>Verdicts</h2><ul>{''.join(items)}</ul><p>By chance alone about one judge in twenty would find such a "
         "difference. Judges that share an explainer, a baseline or a metric are not independent of each other.</p>"
     )
+
+
+def _counted(rows: Rows) -> str:
+    """Return the number of rows, and how many there are of each metric."""
+    metrics = Counter(row["metric"].replace("_", " ") for row in rows)
+    listed = ", ".join(f"{metric}: {count}" for metric, count in metrics.items())
+    return f"{len(rows)} ({listed})" if rows else "0"
 
 
 _KINDS = {
@@ -198,9 +219,10 @@ def _table(comparison: Comparison) -> str:
     for judge in comparison.judges:
         mark = {True: "held out", False: "in the training", None: ""}[comparison.held_out(judge)]
         name = html.escape(str(judge._replace(metric=judge.metric.replace("_", " "))))
-        arrow = "↓" if judge.metric in LOWER_IS_BETTER else "↑"
         cells = "".join(_cell(comparison.row(model, judge), comparison.reference) for model in comparison.models)
-        lines.append(f"<tr><th scope='row'>{name} {arrow}</th><td class='mark'>{mark}</td>{cells}</tr>")
+        lines.append(
+            f"<tr><th scope='row'>{name} {better_arrow(judge.metric)}</th><td class='mark'>{mark}</td>{cells}</tr>"
+        )
     return (
         "<h2>All judges</h2><p>↑ higher is better, ↓ lower is better. A coloured cell is a difference of more than "
         f"{_CLEAR} standard errors: blue is better, orange is worse.</p><div class='wide'><table><thead><tr>"
@@ -212,8 +234,7 @@ def _cell(row: Mapping[str, Any], reference: str) -> str:
     if row["model"] == reference:
         return f"<td>{row['value']:.3f} <small>± {row['standard_error']:.3f}</small></td>"
     kind = "better" if row["better"] > _CLEAR else "worse" if row["better"] < -_CLEAR else ""
-    change = f"{row['difference']:+.3f} ± {row['difference_standard_error']:.3f}"
-    return f"<td class='{kind}'>{row['value']:.3f} <small>{change}</small></td>"
+    return f"<td class='{kind}'>{row['value']:.3f} <small>{change_text(row)}</small></td>"
 
 
 _STYLE = """
