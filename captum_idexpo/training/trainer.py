@@ -101,7 +101,8 @@ class ExplanationRegularizedTrainer:
             average with ``use_buffers=False`` has the model's own BatchNorm statistics.
         callbacks: called after each epoch with the trainer and the row of the history.
         update_callbacks: called after each update, before the average and the scheduler follow, with the trainer and a
-            row of that update: "epoch", "update" (their number so far), "loss" and its parts for the last batch.
+            row of that update: "epoch", "update" (their number so far), "loss" and its parts for the last batch, and
+            seconds.
         generators: random generators that the data set, the model or the loss draw from, of torch, NumPy or Python.
             Checkpoints restore them, as they do the global streams and the generators of loaders, samplers and
             regularizers, which the trainer finds itself.
@@ -215,11 +216,11 @@ class ExplanationRegularizedTrainer:
             epochs: the largest number of passes over the training data. After `resume` it includes the passes before.
 
         Returns:
-            One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step" and the seconds of these spent
-            on the task, the explainers, the metrics and the backward pass. With a val_loader also the scores of
-            `evaluate` with the prefix "val" ("val_accuracy"), and "valscore"; with `max_accuracy_drop`
-            "val_accuracy_change", its standard error, and "eligible", 1 or 0. Automatic weights are "<term>_weight",
-            gradient norms "<term>_gradient_norm". "learning_rate" is there with a scheduler, and
+            One row per epoch: "epoch", "loss" and its parts by name, "seconds_per_step", and the seconds of these spent
+            on the task, the explainers, the metrics and the backward pass; the rest are the optimizer and checks. With
+            a val_loader also the scores of `evaluate` with the prefix "val" ("val_accuracy"), and "valscore"; with
+            `max_accuracy_drop` "val_accuracy_change", its standard error, and "eligible", 1 or 0. Automatic weights are
+            "<term>_weight", gradient norms "<term>_gradient_norm". "learning_rate" is there with a scheduler, and
             "deletion_floor_share" is the share of masked copies at the deletion floor.
 
         Raises:
