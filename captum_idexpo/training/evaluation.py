@@ -39,7 +39,7 @@ def evaluate(
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return mean scores over all examples and processes; see `ExplanationRegularizedTrainer.evaluate`.
+    """Return mean scores over all examples and processes that have them; see `ExplanationRegularizedTrainer.evaluate`.
 
     With the predictions at the start it also returns the paired change of accuracy.
 
@@ -47,20 +47,17 @@ def evaluate(
         ValueError: an unknown choice of what to explain, a masked share without a judge, or a loader that yields no
             batch.
     """
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    found: dict[str, list[Tensor]] = {}
     classified: list[tuple[Any, dict[str, Tensor]]] = []
     scored = _scored(model, loader, judge, regularizers, explain, masked_share, unpack, accelerator)
     with closing(scored) as batches:
         for output, target, labels, scores in batches:
             if start is not None:
                 classified.append((labels, scores))
-            n_examples = _n_examples(output, target)
-            scores = {"loss": loss_fn(output, target).expand(1), **scores}
+            scores = {"loss": loss_fn(output, target).expand(_n_examples(output, target)), **scores}
             for name, values in scores.items():
-                sums[name] = sums.get(name, 0.0) + n_examples * float(values.cpu().double().mean())
-                counts[name] = counts.get(name, 0) + n_examples
-    means = {name: total / counts[name] for name, total in sums.items() if counts[name] == counts["loss"]}
+                found.setdefault(name, []).append(values.cpu().double())
+    means = {"loss": float(torch.cat(found["loss"]).mean()), **_means(found, len(found["loss"]))}
     change = {} if start is None else paired_change(start, Classified.of(classified))
     return {**_with_validation_score(means, accuracy_weight), **change}
 
@@ -156,6 +153,12 @@ def _scored(
         raise ValueError("The loader yielded no batch to evaluate on.")
 
 
+def _means(found: Mapping[str, list[Tensor]], n_batches: int) -> dict[str, float]:
+    """Return the means of the scores that every batch has, over the examples that have them, which are not NaN."""
+    scores = {name: torch.cat(parts) for name, parts in found.items() if name != "loss" and len(parts) == n_batches}
+    return {name: float(values.nanmean()) for name, values in scores.items() if not values.isnan().all()}
+
+
 def _n_examples(output: Any, target: Any) -> int:
     """Return the size of a batch whose target is a tensor, a nest of tensors, or a list with one entry per example."""
     from accelerate.utils import find_batch_size
@@ -170,7 +173,7 @@ def _n_examples(output: Any, target: Any) -> int:
 def _judge_batch(
     judge: InsertionDeletion, batch: Batch, explain: str, masked_share: float | None, masks: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return hard scores per example, ``(B,)``."""
+    """Return hard scores per example, ``(B,)``; NaN where none of an example's labels is true, so none is explained."""
     needs_target = explain == "label" or is_raw(judge.outputs)
     result = judge.scores(
         batch.inputs, batch.target if needs_target else None, additional_forward_args=batch.additional_forward_args
@@ -178,19 +181,19 @@ def _judge_batch(
     scores = {"insertion": result.insertion, "deletion": result.deletion}
     if result.insertion_gain is not None and result.deletion_gain is not None:
         scores.update(insertion_gain=result.insertion_gain, deletion_gain=result.deletion_gain)
+    if not is_raw(judge.outputs):
+        scores["one_minus_deletion"] = 1 - result.deletion
+    if explain == "label" and judge.outputs == "multilabel":
+        positive = positive_labels(judge.transformed(batch.target))
+        if positive is not None:
+            nothing = ~positive.any(dim=1)
+            scores = {name: values.masked_fill(nothing, torch.nan) for name, values in scores.items()}
     if masked_share is not None:
         side = batch.additional_forward_args
         scores["masked_accuracy"] = judge.masked_accuracy(
             batch.inputs, batch.target, share=masked_share, additional_forward_args=side, generator=masks
         )
-    if is_raw(judge.outputs):
-        return scores
-    kept = 1 - result.deletion
-    if explain == "label" and judge.outputs == "multilabel":
-        positive = positive_labels(judge.transformed(batch.target))
-        if positive is not None:  # an example without a true label counts 0 in each score
-            kept = kept * positive.any(dim=1)
-    return {**scores, "one_minus_deletion": kept}
+    return scores
 
 
 def _is_column(output: object) -> bool:

@@ -412,7 +412,8 @@ class ExplanationRegularizedTrainer:
 
         Returns:
             By name, tensors ``(N,)`` on the CPU: "accuracy" (0 or 1), "insertion", "deletion", "one_minus_deletion".
-            Scores that cannot be measured are left out.
+            Scores that cannot be measured are left out. Without a true label to explain, an example of
+            ``outputs="multilabel"`` has NaN, and `evaluate` leaves it out of the mean.
         """
         with gathered(self.model):
             return example_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -209,6 +210,31 @@ def test_gains_of_several_labels_are_means_over_the_true_ones():
     scores = judge.scores(X[:3], target)
     assert scores.insertion_gain[1] == 0 == scores.deletion_gain[1]
     assert scores.insertion_gain[0] != 0 != scores.deletion_gain[2]
+
+
+def test_examples_without_a_true_label_are_left_out_of_the_means_of_explanations():
+    model = classifier()
+    judge = InsertionDeletion(InputXGradient(model), baselines=0.0, outputs="multilabel", n_random_orders=2)
+    trainer = trainer_of(model, evaluation=judge, loss_fn=nn.BCEWithLogitsLoss())
+    target = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    x, has_label = X[:4], target.any(dim=1)
+    scores = trainer.evaluate([(x, target)], explain="label")
+    labelled = trainer.evaluate([(x[has_label], target[has_label])], explain="label")
+    for name in ("insertion", "deletion", "one_minus_deletion"):
+        assert scores[name] == pytest.approx(labelled[name])
+    assert scores["one_minus_deletion"] == pytest.approx(1 - scores["deletion"])
+    assert scores["accuracy"] != pytest.approx(labelled["accuracy"])  # of all examples
+    examples = trainer.example_scores([(x, target)], explain="label")
+    assert examples["insertion"].isnan().tolist() == [False, True, False, True]
+    unlabelled = trainer.evaluate([(x[~has_label], target[~has_label])], explain="label")
+    assert {"loss", "accuracy"} <= set(unlabelled)
+    assert not {"insertion", "deletion", "insertion_gain"} & set(unlabelled)
+
+
+def test_loss_of_nan_stays_so_in_the_mean():
+    trainer = trainer_of(classifier(), loss_fn=lambda output, y: output.mean() * y.sum() / y.sum())
+    batches = [(X[:2], torch.tensor([0, 1])), (X[:2], torch.tensor([0, 0]))]
+    assert math.isnan(trainer.evaluate(batches)["loss"])
 
 
 @pytest.mark.parametrize("outputs", ["logits", "raw"])
