@@ -42,6 +42,7 @@ from captum_idexpo.regularizers._reading import MaskReading
 
 Weight = float | Literal["auto"]
 _HEAVIEST = 1e8  # a larger automatic weight would amplify rounding errors
+_NEARLY_ZERO = 1e-3  # a task loss from which no useful automatic weight can be made
 
 
 class Explained(NamedTuple):
@@ -534,6 +535,12 @@ class Penalty(Regularizer):
             raise ValueError(f"weight='auto' needs a task loss that is not negative, given: {task:g}; pass a number.")
         if 0 < task < penalty * _HEAVIEST:
             self.auto_weight.fill_(self.ratio * task / penalty)
+            if task < _NEARLY_ZERO:
+                warn(
+                    f"The task loss is {task:.1e}, as that of a model that is already trained, so weight='auto' gives "
+                    f"{type(self).__name__} the weight {self.ratio * task / penalty:.1e}, which may change nothing. "
+                    "Pass a number as weight."
+                )
         else:
             self._waits = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -334,6 +335,15 @@ def test_saliency_guided_without_eval_mode_accepts_batch_norm():
 def test_regularizer_accepts_numpy_numbers_as_weight():
     for weight in (np.float32(0.5), np.float64(0.5), np.int64(2)):
         assert Stability(smooth_net(), weight=weight).weight == weight
+
+
+def test_automatic_weight_warns_of_a_task_loss_that_is_nearly_zero():
+    first, second = (RightForTheRightReasons(smooth_net(), weight="auto") for _ in range(2))
+    with pytest.warns(UserWarning, match=r"The task loss is 2.0e-04, .*already trained.*Pass a number"):
+        first.calibrate(torch.tensor(2e-4), X, Y, torch.ones_like(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.calibrate(torch.tensor(0.2), X, Y, torch.ones_like(X))
 
 
 def test_automatic_weight_stays_unset_after_a_task_loss_of_zero():
