@@ -338,12 +338,12 @@ def test_regularizer_accepts_numpy_numbers_as_weight():
 
 
 def test_automatic_weight_warns_of_a_task_loss_that_is_nearly_zero():
-    first, second = (RightForTheRightReasons(smooth_net(), weight="auto") for _ in range(2))
+    first, second = (Stability(smooth_net(), weight="auto") for _ in range(2))
     with pytest.warns(UserWarning, match=r"The task loss is 2.0e-04, .*already trained.*Pass a number"):
-        first.calibrate(torch.tensor(2e-4), X, Y, torch.ones_like(X))
+        first.calibrate(torch.tensor(2e-4), X, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second.calibrate(torch.tensor(0.2), X, Y, torch.ones_like(X))
+        second.calibrate(torch.tensor(0.2), X, Y)
 
 
 def test_automatic_weight_stays_unset_after_a_task_loss_of_zero():
