@@ -271,7 +271,8 @@ class InsertionDeletion(Regularizer):
         Args:
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: the explained class; None: the predicted one (raw outputs: the only column). A multi-hot target
-                ``(B, L)`` of ``outputs="multilabel"`` gives means over the true labels of each example, 0 without any.
+                ``(B, L)`` of ``outputs="multilabel"`` gives means over the true labels of each example, NaN if none
+                is true.
             additional_forward_args: what the model takes after the inputs.
 
         Returns:
@@ -393,13 +394,13 @@ class InsertionDeletion(Regularizer):
         return masking.result(self.n_random_orders, self.generator)
 
     def _label_means(self, batch: Batch, positive: Tensor) -> InsertionDeletionScores:
-        """Return means of the scores over the true labels ``(B, L)`` of each example, 0 without any."""
+        """Return means of the scores over the true labels ``(B, L)`` of each example, NaN without any."""
         counts = positive.sum(dim=1)
         in_order = positive.float().argsort(dim=1, descending=True, stable=True)  # the true labels first
         totals: dict[str, Tensor] = {}
         for number in range(max(1, int(counts.max()))):
             scores = self._hard_scores(batch, in_order[:, number])
-            share = (number < counts) / counts.clamp_min(1)
+            share = torch.where(counts > 0, (number < counts) / counts, torch.nan)
             for name, part in scores._asdict().items():
                 if name != "fractions" and part is not None:
                     totals[name] = totals.get(name, 0.0) + per_row(part, share) * part

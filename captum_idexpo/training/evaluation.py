@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.modes import eval_mode, module_of, no_graph
 from captum_idexpo._core.rng import seeded
-from captum_idexpo._core.targets import class_labels, positive_labels, soft_classes
+from captum_idexpo._core.targets import class_labels, soft_classes
 from captum_idexpo.metrics._scoring import is_raw, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion, Regularizer
 from captum_idexpo.training.accuracy_floor import Classified, paired_change
@@ -173,7 +173,7 @@ def _n_examples(output: Any, target: Any) -> int:
 def _judge_batch(
     judge: InsertionDeletion, batch: Batch, explain: str, masked_share: float | None, masks: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return hard scores per example, ``(B,)``; NaN where none of an example's labels is true, so none is explained."""
+    """Return hard scores per example, ``(B,)``; NaN for an example without a true label to explain."""
     needs_target = explain == "label" or is_raw(judge.outputs)
     result = judge.scores(
         batch.inputs, batch.target if needs_target else None, additional_forward_args=batch.additional_forward_args
@@ -183,11 +183,6 @@ def _judge_batch(
         scores.update(insertion_gain=result.insertion_gain, deletion_gain=result.deletion_gain)
     if not is_raw(judge.outputs):
         scores["one_minus_deletion"] = 1 - result.deletion
-    if explain == "label" and judge.outputs == "multilabel":
-        positive = positive_labels(judge.transformed(batch.target))
-        if positive is not None:
-            nothing = ~positive.any(dim=1)
-            scores = {name: values.masked_fill(nothing, torch.nan) for name, values in scores.items()}
     if masked_share is not None:
         side = batch.additional_forward_args
         scores["masked_accuracy"] = judge.masked_accuracy(
