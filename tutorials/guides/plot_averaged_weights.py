@@ -19,7 +19,7 @@ from captum_idexpo.regularizers import InsertionDeletion
 digits = load_digits()
 x, y = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None], torch.tensor(digits.target)
 train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=True)
-val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
+val = DataLoader(TensorDataset(x[1000:1100], y[1000:1100]), batch_size=100)
 
 # %%
 # Pass PyTorch's own ``AveragedModel`` to the trainer. The validation scores are those of the average. At the end, the

@@ -28,7 +28,7 @@ rows = [
     {"image": image, "doubled": flag, "label": label}
     for image, flag, label in zip(images, doubled.float(), labels, strict=True)
 ]
-train, val = DataLoader(rows[:1400], batch_size=50, shuffle=True), DataLoader(rows[1400:], batch_size=200)
+train, val = DataLoader(rows[:1400], batch_size=50, shuffle=True), DataLoader(rows[1400:1500], batch_size=100)
 
 
 class ImageAndRow(nn.Module):
@@ -62,7 +62,7 @@ trainer = ExplanationRegularizedTrainer(
     unpack=unpack,
     show_progress=False,
 )
-history = trainer.fit(train, val, epochs=12)
+history = trainer.fit(train, val, epochs=8)
 print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
 
 # %%

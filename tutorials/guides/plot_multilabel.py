@@ -26,7 +26,7 @@ pairs = torch.randint(len(images), (900, 2), generator=generator)
 x = torch.cat([images[pairs[:, 0]], images[pairs[:, 1]]], dim=2)[:, None]
 y = nn.functional.one_hot(numbers[pairs], 10).amax(dim=1).float()
 train = DataLoader(TensorDataset(x[:700], y[:700]), batch_size=50, shuffle=True, generator=generator)
-val = DataLoader(TensorDataset(x[700:], y[700:]), batch_size=300)
+val = DataLoader(TensorDataset(x[700:750], y[700:750]), batch_size=50)
 
 # %%
 # Pass ``outputs="multilabel"``, and train with ``BCEWithLogitsLoss``.
@@ -35,7 +35,7 @@ torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1),
     nn.ReLU(),
-    nn.Conv2d(32, 48, 5, padding=2),
+    nn.Conv2d(32, 48, 3, padding=1),
     nn.ReLU(),
     nn.AdaptiveMaxPool2d(1),
     nn.Flatten(),

@@ -53,6 +53,7 @@ regularizer = InsertionDeletion(
     outputs=score,
     insertion_weight=0.1,
     deletion_weight=0.1,
+    steps_per_update=2,
 )
 trainer = ExplanationRegularizedTrainer(
     model, torch.optim.Adam(model.parameters(), lr=3e-3), [regularizer], show_progress=False

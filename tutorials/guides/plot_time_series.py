@@ -27,7 +27,7 @@ inside = ((steps >= start) & (steps < start + 6)).float()
 x = 0.5 * torch.randn(800, 24, 3, generator=generator)
 x[:, :, 1] += inside * (2 * y[:, None] - 1)
 train = DataLoader(TensorDataset(x[:600], y[:600]), batch_size=50, shuffle=True, generator=generator)
-val = DataLoader(TensorDataset(x[600:], y[600:]), batch_size=200)
+val = DataLoader(TensorDataset(x[600:650], y[600:650]), batch_size=50)
 
 
 class Recurrent(nn.Module):
@@ -50,11 +50,12 @@ regularizer = InsertionDeletion(
     baselines=x[:600].mean(dim=(0, 1), keepdim=True),
     insertion_weight=0.1,
     deletion_weight=0.1,
+    steps_per_update=2,
     attribute_kwargs={"n_steps": 8},
 )
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 trainer = ExplanationRegularizedTrainer(model, optimizer, [regularizer], show_progress=False)
-history = trainer.fit(train, val, epochs=10)
+history = trainer.fit(train, val, epochs=6)
 print(f"accuracy {history[-1]['val_accuracy']:.2f}, insertion {history[-1]['val_insertion']:.2f}")
 
 # %%

@@ -22,7 +22,7 @@ digits = load_digits()
 x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1).contiguous()
 y = torch.tensor(digits.target)
 train = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=50, shuffle=True)
-val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), batch_size=300)
+val = DataLoader(TensorDataset(x[1000:1100], y[1000:1100]), batch_size=100)
 
 # %%
 # The vision transformer has patches of 2x2 pixels. Its tokens are a class token, then 4x4 patches. ``tokens_to_map``
@@ -59,8 +59,8 @@ history = trainer.fit(train, val, epochs=4)
 
 judges = {"before": make_regularizer(before.eval()), "after": regularizer}
 for name, judge in judges.items():
-    scores = judge.scores(x[1300:])
-    accuracy = (judge.predicted_class(x[1300:]) == y[1300:]).float().mean()
+    scores = judge.scores(x[1300:1500])
+    accuracy = (judge.predicted_class(x[1300:1500]) == y[1300:1500]).float().mean()
     insertion, deletion = scores.insertion.mean(), scores.deletion.mean()
     print(f"{name:6} accuracy {accuracy:.2f}, insertion {insertion:.2f}, deletion {deletion:.2f}")
 
