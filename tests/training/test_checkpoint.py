@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -280,59 +279,50 @@ def test_resume_of_a_finished_run_trains_only_additional_epochs(tmp_path):
     assert [row["epoch"] for row in more.fit(*loaders, epochs=3)] == [1, 2, 3]
 
 
-SCRIPT = """
-import os, sys, time
-from pathlib import Path
-import torch
-from tests.training.test_checkpoint import trainer_of
-from captum_idexpo.training import CheckpointError
+def train_slowly(folder):
+    """Resume, if there is something to resume, and train to the end, in a process that may be killed."""
 
-flush = os.fsync
-def slow(descriptor):  # a wide window in which a checkpoint is half written
-    time.sleep(0.03)
-    flush(descriptor)
-os.fsync = slow
+    def slow(descriptor):  # a wide window in which a checkpoint is half written
+        time.sleep(0.03)
+        flush(descriptor)
 
-folder = Path(sys.argv[1])
-trainer, loaders = trainer_of(folder, checkpoint_every=1)
-try:
-    trainer.resume()
-except CheckpointError as error:
-    assert "There is no checkpoint" in str(error), error
-trainer.fit(*loaders, epochs=3)
-torch.save(trainer.model.state_dict(), folder / "final.pt")
-"""
+    flush, os.fsync = os.fsync, slow
+    trainer, loaders = trainer_of(folder, checkpoint_every=1)
+    try:
+        trainer.resume()
+    except CheckpointError as error:
+        if "There is no checkpoint" not in str(error):
+            raise
+    trainer.fit(*loaders, epochs=3)
+    torch.save(trainer.model.state_dict(), folder / "final.pt")
 
 
 def test_resume_after_repeated_sigkill_equals_an_uninterrupted_run(tmp_path):
     whole, loaders = trainer_of(None)
     whole.fit(*loaders, epochs=3)
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
     folder = tmp_path / "checkpoints"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # PyTorch is imported once, not by each process
     moments = random.Random(0)
     kills = 0
     for _ in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(folder)], env=environment, stderr=subprocess.PIPE
-        )
-        seen = len(list(folder.glob("*"))) and max(folder.glob("*"), key=lambda path: path.stat().st_mtime)
+        process = context.Process(target=train_slowly, args=(folder,))
+        seen = max(folder.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+        process.start()
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # until it has begun to write
+        while process.exitcode is None and time.monotonic() < deadline:  # until it has begun to write
             newest = max(folder.glob("*"), key=lambda path: path.name, default=None)
             if newest is not None and newest != seen:
                 break
             time.sleep(0.002)
-        try:
-            process.wait(timeout=moments.uniform(0.0, 0.3) if kills < 3 else 60)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        process.join(timeout=moments.uniform(0.0, 0.3) if kills < 3 else 60)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
             kills += 1
-        _, errors = process.communicate()
-        if process.returncode == 0:
+        if process.exitcode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, errors.decode()
+        assert process.exitcode == -signal.SIGKILL
     assert (folder / "final.pt").exists()
     assert kills >= 2
     final = torch.load(folder / "final.pt", weights_only=True)
