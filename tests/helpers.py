@@ -1,8 +1,7 @@
-"""What several test files need: small smooth nets, finite differences of a total loss, Python without extras."""
+"""What several test files need: small smooth nets, finite differences of a total loss, the extras."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +29,6 @@ EXTRAS_IMPORTS = ("sklearn", "accelerate", "safetensors", "torchmetrics", "torch
 def project() -> dict[str, Any]:
     """The project's table in pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
-    """A new Python process in which importing an extra's package is an ImportError."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS_IMPORTS!r}))\n"
-    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, check=False)
 
 
 def smooth_net(n_features: int = 6, n_classes: int = 3, seed: int = 0) -> nn.Sequential:

@@ -9,13 +9,7 @@ import torch
 
 import captum_idexpo
 from captum_idexpo.__main__ import OPTIONAL, facts, main
-from tests.helpers import EXTRAS, project, run_without_extras
-
-
-def test_main_runs_without_the_extras():
-    result = run_without_extras("import runpy; runpy.run_module('captum_idexpo', run_name='__main__')")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("captum-idexpo:")
+from tests.helpers import EXTRAS, project
 
 
 def test_facts_give_the_installed_versions():

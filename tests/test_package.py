@@ -7,10 +7,8 @@ import subprocess
 import sys
 from itertools import chain
 
-import pytest
-
 import captum_idexpo
-from tests.helpers import EXTRAS, ROOT, project, run_without_extras
+from tests.helpers import EXTRAS, EXTRAS_IMPORTS, ROOT, project
 
 # What needs an extra: the extra, and a statement that needs it. matplotlib comes with Captum, which imports it.
 NEEDS = {
@@ -28,48 +26,21 @@ NEEDS = {
     "Comparison.plot": ("plot", "sys.modules.update({'matplotlib.figure': None}); compared.plot()"),
 }
 
-PREAMBLE = """
-import torch, captum_idexpo
+# A new process in which importing an extra's package is an ImportError.
+WITHOUT_EXTRAS = f"""
+import json, runpy, sys
+sys.modules.update(dict.fromkeys({EXTRAS_IMPORTS!r}))
+import torch
+state = torch.get_rng_state()
+import captum_idexpo
 from captum_idexpo import attr, feature_masks, metrics, regularizers, testing, training, visualization
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.training import History, Sweep
+assert torch.equal(state, torch.get_rng_state()), "importing draws random numbers"
+
+runpy.run_module("captum_idexpo", run_name="__main__")
 model = torch.nn.Linear(3, 2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 inputs = torch.ones(2, 3)
-images = torch.zeros(1, 3, 8, 8)
-history = History([{"epoch": 1, "loss": 0.5}])
-compared = captum_idexpo.jury.compare(
-    {"a": model}, [(inputs, torch.tensor([0, 1]))], {"Saliency": attr.Saliency}, {"zero": 0.0}, ["accuracy"]
-)
-"""
-
-
-@pytest.fixture(scope="module")
-def messages():
-    """What each statement of NEEDS says in one process without the extras."""
-    code = f"""{PREAMBLE}
-import json
-messages = {{}}
-for name, (_, statement) in {NEEDS!r}.items():
-    try:
-        exec(statement)
-    except ImportError as error:
-        messages[name] = str(error)
-print(json.dumps(messages))
-"""
-    result = run_without_extras(code)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@pytest.mark.parametrize("name", NEEDS)
-def test_missing_extra_is_named_in_the_import_error(messages, name):
-    extra, _ = NEEDS[name]
-    assert f"`pip install 'captum-idexpo[{extra}]'`" in messages[name]
-
-
-def test_package_without_extras_measures_and_trains_attributions():
-    code = f"""{PREAMBLE}
 for explainer in (
     attr.IntegratedGradients(model),
     attr.KernelShap(model),
@@ -81,11 +52,33 @@ for explainer in (
     total, parts = loss((inputs, torch.tensor([0, 1])))
     total.backward()
     assert model.weight.grad.isfinite().all()
+images = torch.zeros(1, 3, 8, 8)
 feature_masks.grid(images, 2)
+history = History([{{"epoch": 1, "loss": 0.5}}])
 history.plot()
+
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+compared = captum_idexpo.jury.compare(
+    {{"a": model}}, [(inputs, torch.tensor([0, 1]))], {{"Saliency": attr.Saliency}}, {{"zero": 0.0}}, ["accuracy"]
+)
+messages = {{}}
+for name, (_, statement) in {NEEDS!r}.items():
+    try:
+        exec(statement)
+    except ImportError as error:
+        messages[name] = str(error)
+print(json.dumps(messages))
 """
-    result = run_without_extras(code)
+
+
+def test_package_without_extras_trains_and_names_the_missing_extra():
+    """All in one process, because its imports take the time."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    *facts, messages = result.stdout.splitlines()
+    assert facts[0].startswith("captum-idexpo:")
+    for name, (extra, _) in NEEDS.items():
+        assert f"`pip install 'captum-idexpo[{extra}]'`" in json.loads(messages)[name]
 
 
 def test_oldest_tested_versions_are_the_oldest_admitted():
@@ -95,14 +88,6 @@ def test_oldest_tested_versions_are_the_oldest_admitted():
     admitted = {*project()["dependencies"], *chain.from_iterable(extras[name] for name in (*EXTRAS, "dev"))}
     lower = {requirement.partition(",<")[0] for requirement in admitted}  # Captum has an upper bound, too
     assert tested == {requirement for requirement in lower if not requirement.startswith("captum-idexpo[")}
-
-
-def test_import_draws_no_random_number():
-    code = (
-        "import torch; torch.manual_seed(0); state = torch.get_rng_state(); import captum_idexpo;"
-        "assert torch.equal(state, torch.get_rng_state())"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_version_has_three_parts():
