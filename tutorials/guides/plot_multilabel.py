@@ -35,7 +35,7 @@ torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1),
     nn.ReLU(),
-    nn.Conv2d(32, 48, 3, padding=1),
+    nn.Conv2d(32, 48, 5, padding=2),
     nn.ReLU(),
     nn.AdaptiveMaxPool2d(1),
     nn.Flatten(),
