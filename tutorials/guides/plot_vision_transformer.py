@@ -48,21 +48,27 @@ def make_regularizer(vit):
     )
 
 
-before, regularizer = copy.deepcopy(vit), make_regularizer(vit)
-optimizer = torch.optim.Adam(vit.parameters(), lr=1e-3)
-trainer = ExplanationRegularizedTrainer(vit, optimizer, [regularizer], show_progress=False)
-history = trainer.fit(train, val, epochs=4)
+def fine_tune(vit, regularizers, judge):
+    optimizer = torch.optim.Adam(vit.parameters(), lr=1e-3)
+    trainer = ExplanationRegularizedTrainer(vit, optimizer, regularizers, evaluation=judge, show_progress=False)
+    trainer.fit(train, val, epochs=4)
+
+
+plain = copy.deepcopy(vit)
+judges = {"plain": make_regularizer(plain), "ID-ExpO": make_regularizer(vit)}
+fine_tune(plain, [], judges["plain"])
+fine_tune(vit, [judges["ID-ExpO"]], judges["ID-ExpO"])
 
 # %%
-# Insertion rises and deletion falls. The test images were used neither for training nor for the selection of the epoch.
-# The map is Grad-CAM of the predicted class, with its sign. Blue is evidence against the class.
+# Both networks were fine-tuned for as many epochs. With ID-ExpO, insertion is higher and deletion lower. The test images
+# were used neither for training nor for the selection of the epoch. The map is Grad-CAM of the predicted class, with
+# its sign. Blue is evidence against the class.
 
-judges = {"before": make_regularizer(before.eval()), "after": regularizer}
 for name, judge in judges.items():
     scores = judge.scores(x[1300:1500])
     accuracy = (judge.predicted_class(x[1300:1500]) == y[1300:1500]).float().mean()
     insertion, deletion = scores.insertion.mean(), scores.deletion.mean()
-    print(f"{name:6} accuracy {accuracy:.2f}, insertion {insertion:.2f}, deletion {deletion:.2f}")
+    print(f"{name:7} accuracy {accuracy:.2f}, insertion {insertion:.2f}, deletion {deletion:.2f}")
 
 shown = x[1300:1304]
 figure = plot_explanations(
