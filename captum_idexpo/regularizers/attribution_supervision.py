@@ -150,9 +150,9 @@ class AttributionSupervision(AttributionPenalty):
             self._warned_of_no_evidence = True
             warn(
                 f"{without} of {int((counts > 0).sum())} annotated examples have no positive evidence, so the term has "
-                "no gradient for them. Train the task first. If it is trained, and the evidence is elsewhere, start from "
-                "an earlier epoch, explain an earlier layer, or pass magnitudes (attribute_kwargs={'abs': True} of "
-                "Saliency).",
+                "no gradient for them. Train the task first. If it is trained, and its evidence is elsewhere, start "
+                "from an earlier epoch, explain an earlier layer, or pass magnitudes (attribute_kwargs={'abs': True} "
+                "of Saliency).",
             )
 
     def _warn_of_full_masks(self, masks: tuple[Tensor, ...]) -> None:

@@ -60,9 +60,9 @@ fine_tune(plain, [], judges["plain"])
 fine_tune(vit, [judges["ID-ExpO"]], judges["ID-ExpO"])
 
 # %%
-# Both networks were fine-tuned for as many epochs. With ID-ExpO, insertion is higher and deletion lower. The test images
-# were used neither for training nor for the selection of the epoch. The map is Grad-CAM of the predicted class, with
-# its sign. Blue is evidence against the class.
+# Both networks were fine-tuned for as many epochs. With ID-ExpO, insertion is higher and deletion lower. The test
+# images were used neither for training nor for the selection of the epoch. The map is Grad-CAM of the predicted class,
+# with its sign. Blue is evidence against the class.
 
 for name, judge in judges.items():
     scores = judge.scores(x[1300:1500])
