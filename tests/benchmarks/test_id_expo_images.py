@@ -46,10 +46,10 @@ SMALL = {
 GRAD_CAM = images.Experiment(
     "Grad-CAM",
     (
-        Arm("CE-only", 120),
-        Arm("ID-ExpO", 120, 0.3, "complement"),
-        images.RECIPE_ARM._replace(n_updates=30),
-        Arm("masks alone", 30),
+        Arm("CE-only", 40),
+        Arm("ID-ExpO", 40, 0.3, "complement"),
+        images.RECIPE_ARM._replace(n_updates=20),
+        Arm("masks alone", 20),
     ),
     **SMALL,
 )

@@ -28,7 +28,7 @@ def text(monkeypatch):
 @pytest.fixture
 def sizes(text):
     return text.Sizes(
-        n_tuned=200, n_val=24, n_explained=40, n_pictured=2, pretraining_epochs=8, epochs=8, n_samples=(24, 32, 48)
+        n_tuned=200, n_val=24, n_explained=40, n_pictured=2, pretraining_epochs=8, epochs=4, n_samples=(24, 32, 48)
     )
 
 

@@ -19,7 +19,10 @@ pytest.importorskip("skimage")
 @pytest.fixture
 def photographs(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    yield importlib.import_module("photographs")
+    module = importlib.import_module("photographs")
+    for name, value in {"N_TRAIN": 32, "SIZE": 32, "STAMP": 8}.items():
+        monkeypatch.setattr(module, name, value)
+    yield module
     sys.modules.pop("photographs")
 
 
@@ -34,9 +37,7 @@ def test_annotations_are_0_exactly_where_a_stamp_changed_the_image(photographs):
 
 
 @pytest.mark.filterwarnings("ignore:.*have no positive evidence")
-def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs, monkeypatch):
-    for name, value in {"N_TRAIN": 32, "SIZE": 32, "STAMP": 8}.items():
-        monkeypatch.setattr(photographs, name, value)
+def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs):
     generator = Generator().manual_seed(0)
     images, classes = photographs.draw_crops(32, generator)
     stamped = photographs.stamp(images, classes, generator)
@@ -55,7 +56,7 @@ def test_training_with_forbidden_stamps_leaves_less_evidence_at_them(photographs
 
 
 def test_demo_prints_a_table_and_writes_a_picture(photographs, monkeypatch, tmp_path, capsys):
-    for name, value in {"N_TRAIN": 64, "N_TEST": 16, "EPOCHS": 1, "MORE_EPOCHS": 1}.items():
+    for name, value in {"N_TEST": 16, "EPOCHS": 1, "MORE_EPOCHS": 1}.items():
         monkeypatch.setattr(photographs, name, value)
     monkeypatch.setattr(sys, "argv", ["photographs.py", "--out", str(tmp_path)])
     n_threads = torch.get_num_threads()
