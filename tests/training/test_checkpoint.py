@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, Smoothness, Sparsity
 from captum_idexpo.training import CheckpointError, checkpoint
 from tests.helpers import smooth_conv_net
+from tests.launch import CONTEXT
 
 X = torch.randn(20, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (20,), generator=torch.Generator().manual_seed(0))
@@ -283,9 +283,10 @@ def train_slowly(folder):
     """Resume, if there is something to resume, and train to the end, in a process that may be killed."""
 
     def slow(descriptor):  # a wide window in which a checkpoint is half written
-        time.sleep(0.03)
+        time.sleep(0.01)
         flush(descriptor)
 
+    torch.set_num_threads(1)
     flush, os.fsync = os.fsync, slow
     trainer, loaders = trainer_of(folder, checkpoint_every=1)
     try:
@@ -301,12 +302,10 @@ def test_resume_after_repeated_sigkill_equals_an_uninterrupted_run(tmp_path):
     whole, loaders = trainer_of(None)
     whole.fit(*loaders, epochs=3)
     folder = tmp_path / "checkpoints"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # PyTorch is imported once, not by each process
     moments = random.Random(0)
     kills = 0
     for _ in range(5):
-        process = context.Process(target=train_slowly, args=(folder,))
+        process = CONTEXT.Process(target=train_slowly, args=(folder,))
         seen = max(folder.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
         process.start()
         deadline = time.monotonic() + 60

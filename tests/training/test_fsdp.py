@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons
 from captum_idexpo.training import checkpoint, gathered
 from tests.helpers import smooth_conv_net
+from tests.launch import run_together
 
 FSDPModule = getattr(pytest.importorskip("torch.distributed.fsdp"), "FSDPModule", None)
 if not hasattr(FSDPModule, "set_reshard_after_forward"):
@@ -209,7 +205,7 @@ def refusals():
 
 
 def main(folder):
-    """What each of two processes does."""
+    """What each of two processes does, and returns."""
     warnings.simplefilter("error")
     Accelerator(cpu=True)
     rank, n_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -229,24 +225,14 @@ def main(folder):
     result["accumulated"] = training("Grad-CAM", "layers", 2 * n_processes, accelerator=half)["weights"]
     result["accelerate"] = training("Grad-CAM", "accelerate", n_processes, accelerator=fsdp2_of_accelerate())
     result["refusals"] = refusals()
-    (folder / f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
+    return result
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.training.test_fsdp"]
-    result = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
+    return run_together(2, main, folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +326,3 @@ def test_gathered_leaves_an_unsharded_model_unchanged():
     net = smooth_conv_net()
     with gathered(net):
         assert net(X).shape == (22, 3)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,147 +2,143 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-SCRIPT = """
-import json, sys, torch
+import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+
 from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import LayerGradCam, Lime, MaskSimilarity
 from captum_idexpo.attr.surrogates import Ridge
 from captum_idexpo.regularizers import Fidelity, GaussianNeighbors, InsertionDeletion, RightForTheRightReasons
 from tests.helpers import smooth_conv_net
+from tests.launch import run_together
 
-generator = torch.Generator().manual_seed(0)
-x = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=generator)
-y = torch.randint(3, (22,), generator=generator)
-net = smooth_conv_net()
-net[3].p = 0.0
-regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
-trainer = ExplanationRegularizedTrainer(
-    net,
-    torch.optim.SGD(net.parameters(), lr=0.01),
-    [regularizer],
-    accelerator=Accelerator(cpu=True),
-    show_progress=False,
-)
-result = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(x, y), batch_size=4))}
-processes = trainer.accelerator.num_processes
-# More examples than whole batches, fewer than the data set has; and items of two examples each.
-some = torch.utils.data.SubsetRandomSampler(range(13), generator=torch.Generator().manual_seed(0))
-loader = DataLoader(TensorDataset(x, y), batch_size=2, sampler=some)
-result["sampled"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
-items = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
-joined = DataLoader(items, batch_size=2, collate_fn=lambda pairs: tuple(map(torch.cat, zip(*pairs))))
-result["joined"] = {name: values.tolist() for name, values in trainer.example_scores(joined).items()}
-# Streams, whose batches the first process hands out, as it does for all loaders if told to.
-class Stream(torch.utils.data.IterableDataset):
+X = torch.randn(22, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (22,), generator=torch.Generator().manual_seed(0))
+REGULARIZERS = ("LIME", "shared", "Grad-CAM", "RRR", "Fidelity")
+
+
+class Stream(IterableDataset):
     def __iter__(self):
-        return iter(TensorDataset(x[:13], y[:13]))
+        return iter(TensorDataset(X[:13], Y[:13]))
 
 
-loader = DataLoader(Stream(), batch_size=2)
-result["stream"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
-if processes > 1:
-    trainer.accelerator.dataloader_config.dispatch_batches = True
-loader = DataLoader(TensorDataset(x[:13], y[:13]), batch_size=2)
-result["dispatched"] = {name: values.tolist() for name, values in trainer.example_scores(loader).items()}
-trainer.accelerator.dataloader_config.dispatch_batches = None
-# Whole numbers of a regression, of which one process sees zeros and ones alone.
-column = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(72, 1), torch.nn.Flatten(0)).double()
-torch.nn.init.constant_(column[1].weight, 0.01)
-regression = ExplanationRegularizedTrainer(
-    column,
-    torch.optim.SGD(column.parameters(), lr=0.01),
-    [],
-    lambda output, target: torch.nn.functional.mse_loss(output, target.double()),
-    accelerator=trainer.accelerator,
-    show_progress=False,
-)
-counts = TensorDataset(x[:8], torch.tensor([0, 1, 1, 0, 2, 3, 4, 5]))
-result["counts"] = regression.evaluate(DataLoader(counts, batch_size=8 // processes))
-result["history"] = trainer.fit(DataLoader(TensorDataset(x[:16], y[:16]), batch_size=8 // processes), epochs=2)
-result["weight"] = net[0].weight.flatten().tolist()
+def joined(pairs):
+    return tuple(torch.cat(tensors) for tensors in zip(*pairs, strict=True))
 
-# Other regularizers, whose random numbers have to be those of one process: gradients of one global batch.
-def gradients(name):
+
+def everything():
+    """What each process finds."""
     net = smooth_conv_net()
-    generator = torch.Generator().manual_seed(5)
-    lime = Lime(net, Ridge(0.1), MaskSimilarity())
-    regularizers = {
-        "LIME": lambda: InsertionDeletion(
-            lime,
-            baselines=0.0,
-            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
-            steps_per_update=2,
-            attribute_kwargs={"sampling": "independent", "n_samples": 9},
-            generator=generator,
+    net[3].p = 0.0
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
+    optimizer, accelerator = torch.optim.SGD(net.parameters(), lr=0.01), Accelerator(cpu=True)
+    trainer = ExplanationRegularizedTrainer(net, optimizer, [regularizer], accelerator=accelerator, show_progress=False)
+    n_processes, rank = accelerator.num_processes, accelerator.process_index
+    found = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(X, Y), batch_size=4)), **loader_scores(trainer)}
+    found["counts"] = regression_scores(accelerator)
+    batches = DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8 // n_processes)
+    found["history"] = trainer.fit(batches, epochs=2)
+    found["weight"] = net[0].weight.flatten().tolist()
+    found["gradients"] = {name: gradients(name, rank, n_processes) for name in REGULARIZERS}
+    if n_processes > 1:
+        found["error"] = error_of_one(trainer)
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def loader_scores(trainer):
+    """The scores of each example of several kinds of loaders, by their names."""
+    # More examples than whole batches, fewer than the data set has; and items of two examples each.
+    some = SubsetRandomSampler(range(13), generator=torch.Generator().manual_seed(0))
+    items = [(X[i : i + 2], Y[i : i + 2]) for i in range(0, 8, 2)]
+    loaders = {
+        "sampled": DataLoader(TensorDataset(X, Y), batch_size=2, sampler=some),
+        "joined": DataLoader(
+            items, batch_size=2, collate_fn=lambda pairs: tuple(map(torch.cat, zip(*pairs, strict=True)))
         ),
-        "shared": lambda: InsertionDeletion(
-            lime,
-            baselines=0.0,
-            feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
-            attribute_kwargs={"sampling": "independent", "n_samples": 9, "share_masks": True},
-            generator=generator,
-        ),
-        "Grad-CAM": lambda: InsertionDeletion(
-            LayerGradCam(net, net[4]), baselines=0.0, step_size=6, steps_per_update=2, generator=generator
-        ),
-        "RRR": lambda: RightForTheRightReasons(net, weight=0.3),
-        "Fidelity": lambda: Fidelity(net, GaussianNeighbors(one_dimensional=True), generator=generator),
+        # Streams, whose batches the first process hands out, as it does for all loaders if told to.
+        "stream": DataLoader(Stream(), batch_size=2),
+        "dispatched": DataLoader(TensorDataset(X[:13], Y[:13]), batch_size=2),
     }
-    loss = ExplanationRegularizedLoss(net, [regularizers[name]()])
-    size = 8 // processes
-    own = slice(rank * size, (rank + 1) * size)
-    annotations = (x > 0).double()
-    module = loss
-    if processes > 1:
-        module = torch.nn.parallel.DistributedDataParallel(loss, static_graph=True)
+    found = {}
+    for name, loader in loaders.items():
+        if name == "dispatched" and trainer.accelerator.num_processes > 1:
+            trainer.accelerator.dataloader_config.dispatch_batches = True
+        found[name] = {score: values.tolist() for score, values in trainer.example_scores(loader).items()}
+    trainer.accelerator.dataloader_config.dispatch_batches = None
+    return found
+
+
+def regression_scores(accelerator):
+    """The scores of whole numbers of a regression, of which one process sees zeros and ones alone."""
+    column = nn.Sequential(nn.Flatten(), nn.Linear(72, 1), nn.Flatten(0)).double()
+    nn.init.constant_(column[1].weight, 0.01)
+    nn.init.zeros_(column[1].bias)
+    trainer = ExplanationRegularizedTrainer(
+        column,
+        torch.optim.SGD(column.parameters(), lr=0.01),
+        [],
+        lambda output, target: mse_loss(output, target.double()),
+        accelerator=accelerator,
+        show_progress=False,
+    )
+    counts = TensorDataset(X[:8], torch.tensor([0, 1, 1, 0, 2, 3, 4, 5]))
+    return trainer.evaluate(DataLoader(counts, batch_size=8 // accelerator.num_processes))
+
+
+def make_regularizer(name, net):
+    """A regularizer whose random numbers have to be those of one process."""
+    generator = torch.Generator().manual_seed(5)
+    if name == "RRR":
+        return RightForTheRightReasons(net, weight=0.3)
+    if name == "Fidelity":
+        return Fidelity(net, GaussianNeighbors(one_dimensional=True), generator=generator)
+    if name == "Grad-CAM":
+        explainer = LayerGradCam(net, net[4])
+        return InsertionDeletion(explainer, baselines=0.0, step_size=6, steps_per_update=2, generator=generator)
+    arguments = {"sampling": "independent", "n_samples": 9}
+    return InsertionDeletion(
+        Lime(net, Ridge(0.1), MaskSimilarity()),
+        baselines=0.0,
+        feature_mask=torch.arange(36).view(1, 1, 6, 6) // 9,
+        steps_per_update=2 if name == "LIME" else 4,
+        attribute_kwargs=arguments | ({"share_masks": True} if name == "shared" else {}),
+        generator=generator,
+    )
+
+
+def gradients(name, rank, n_processes):
+    """The gradients of one global batch, of which each process has its share."""
+    net = smooth_conv_net()
+    module = ExplanationRegularizedLoss(net, [make_regularizer(name, net)])
+    if n_processes > 1:
+        module = DistributedDataParallel(module, static_graph=True)
+    own = slice(rank * 8 // n_processes, (rank + 1) * 8 // n_processes)
     for _ in range(2):  # a second step, since a static graph is learned from the first
         net.zero_grad()
-        total, _ = module((x[own], y[own], annotations[own]))
+        total, _ = module((X[own], Y[own], (X[own] > 0).double()))
         total.backward()
-    return torch.cat([p.grad.flatten() for p in net.parameters()]).tolist()
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).tolist()
 
 
-rank = trainer.accelerator.process_index
-result["gradients"] = {name: gradients(name) for name in ("LIME", "shared", "Grad-CAM", "RRR", "Fidelity")}
-if processes > 1:
-    x[:1] = float("nan")  # in the first process's part only
-    try:
-        trainer.fit(DataLoader(TensorDataset(x, y), batch_size=4))
-    except NonFiniteError as error:
-        result["error"] = str(error)
+def error_of_one(trainer):
+    """The error of each process if one of them has a NaN."""
+    x = X.clone()
+    x[:1] = torch.nan  # in the first process's part only
+    with pytest.raises(NonFiniteError) as error:
+        trainer.fit(DataLoader(TensorDataset(x, Y), batch_size=4))
     torch.distributed.barrier()  # both are still here
-with open(f"{sys.argv[1]}-{trainer.accelerator.process_index}.json", "w") as file:
-    json.dump(result, file)
-"""
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, command in (("one", []), ("two", launch)):
-        result = subprocess.run(
-            [sys.executable, *command, str(script), str(folder / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        assert result.returncode == 0, result.stderr
-    return [[json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")] for name in ("one", "two")]
+def results():
+    return [run_together(n_processes, everything) for n_processes in (1, 2)]
 
 
 def without_times(row):
@@ -175,7 +171,7 @@ def test_training_does_not_depend_on_the_number_of_processes(results):
             assert without_times(ours) == pytest.approx(without_times(theirs), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["LIME", "shared", "Grad-CAM", "RRR", "Fidelity"])
+@pytest.mark.parametrize("name", REGULARIZERS)
 def test_gradients_do_not_depend_on_the_number_of_processes(results, name):
     """Under DDP with a static graph; what is drawn for an example is drawn for it, not for its process."""
     [one], two = results
