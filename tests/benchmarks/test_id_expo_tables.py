@@ -12,6 +12,7 @@ from benchmarks.id_expo import tables
 from benchmarks.id_expo.experiment import RULES, Results
 from benchmarks.id_expo.tables import Arm
 
+SURER = Arm("CE-only, surer", passes=12)
 ARMS = [
     Arm("CE-only", passes=12),
     Arm("ID-ExpO", 0.1, "ratio", passes=12),
@@ -22,6 +23,7 @@ ARMS = [
     Arm("ExpO-F", 0.3, passes=12),
     Arm("CE-only", explainer="KernelSHAP", passes=12),
     Arm("ID-ExpO", 0.1, "complement", "KernelSHAP", passes=12),
+    SURER,
 ]
 
 
@@ -35,6 +37,7 @@ def small():
         "N_EPOCHS": 3,
         "LEARNING_RATE": 0.1,
         "ARMS": ARMS,
+        "SURER": SURER,
         "RECIPE_ARM": ARMS[3],
         "JUDGED_SAMPLES": 40,
     }.items():
@@ -52,6 +55,7 @@ def test_a_reduced_run(tmp_path):
     check_that_it_is_complete_and_not_repeated(tmp_path)
     check_that_id_expo_gains_more_than_its_rivals(tables.read(tmp_path)["collins"])
     check_that_every_row_has_the_judges_of_the_report(tables.read(tmp_path)["collins"])
+    check_that_the_surer_network_decides_as_the_plain_one(tables.read(tmp_path)["collins"])
     check_that_the_report_has_each_arm(tmp_path)
 
 
@@ -79,6 +83,13 @@ def check_that_every_row_has_the_judges_of_the_report(found):
                 assert all(math.isfinite(column(row[rule])) for column in tables.COLUMNS.values())
 
 
+def check_that_the_surer_network_decides_as_the_plain_one(found):
+    for plain, surer in zip(found["CE-only"], found["CE-only, surer"], strict=True):
+        assert surer["limit"]["accuracy"] == plain["limit"]["accuracy"]
+        assert surer["score"]["epoch"] == plain["score"]["epoch"]
+        assert surer["score"]["insertion, LIME, mean"] != plain["score"]["insertion, LIME, mean"]
+
+
 def check_that_the_report_has_each_arm(folder):
     text = tables.report(folder)
     assert text.startswith("Sets: 1, splits of each: 2.")
@@ -104,8 +115,9 @@ def test_arms_have_the_terms_that_they_are_named_after(split):
             made = in_turn.members
             x = split.train.tensors[0]
             assert all(0.3 < float((m.baselines(x) == 0).all(dim=1).float().mean()) < 0.7 for m in made)
-        kinds = {"CE-only": [], "masks alone": ["RandomMasking"], "ExpO-S": ["Stability"], "ExpO-F": ["Fidelity"]}
-        expected = kinds.get(arm.method, ["InsertionDeletion"] * len(made))
+        kinds = {"masks alone": ["RandomMasking"], "ExpO-S": ["Stability"], "ExpO-F": ["Fidelity"]}
+        others = [] if arm.method.startswith("CE-only") else ["InsertionDeletion"] * len(made)
+        expected = kinds.get(arm.method, others)
         assert [type(each).__name__ for each in made] == expected
         for each in made:
             if arm.form:
