@@ -11,9 +11,9 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto
 
-# Also those that need transformers, peft, Lightning and timm, which `test` skips.
+# Those that need transformers, peft, Lightning and timm, which `test` skips.
 guides: .venv/dev .venv/guides
-	$(BIN)/python -m pytest -n auto tests/test_guides.py
+	$(BIN)/python -m pytest -n auto -m libraries tests/test_guides.py
 
 accelerator: .venv/dev
 	SIMULATED_ACCELERATOR=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_accelerator.py

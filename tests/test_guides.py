@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 GUIDES = sorted((Path(__file__).parents[1] / "tutorials" / "guides").glob("plot_*.py"))
-# In the extra `guides`, without which these are skipped.
+# In the extra `guides`. Without them the guides that need them are skipped.
 LIBRARIES = ("lightning", "peft", "timm", "transformers")
 
 SAYS = {
@@ -27,6 +27,17 @@ SAYS = {
 }
 
 
+def libraries_of(guide):
+    imported = re.findall(r"^(?:import|from) (\w+)", guide.read_text(), re.MULTILINE)
+    return [name for name in LIBRARIES if name in imported]
+
+
+def case(guide):
+    """The guide, marked if it needs the libraries."""
+    marks = [pytest.mark.libraries] if libraries_of(guide) else []
+    return pytest.param(guide, id=name_of(guide), marks=marks)
+
+
 def name_of(guide):
     return guide.stem.removeprefix("plot_")
 
@@ -37,10 +48,9 @@ def test_guides_are_all_checked():
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.filterwarnings("error:.*:UserWarning:captum_idexpo")
-@pytest.mark.parametrize("guide", GUIDES, ids=name_of)
+@pytest.mark.parametrize("guide", [case(guide) for guide in GUIDES])
 def test_guide_runs_and_shows_what_it_says(guide, capsys, tmp_path, monkeypatch):
-    imported = re.findall(r"^(?:import|from) (\w+)", guide.read_text(), re.MULTILINE)
-    missing = [name for name in LIBRARIES if name in imported and importlib.util.find_spec(name) is None]
+    missing = [name for name in libraries_of(guide) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"pip install 'captum-idexpo[guides]' for {missing}")
     monkeypatch.chdir(tmp_path)
