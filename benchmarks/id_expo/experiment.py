@@ -244,8 +244,9 @@ class Results:
 
 
 def with_error(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean with its standard error, which a single value does not have."""
     mean, error = mean_and_error(values)
-    return f"{mean:{form}} ± {error:.3f}"
+    return f"{mean:{form}} ± {error:.3f}" if len(values) > 1 else f"{mean:{form}}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
