@@ -183,6 +183,10 @@ RAISED = {
     ),
     "Random numbers of neither": lambda _: train((model := net()), bounded(jittered(model), model)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
+    "Cross-entropy of outputs": lambda _: ExplanationRegularizedLoss(nn.Linear(6, 1))((X, torch.ones(4, 1))),
+    "Soft masks of token ids": lambda _: insertion(
+        lambda ids: ids[:, :3].float(), X.long(), X, target=1, temperature="auto"
+    ),
     "Several labels per example": lambda _: Sparsity(Saliency(net()))(X, torch.ones(4, 3).long()),
     "A layer of steps": lambda _: Sparsity(LayerActivation(steps := nn.Sequential(net(), Mean()), steps[0]))(
         torch.randn(4, 5, 6), Y

@@ -94,7 +94,8 @@ def constant_maps_message(values: Tensor, present: Tensor | None = None, *, coun
         "Causes: the output does not depend on what is explained, as in a network whose last layer is still 0 (timm's "
         "new heads), or behind the last block of a vision transformer, where only the class token is read (take "
         "blocks[-1].norm1); Grad-CAM's ReLU has removed evidence that is all negative (relu_attributions=False keeps "
-        "it); Lime's Lasso has set all coefficients to 0 (id_expo_lime has another surrogate)."
+        "it); Lime's Lasso has set all coefficients to 0 (id_expo_lime has another surrogate). "
+        "A small share of such maps does no harm."
     )
 
 

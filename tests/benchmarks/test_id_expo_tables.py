@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from sklearn.datasets import load_wine
+from torch.utils.data import DataLoader
 
 from benchmarks.id_expo import tables
 from benchmarks.id_expo.experiment import RULES, Results
 from benchmarks.id_expo.tables import Arm
+from captum_idexpo import ExplanationRegularizedTrainer
 
 SURER = Arm("CE-only, surer", passes=12)
 ARMS = [
@@ -128,6 +131,21 @@ def test_arms_have_the_terms_that_they_are_named_after(split):
                 assert each.baselines == 0
             if arm.method.startswith("ExpO"):
                 assert each.ratio == arm.weight
+
+
+def test_the_surer_network_has_the_factor_with_the_best_validation_score(split):
+    model, validation = tables.pretrain(split, 3, 0), DataLoader(split.val, 500)
+    judge = tables.make_insertion_deletion(model, "LIME")
+    trainer = ExplanationRegularizedTrainer(model, tables.make_optimizer(model), evaluation=judge, show_progress=False)
+    weights = copy.deepcopy(model.state_dict())
+
+    def score(candidate):
+        model.load_state_dict(candidate)
+        return trainer.evaluate(validation)["valscore"]
+
+    scores = {factor: score(tables.multiplied(weights, factor)) for factor in tables.FACTORS}
+    assert len(set(scores.values())) > 1
+    assert score(tables.surer(trainer, weights, validation)) == max(scores.values())
 
 
 def test_judge_sees_the_test_rows(split):
