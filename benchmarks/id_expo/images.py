@@ -11,6 +11,8 @@ as many updates as ID-ExpO.
 The arms:
 
 * CE-only: the task loss alone, in `lime` also for the same time.
+* CE-only, surer (`gradcam` only): the same, with all logits multiplied by the factor from 1 to 5 that has the best
+  validation score, as in `tables.py`.
 * masks alone: the task loss and `RandomMasking`.
 * ID-ExpO: insertion and deletion of the explanation, with deletion as "ratio" (the paper's) or as "complement".
 * in turn (`gradcam` only): ID-ExpO with "complement". Grad-CAM or IntegratedGradients is drawn for each update, and the
@@ -64,6 +66,7 @@ from benchmarks.id_expo.experiment import (
     gain,
     markdown,
     quiet,
+    surer,
     value,
     verdicts,
 )
@@ -107,6 +110,7 @@ class Experiment(NamedTuple):
     pretrained: Callable[[Path | None], nn.Module] = cifar10.pretrained_resnet20
     load: Callable[[Path | None, str, slice], TensorDataset] = cifar10.load_images
     layer: str = "layer3"  # Grad-CAM's
+    last_layer: str = "linear"  # whose outputs are the logits
     cell: int = 4  # pixels of a superpixel's side
     n_train: int = 50_000
     n_val: int = 500
@@ -183,12 +187,14 @@ class Experiment(NamedTuple):
 
 # The numbers of updates make the times equal, from the seconds of an update on one core: ID-ExpO 0.28 with Grad-CAM and
 # 3.0 with LIME, in turn 0.43, masks alone 0.075 to 0.087, the task alone 0.06.
+SURER = Arm("CE-only, surer", 1000)
 SAME_TIME = Arm("CE-only, same time", 5000)
 EXPERIMENTS = {
     "gradcam": Experiment(
         "Grad-CAM",
         (
             Arm("CE-only", 1000),
+            SURER,
             Arm("ID-ExpO", 1000, 0.03, "ratio"),
             Arm("ID-ExpO", 1000, 0.03, "complement"),
             Arm("in turn", 660, 0.03, "complement"),
@@ -228,12 +234,10 @@ def fine_tune(experiment: Experiment, arm: Arm, model: nn.Module, images: Images
         callbacks=[best],
         show_progress=False,
     )
-    history = trainer.fit(
-        batches(experiment, arm.n_updates // experiment.n_epochs, images, seed),
-        DataLoader(images.val, 250),
-        epochs=experiment.n_epochs,
-    )
-    return by_rule(history, best, model)
+    updates = batches(experiment, arm.n_updates // experiment.n_epochs, images, seed)
+    validation = DataLoader(images.val, 250)
+    chosen = by_rule(trainer.fit(updates, validation, epochs=experiment.n_epochs), best, model)
+    return surer(trainer, chosen, validation, experiment.last_layer) if arm.method == SURER.method else chosen
 
 
 def batches(experiment: Experiment, n_updates: int, images: Images, seed: int) -> DataLoader:

@@ -63,6 +63,7 @@ from benchmarks.id_expo.experiment import (
     markdown,
     mean_scores,
     quiet,
+    surer,
     value,
     verdicts,
 )
@@ -96,7 +97,6 @@ N_LOCATIONS = 4  # of sensitivity-n
 JUDGED_SAMPLES = 200
 PASSES = 60
 N_EPOCHS = 12  # of several passes: validation after each pass would cost more than the passes themselves
-FACTORS = (1.0, 1.5, 2.0, 3.0, 5.0)  # of the logits of "surer"
 BATCH_SIZE, LEARNING_RATE = 128, 0.01
 MAX_ACCURACY_DROP = 0.01
 
@@ -261,23 +261,7 @@ def fine_tune(arm: Arm, model: nn.Sequential, split: Split, seed: int) -> Chosen
     chosen = by_rule(trainer.fit(batches, validation, epochs=N_EPOCHS), best, model)
     if arm != SURER:
         return chosen
-    return {rule: (epoch, surer(trainer, weights, validation)) for rule, (epoch, weights) in chosen.items()}
-
-
-def surer(
-    trainer: ExplanationRegularizedTrainer, weights: dict[str, Tensor], validation: DataLoader
-) -> dict[str, Tensor]:
-    """Return the weights whose last layer is multiplied by the factor with the best validation score."""
-    model, scores = trainer.model, {}
-    for factor in FACTORS:
-        model.load_state_dict(multiplied(weights, factor))
-        scores[factor] = trainer.evaluate(validation)["valscore"]
-    return multiplied(weights, max(scores, key=scores.__getitem__))
-
-
-def multiplied(weights: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return the weights with those of the last layer, "4", multiplied."""
-    return {name: factor * value if name.startswith("4.") else value for name, value in weights.items()}
+    return surer(trainer, chosen, validation, layer="4")
 
 
 # --- judges --------------------------------------------------------------------------------------------------------

@@ -41,12 +41,13 @@ def small_network(_root):
 SMALL = {
     "pretrained": small_network, "load": load_small, "layer": "3", "cell": 2, "n_train": 600, "n_val": 40,
     "n_test": 60, "n_explained": 30, "first_test": 300, "learning_rate": 5e-3, "n_samples": 30, "n_epochs": 3,
-    "seeds": range(1),
+    "seeds": range(1), "last_layer": "6",
 }  # fmt: skip
 GRAD_CAM = images.Experiment(
     "Grad-CAM",
     (
         Arm("CE-only", 40),
+        Arm("CE-only, surer", 40),
         Arm("ID-ExpO", 40, 0.3, "complement"),
         images.RECIPE_ARM._replace(n_updates=20),
         Arm("masks alone", 20),
@@ -75,6 +76,9 @@ def test_a_reduced_run(tmp_path):
     column = images.columns(GRAD_CAM)["Grad-CAM"]
     gained, plain = (column(rows[arm][0]["score"]) for arm in ("ID-ExpO, complement", "CE-only"))
     assert gained > plain
+    surer, plain = (rows[arm][0]["limit"] for arm in ("CE-only, surer", "CE-only"))
+    assert surer["accuracy"] == plain["accuracy"]
+    assert surer["insertion, Grad-CAM, mean colour"] != plain["insertion, Grad-CAM, mean colour"]
     check_the_shares_of_images_that_change_both_ways(rows, images.report("gradcam", GRAD_CAM, tmp_path))
 
 

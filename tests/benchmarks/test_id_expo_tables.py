@@ -11,7 +11,7 @@ from sklearn.datasets import load_wine
 from torch.utils.data import DataLoader
 
 from benchmarks.id_expo import tables
-from benchmarks.id_expo.experiment import RULES, Results
+from benchmarks.id_expo.experiment import FACTORS, RULES, Results, multiplied, surer
 from benchmarks.id_expo.tables import Arm
 from captum_idexpo import ExplanationRegularizedTrainer
 
@@ -87,10 +87,10 @@ def check_that_every_row_has_the_judges_of_the_report(found):
 
 
 def check_that_the_surer_network_decides_as_the_plain_one(found):
-    for plain, surer in zip(found["CE-only"], found["CE-only, surer"], strict=True):
-        assert surer["limit"]["accuracy"] == plain["limit"]["accuracy"]
-        assert surer["score"]["epoch"] == plain["score"]["epoch"]
-        assert surer["score"]["insertion, LIME, mean"] != plain["score"]["insertion, LIME, mean"]
+    for plain, sure in zip(found["CE-only"], found["CE-only, surer"], strict=True):
+        assert sure["limit"]["accuracy"] == plain["limit"]["accuracy"]
+        assert sure["score"]["epoch"] == plain["score"]["epoch"]
+        assert sure["score"]["insertion, LIME, mean"] != plain["score"]["insertion, LIME, mean"]
 
 
 def check_that_the_report_has_each_arm(folder):
@@ -143,9 +143,11 @@ def test_the_surer_network_has_the_factor_with_the_best_validation_score(split):
         model.load_state_dict(candidate)
         return trainer.evaluate(validation)["valscore"]
 
-    scores = {factor: score(tables.multiplied(weights, factor)) for factor in tables.FACTORS}
-    assert len(set(scores.values())) > 1
-    assert score(tables.surer(trainer, weights, validation)) == max(scores.values())
+    scores = [score(multiplied(weights, factor, "4")) for factor in FACTORS]
+    assert len(set(scores)) > 1
+    chosen = surer(trainer, {"score": (3, weights)}, validation, layer="4")
+    assert chosen["score"][0] == 3
+    assert score(chosen["score"][1]) == max(scores)
 
 
 def test_judge_sees_the_test_rows(split):
