@@ -370,7 +370,7 @@ def compare(
         trained_on=None if trained is None else trained | {"accuracy", *_BY_MASKS},
         settings={
             "explained class": "predicted by each model" if explain == "predicted" else "label",
-            **{f"arguments of {name}": _listed(arguments) for name, arguments in (attribute_kwargs or {}).items()},
+            **{f"arguments of {name}": _listed(given) for name, given in (attribute_kwargs or {}).items() if given},
             "share of the locations inserted or deleted": fraction,
             "random orders": n_random_orders,
             "share masked for masked accuracy": masked_share,
@@ -627,12 +627,16 @@ def _cell(row: dict[str, Any], is_reference: bool) -> str:
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:
-    """Return the arguments of an explainer in one line; tensors by their shapes."""
-    shown = {
-        name: f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        for name, value in arguments.items()
-    }
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    """Return the arguments of an explainer in one line; tensors by their shapes, functions by their names."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"tensor of shape {tuple(value.shape)}"
+        if isinstance(value, tuple):
+            return f"({', '.join(map(shown, value))})"
+        return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in arguments.items())
 
 
 def _escaped(name: object) -> str:

@@ -366,11 +366,16 @@ def test_comparison_page_counts_verdicts_by_metric_and_lists_arguments(tmp_path)
     page = comparison_page(found)
     assert "<dt>arguments of gradient</dt><dd>n_steps=5, baselines=tensor of shape (1, 6)</dd>" in page
     for model in ("plain", "trained"):
-        for sign, word in ((1, "find it better"), (-1, "worse")):
+        counts = []
+        for sign in (1, -1):
             rows = [row for row in found.rows if row["model"] == model and sign * row["better"] > 2]
-            counts = [(metric, sum(row["metric"] == metric for row in rows)) for metric in metrics]
-            listed = ", ".join(f"{metric}: {count}" for metric, count in counts if count)
-            assert f"{len(rows)} ({listed}) {word}" if rows else f"0 {word}" in page
+            of_metrics = [(metric, sum(row["metric"] == metric for row in rows)) for metric in metrics]
+            listed = ", ".join(f"{metric}: {count}" for metric, count in of_metrics if count)
+            counts.append(f"{len(rows)} ({listed})" if rows else "0")
+        verdict = (
+            f"<strong>{model}</strong>: of {len(found.judges)} judges, {counts[0]} find it better and {counts[1]} worse"
+        )
+        assert verdict in page
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,7 @@ def make_masks(
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise TypeError(
                 f"inputs of {tensor.dtype}, such as token ids, cannot be interpolated with their baseline by soft "
-                "masks: pass embeddings to a forward function that takes them, or temperature=None for hard masks."
+                "masks: pass embeddings to a forward function that takes them, inputs.float() if the integers are "
+                "amounts, or temperature=None for hard masks."
             )
     return SoftMasks(values, locations.present, 1.0 if temperature == "auto" else float(temperature))

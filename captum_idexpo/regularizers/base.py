@@ -535,7 +535,7 @@ class Penalty(Regularizer):
             raise ValueError(f"weight='auto' needs a task loss that is not negative, given: {task:g}; pass a number.")
         if 0 < task < penalty * _HEAVIEST:
             self.auto_weight.fill_(self.ratio * task / penalty)
-            if task < _NEARLY_ZERO:
+            if task < _NEARLY_ZERO and not is_raw(self.outputs):  # a regression may have small units
                 warn(
                     f"The task loss is {task:.1e}, as that of a model that is already trained, so weight='auto' gives "
                     f"{type(self).__name__} the weight {self.ratio * task / penalty:.1e}, which may change nothing. "

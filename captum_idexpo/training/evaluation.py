@@ -18,7 +18,7 @@ from captum_idexpo.metrics._scoring import is_raw, predicted_class
 from captum_idexpo.regularizers import InsertionDeletion, Regularizer
 from captum_idexpo.training.accuracy_floor import Classified, paired_change
 from captum_idexpo.training.loaders import as_in_first_pass, failing_together, gathered_examples, left
-from captum_idexpo.training.loss import call_model
+from captum_idexpo.training.loss import call_model, refuse_cross_entropy_of_one_column
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,9 @@ def evaluate(
     unpack: Unpack | None,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return mean scores over all examples and processes that have them; see `ExplanationRegularizedTrainer.evaluate`.
+    """Return mean scores over the examples of all processes; see `ExplanationRegularizedTrainer.evaluate`.
+
+    An example without a true label has no scores of an explanation.
 
     With the predictions at the start it also returns the paired change of accuracy.
 
@@ -54,6 +56,7 @@ def evaluate(
         for output, target, labels, scores in batches:
             if start is not None:
                 classified.append((labels, scores))
+            refuse_cross_entropy_of_one_column(loss_fn, output)
             scores = {"loss": loss_fn(output, target).expand(_n_examples(output, target)), **scores}
             for name, values in scores.items():
                 found.setdefault(name, []).append(values.cpu().double())

@@ -108,7 +108,7 @@ class ExplanationRegularizedLoss(nn.Module):
             raise ValueError("The batch is empty: there is no loss of it. Drop it, or give the loader another sampler.")
         started = time.perf_counter()
         output = call_model(self.model, read)
-        _check_columns(self.loss_fn, output)
+        refuse_cross_entropy_of_one_column(self.loss_fn, output)
         task = self.loss_fn(output, target)
         if task.dim():
             raise ValueError(f"loss_fn must return a scalar, given: shape {tuple(task.shape)}; use reduction='mean'.")
@@ -150,8 +150,8 @@ def call_model(model: Callable[..., Any], batch: Batch) -> Any:
     return model(*map(_copied, (*inputs, *side)))
 
 
-def _check_columns(loss_fn: Callable[..., Any], output: object) -> None:
-    """Raise ValueError for cross-entropy of a single column, which is 0 whatever the model returns."""
+def refuse_cross_entropy_of_one_column(loss_fn: Callable[..., Any], output: object) -> None:
+    """Raise ValueError for such a loss, which is 0 whatever the model returns."""
     is_cross_entropy = loss_fn is cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss)
     if is_cross_entropy and isinstance(output, Tensor) and output.dim() > 1 and output.shape[1] == 1:
         raise ValueError(

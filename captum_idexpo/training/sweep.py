@@ -93,9 +93,10 @@ class Sweep(list[Row]):
             skipped = score in self.settings or score in errors or score == "eligible"
             if not skipped and all(score in run for run in runs):
                 values, error = [run[score] for run in runs], f"{score}_standard_error"
-                own_error = float(np.mean([run.get(error, 0.0) for run in runs]))
+                own_errors = [run[error] for run in runs if error in run]
                 row[score] = float(np.mean(values))
-                row[error] = max(float(np.std(values, ddof=1) / np.sqrt(len(values))), own_error)
+                between = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+                row[error] = max(between, float(np.mean(own_errors))) if own_errors else between
         return row
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:

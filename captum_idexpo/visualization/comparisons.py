@@ -29,9 +29,9 @@ _CLEAR = 2  # standard errors from which on a difference is called clear
 def plot_comparison(rows: Rows, reference: str) -> Figure:
     """Plot the differences of each model to a reference, one axis for each metric, with two standard errors.
 
-    An arrow says whether higher or lower values of the metric are better. Full markers are judges that took no part in
-    the training, or of which that is not known. Hollow markers are judges that did. With the reference alone the values
-    are plotted.
+    An arrow says whether higher or lower values of the metric are better. Full markers are judges of which at least one
+    part took no part in the training, or is not known to. Hollow markers are the other judges. With the reference alone
+    the values are plotted.
 
     Args:
         rows: those of `captum_idexpo.jury.Comparison`.
@@ -89,10 +89,14 @@ def better_arrow(metric: str) -> str:
 
 
 def change_text(row: Mapping[str, Any]) -> str:
-    """Return a row's difference to the reference with its standard error, of which two digits are shown."""
-    difference, error = row["difference"], row["difference_standard_error"]
+    """Return a row's difference to the reference with its standard error."""
+    return with_error(row["difference"], row["difference_standard_error"], sign="+")
+
+
+def with_error(value: float, error: float, sign: str = "") -> str:
+    """Return a number and its standard error, of which two digits are shown."""
     n_decimals = min(max(3, 1 - math.floor(math.log10(error))), 6) if 0 < error < math.inf else 3
-    return f"{difference:+.{n_decimals}f} ± {error:.{n_decimals}f}"
+    return f"{value:{sign}.{n_decimals}f} ± {error:.{n_decimals}f}"
 
 
 def _draw_metric(axis: Axes, rows: Rows, models: Sequence[str], judges: Sequence[str], column: str, error: str) -> None:
@@ -232,7 +236,7 @@ def _table(comparison: Comparison) -> str:
 
 def _cell(row: Mapping[str, Any], reference: str) -> str:
     if row["model"] == reference:
-        return f"<td>{row['value']:.3f} <small>± {row['standard_error']:.3f}</small></td>"
+        return f"<td>{with_error(row['value'], row['standard_error'])}</td>"
     kind = "better" if row["better"] > _CLEAR else "worse" if row["better"] < -_CLEAR else ""
     return f"<td class='{kind}'>{row['value']:.3f} <small>{change_text(row)}</small></td>"
 

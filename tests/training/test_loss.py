@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from captum_idexpo import ExplanationRegularizedLoss, NonFiniteError
+from captum_idexpo import ExplanationRegularizedLoss, ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import InputXGradient, LayerGradCam
 from captum_idexpo.regularizers import InsertionDeletion, RightForTheRightReasons, Sparsity, mean_inputs
 from tests.helpers import smooth_conv_net
@@ -121,8 +121,13 @@ def test_loss_refuses_a_loss_fn_that_returns_many_values():
 @pytest.mark.parametrize("loss_fn", [cross_entropy, nn.CrossEntropyLoss()])
 def test_loss_refuses_cross_entropy_of_a_single_column(loss_fn):
     loss = ExplanationRegularizedLoss(nn.Linear(5, 1), (), loss_fn)
+    batch = torch.randn(4, 5), torch.ones(4, 1)
     with pytest.raises(ValueError, match=r"always 0 for outputs of one column, given: \(4, 1\).*BCEWithLogitsLoss"):
-        loss((torch.randn(4, 5), torch.ones(4, 1)))
+        loss(batch)
+    optimizer = torch.optim.SGD(loss.model.parameters(), lr=0.1)
+    trainer = ExplanationRegularizedTrainer(loss.model, optimizer, (), loss_fn, show_progress=False)
+    with pytest.raises(ValueError, match="always 0 for outputs of one column"):
+        trainer.evaluate([batch])
 
 
 def test_loss_names_the_term_that_is_nan():
