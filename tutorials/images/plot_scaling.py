@@ -34,6 +34,7 @@ from captum_idexpo.visualization import COLORS, plot_history
 #    batches x ``batch_size`` images.
 # 4. Pass the loaders and the model unprepared. The trainer prepares them.
 # 5. ``fit`` returns in all processes. One process writes the files.
+# 6. End the training. This closes the connections between the processes, before one of them exits.
 #
 # Double precision is for this page only. It shows how small the differences between the weights are.
 
@@ -102,6 +103,8 @@ if accelerator.is_main_process:  # 5
     torch.save({"model": model.state_dict(), "history": list(history)}, options.folder / "result.pt")
     print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, backend "
           f"{torch.distributed.get_backend() if accelerator.num_processes > 1 else None}")
+accelerator.wait_for_everyone()
+accelerator.end_training()  # 6
 '''
 
 temporary = tempfile.TemporaryDirectory()  # deleted when this script ends
