@@ -339,11 +339,13 @@ def test_regularizer_accepts_numpy_numbers_as_weight():
 
 def test_automatic_weight_warns_of_a_task_loss_that_is_nearly_zero():
     first, second = (Stability(smooth_net(), weight="auto") for _ in range(2))
+    regression = Stability(smooth_net(), weight="auto", outputs="raw")  # which may have small units
     with pytest.warns(UserWarning, match=r"The task loss is 2.0e-04, .*already trained.*Pass a number"):
         first.calibrate(torch.tensor(2e-4), X, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second.calibrate(torch.tensor(0.2), X, Y)
+        regression.calibrate(torch.tensor(2e-4), X, torch.zeros(8, 3).double())
 
 
 def test_automatic_weight_stays_unset_after_a_task_loss_of_zero():
