@@ -39,6 +39,7 @@ from captum_idexpo._core.rng import random_state, seeded, set_random_state
 from captum_idexpo._core.targets import Outputs, explained_class, positive_labels
 from captum_idexpo.baselines import generators_of
 from captum_idexpo.metrics import masked_accuracy
+from captum_idexpo.metrics._masking import RandomOrders
 from captum_idexpo.metrics._scoring import is_raw, log_probabilities
 from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
 from captum_idexpo.metrics.road import road
@@ -277,7 +278,8 @@ def compare(
         explain: explain and score each model's own predicted class, or the label.
         fraction: share of the locations that is inserted or deleted.
         step_size: locations per step; None: the smallest number that gives at most 32 steps.
-        n_random_orders: random orders that the gains are measured against.
+        n_random_orders: random orders that the gains are measured against. Explainers with the same feature mask share
+            them, so that they are scored once.
         masked_share: share of the features that masked accuracy masks.
         n_perturbations: perturbations per example for sensitivity. Infidelity takes five times as many.
         perturbation_radius: largest change of a value for sensitivity, in the inputs' units.
@@ -422,7 +424,6 @@ class _Panel:
                     attribute_kwargs=self.attribute_kwargs[explainer],
                     fraction=self.fraction,
                     step_size=self.step_size,
-                    n_random_orders=self.n_random_orders if {*self.metrics} & {*_BY_MASKS[2:]} else 0,
                     generator=Generator(),
                     max_examples_per_batch=self.max_examples_per_batch,
                 ),
@@ -437,7 +438,7 @@ class _Panel:
         metrics = self._fitting(as_batch(inputs))
         # Drawn once for a batch, so that all judges see the same baselines and groups.
         baselines = {name: given(inputs) if callable(given) else given for name, given in self.baselines.items()}
-        masks = {name: given(inputs) if callable(given) else given for name, given in self.feature_masks.items()}
+        masks = self._feature_masks(inputs)
         values: dict[Judge, Tensor] = {}
         accuracy = functools.partial(self._accuracy, model, batch, masks, seed)
         if "accuracy" in metrics:
@@ -446,12 +447,24 @@ class _Panel:
             for name, baseline in baselines.items():
                 values[Judge("masked_accuracy", None, name)] = accuracy(baseline, self.masked_share)
         if {*metrics} - {"accuracy", "masked_accuracy"}:
+            # Random orders take most of the time, so explainers with the same baseline and feature mask share them.
+            n_orders = self.n_random_orders if {*metrics} & {*_BY_MASKS[2:]} else 0
+            shared: dict[tuple[str, int], RandomOrders] = {}
             for member in members:
+                mask = masks[member.explainer]
+                orders = RandomOrders(n_orders, lambda: Generator().manual_seed(seed))
+                orders = shared.setdefault((member.baseline, id(mask)), orders)
                 member.regularizer.baselines = baselines[member.baseline]
-                member.regularizer.feature_mask = masks[member.explainer]
+                member.regularizer.feature_mask = mask
                 member.regularizer.generator = Generator().manual_seed(seed)
-                values |= self._explained(model, member, batch, metrics, seed)
+                values |= self._explained(model, member, batch, metrics, seed, orders)
         return {judge: values[judge] for judge in sorted(values, key=lambda judge: METRICS.index(judge.metric))}
+
+    def _feature_masks(self, inputs: Tensors) -> dict[str, Any]:
+        """Return the feature mask of each explainer. A function that several of them have is called once."""
+        distinct = {id(given): given for given in self.feature_masks.values()}
+        made = {key: given(inputs) if callable(given) else given for key, given in distinct.items()}
+        return {name: made[id(given)] for name, given in self.feature_masks.items()}
 
     def _fitting(self, tensors: tuple[Tensor, ...]) -> list[str]:
         """Return the metrics that fit the inputs: by default "road" for images and "sensitivity" for real numbers."""
@@ -484,12 +497,18 @@ class _Panel:
         )
 
     def _explained(
-        self, model: nn.Module, member: _Member, batch: Batch, metrics: list[str], seed: int
+        self,
+        model: nn.Module,
+        member: _Member,
+        batch: Batch,
+        metrics: list[str],
+        seed: int,
+        random_orders: RandomOrders,
     ) -> dict[Judge, Tensor]:
         """Return the values of the judges that need an explanation, made once."""
         regularizer, target = member.regularizer, self._target(member.regularizer, batch)
         side = {"additional_forward_args": batch.additional_forward_args}
-        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, **side)
+        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, random_orders=random_orders, **side)
         values = {
             Judge(name, member.explainer, member.baseline): value
             for name, value in scores._asdict().items()

@@ -62,6 +62,64 @@ def test_jury_values_are_those_of_the_metrics(found):
     torch.testing.assert_close(own[Judge("masked_accuracy", None, "one")], torch.cat(masked).double())
 
 
+def gains_by_the_metric(net, make, x, baseline, *, mask=None, **attribute_kwargs):
+    """Return both gains of an explainer of the predicted class, over orders that no other explainer shares."""
+    predicted = net(x).argmax(1)
+    maps = make(net).attribute(x, target=predicted, **attribute_kwargs)
+    given = {"baselines": baseline, "feature_mask": mask, "target": predicted}
+    generator = torch.Generator().manual_seed(0)
+    scores = insertion_deletion(net, x, maps.detach(), n_random_orders=4, generator=generator, **given)
+    return {"insertion_gain": scores.insertion_gain, "deletion_gain": scores.deletion_gain}
+
+
+@pytest.mark.parametrize("baseline", ["zero", "one"])
+def test_jury_gains_of_explainers_that_share_random_orders_are_those_of_the_metric(baseline):
+    net, pairs = smooth_net(), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    masks = {"gradient": None, "Saliency": None, "in pairs": pairs, "also in pairs": pairs, "of all": pairs % 2}
+    explainers = {name: Saliency if name == "Saliency" else InputXGradient for name in masks}
+    found = compare({"net": net}, [(X, Y)], explainers, BASELINES, feature_mask=masks)
+    for name, mask in masks.items():
+        expected = gains_by_the_metric(net, explainers[name], X, BASELINES[baseline], mask=mask)
+        for metric, gain in expected.items():
+            torch.testing.assert_close(found.examples["net"][Judge(metric, name, baseline)], gain.detach())
+
+
+def test_jury_gains_of_explainers_with_other_locations_have_random_orders_of_their_own():
+    net = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)).double()
+    series = IMAGES[..., 0]  # (8, 2, 6)
+    explainers = {
+        "of channels": Saliency,
+        "of times": lambda model: LayerGradCam(model, model[1], reshape_transform=lambda maps: maps),
+    }
+    found = compare({"net": net}, [(series, Y[:8])], explainers, {"zero": 0.0}, ["insertion_gain"])
+    for name, make in explainers.items():
+        expected = gains_by_the_metric(net, make, series, 0.0)["insertion_gain"].detach()
+        torch.testing.assert_close(found.examples["net"][Judge("insertion_gain", name, "zero")], expected)
+
+
+def test_jury_scores_random_orders_once_for_all_explainers():
+    n_rows = 0
+
+    def count(module, rows, output):
+        nonlocal n_rows
+        n_rows += len(output)
+
+    def rows_of(explainers, metrics):
+        nonlocal n_rows
+        n_rows = 0
+        made = []
+        compare({"net": net}, [(X, Y)], explainers, {"zero": 0.0}, metrics, feature_mask=lambda x: made.append(x))
+        assert len(made) == 1  # one function, called once for all explainers
+        return n_rows
+
+    net = smooth_net()
+    net.register_forward_hook(count)
+    names = ("first", "second", "third")
+    one, all_three = ({name: InputXGradient for name in names[:n]} for n in (1, 3))
+    plain, gain = ["insertion"], ["insertion", "insertion_gain"]
+    assert rows_of(all_three, gain) - rows_of(all_three, plain) == rows_of(one, gain) - rows_of(one, plain) > 0
+
+
 def test_jury_judges_all_models_with_the_same_random_numbers():
     twins = {"a": MODELS["trained"], "b": MODELS["trained"]}
     baselines = {

@@ -243,31 +243,58 @@ class Masking:
             require_finite((scores.detach(),), f"the forward function's output during {direction}", NAN_OF_MASKED_ROWS)
         return scores
 
-    def result(self, n_random_orders: int = 0, generator: Generator | None = None) -> InsertionDeletionScores:
-        """Return both scores with their curves, and their gains over so many random orders, drawn per example."""
+    def result(self, random_orders: RandomOrders) -> InsertionDeletionScores:
+        """Return both scores with their curves, and their gains over random orders, if there are any."""
         insertion_curve = self.scores("insertion", "probability")
         deletion_curve = self.scores("deletion", "probability")
         insertion, deletion = self.schedule.mean(insertion_curve), self.schedule.mean(deletion_curve)
         scores = InsertionDeletionScores(
             insertion, deletion, self.schedule.fractions(insertion_curve.dtype), insertion_curve, deletion_curve
         )
-        if not n_random_orders:
+        means = random_orders.means(self)
+        if means is None:
             return scores
-        orders = [self._in_random_order(generator) for _ in range(n_random_orders)]
-        inserted = [self.schedule.mean(order.scores("insertion", "probability")) for order in orders]
-        deleted = [self.schedule.mean(order.scores("deletion", "probability")) for order in orders]
-        return scores._replace(
-            insertion_gain=insertion - torch.stack(inserted).mean(dim=0),
-            deletion_gain=torch.stack(deleted).mean(dim=0) - deletion,
-        )
+        inserted, deleted = means
+        return scores._replace(insertion_gain=insertion - inserted, deletion_gain=deleted - deletion)
 
-    def _in_random_order(self, generator: Generator | None) -> Masking:
+    def in_random_order(self, generator: Generator | None) -> Masking:
         """Return the same masking along a random order of each example's locations."""
         n_examples, n_locations = self.locations.values.shape
         device = self.locations.values.device
         at = source(device, generator)
         noise = drawn_for(n_examples, lambda n: torch.rand(n, n_locations, device=at, generator=generator)).to(device)
         return replace(self, masks=self.masks.shuffled(noise))
+
+
+class RandomOrders:
+    """Mean insertion and deletion along random orders of a batch's locations, as a reference for attributions.
+
+    Hard masks in a random order do not depend on the attribution. So attributions of one batch that share model,
+    target, baselines, feature mask and schedule can share the random orders, which are then scored once.
+
+    Args:
+        n_orders: number of random orders; with 0 there are no means.
+        make_generator: called before the orders of new locations are drawn. So a function that makes a generator of the
+            same seed gives values that do not depend on which attributions share them.
+    """
+
+    def __init__(self, n_orders: int, make_generator: Callable[[], Generator | None]) -> None:
+        self._n_orders = n_orders
+        self._make_generator = make_generator
+        self._means: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def means(self, masking: Masking) -> tuple[Tensor, Tensor] | None:
+        """Return mean insertion and mean deletion, ``(B,)`` each; None without orders."""
+        if not self._n_orders:
+            return None
+        locations = masking.locations.layout.shapes  # without a feature mask, those of the attribution
+        if locations not in self._means:
+            generator = self._make_generator()
+            orders = [masking.in_random_order(generator) for _ in range(self._n_orders)]
+            inserted = [order.schedule.mean(order.scores("insertion", "probability")) for order in orders]
+            deleted = [order.schedule.mean(order.scores("deletion", "probability")) for order in orders]
+            self._means[locations] = torch.stack(inserted).mean(dim=0), torch.stack(deleted).mean(dim=0)
+        return self._means[locations]
 
 
 def check_temperature(temperature: float | str | None) -> None:

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from captum_idexpo._core.inputs import Baselines, Tensors, check_count_or_zero
 from captum_idexpo._core.targets import Outputs
-from captum_idexpo.metrics._masking import InsertionDeletionScores, Masking
+from captum_idexpo.metrics._masking import InsertionDeletionScores, Masking, RandomOrders
 
 
 def insertion_deletion(
@@ -121,7 +121,7 @@ def insertion_deletion(
         max_examples_per_batch=max_examples_per_batch,
         check_finite=check_finite,
     )
-    return masking.result(n_random_orders, generator)
+    return masking.result(RandomOrders(n_random_orders, lambda: generator))
 
 
 def insertion(

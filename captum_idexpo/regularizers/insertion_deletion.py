@@ -47,6 +47,7 @@ from captum_idexpo.metrics._locations import Locations, check_group_reduction, g
 from captum_idexpo.metrics._masking import (
     InsertionDeletionScores,
     Masking,
+    RandomOrders,
     StepSchedule,
     check_temperature,
     make_masks,
@@ -290,7 +291,12 @@ class InsertionDeletion(Regularizer):
 
     @no_graph()
     def scores_and_attribution(
-        self, inputs: Tensors, target: Any, *, additional_forward_args: object = None
+        self,
+        inputs: Tensors,
+        target: Any,
+        *,
+        additional_forward_args: object = None,
+        random_orders: RandomOrders | None = None,
     ) -> tuple[InsertionDeletionScores, tuple[Tensor, ...]]:
         """Return the hard scores and the attribution that they judge. The attribution is computed once.
 
@@ -298,6 +304,7 @@ class InsertionDeletion(Regularizer):
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: the explained class; for "multilabel" the indices ``(B,)`` of the explained labels.
             additional_forward_args: what the model takes after the inputs.
+            random_orders: orders that several explainers of the same batch share; None: drawn for this call.
 
         Returns:
             As `scores`, and for each input tensor a map of its shape, or with one channel, in which high values speak
@@ -306,7 +313,8 @@ class InsertionDeletion(Regularizer):
         batch = self._read(inputs, target, None, additional_forward_args)
         with self.held_in_eval_mode():
             masking, _ = self._masking(batch, self.explained(batch).target, None, create_graph=False)
-            return masking.result(self.n_random_orders, self.generator), _spread(masking, masking.masks.values)
+            scores = masking.result(self._random_orders() if random_orders is None else random_orders)
+            return scores, _spread(masking, masking.masks.values)
 
     def masked_accuracy(
         self,
@@ -391,7 +399,10 @@ class InsertionDeletion(Regularizer):
 
     def _hard_scores(self, batch: Batch, target: TargetType) -> InsertionDeletionScores:
         masking, _ = self._masking(batch, target, None, create_graph=False)
-        return masking.result(self.n_random_orders, self.generator)
+        return masking.result(self._random_orders())
+
+    def _random_orders(self) -> RandomOrders:
+        return RandomOrders(self.n_random_orders, lambda: self.generator)
 
     def _label_means(self, batch: Batch, positive: Tensor) -> InsertionDeletionScores:
         """Return means of the scores over the true labels ``(B, L)`` of each example, NaN without any."""
