@@ -275,7 +275,8 @@ def compare(
             Masked accuracy masks the features of the first explainer that has one.
         attribute_kwargs: by explainer, further arguments of its ``attribute``.
         outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
-        explain: explain and score each model's own predicted class, or the label.
+        explain: explain and score each model's own predicted class, or the label. Of several labels the loader must
+            yield one per row, its index.
         fraction: share of the locations that is inserted or deleted.
         step_size: locations per step; None: the smallest number that gives at most 32 steps.
         n_random_orders: random orders that the gains are measured against. Explainers with the same feature mask share

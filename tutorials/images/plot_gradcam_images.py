@@ -202,7 +202,7 @@ def make_regularizer(model):
         insertion_weight=0.01,
         deletion_weight=0.05,
         step_size=32,
-        attribute_kwargs={"relu_attributions": True},
+        attribute_kwargs={"relu_attributions": True},  # evidence for the class only, as in the paper
     )
 
 

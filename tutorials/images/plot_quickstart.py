@@ -70,7 +70,7 @@ def make_regularizer(model):
         deletion_weight=0.005,
         step_size=4,
         n_random_orders=3,
-        attribute_kwargs={"relu_attributions": True},
+        attribute_kwargs={"relu_attributions": True},  # evidence for the class only, as in the paper
     )
 
 
