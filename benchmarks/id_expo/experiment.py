@@ -337,9 +337,18 @@ def verdicts(arm: Sequence[Scores], reference: Sequence[Scores], judges: Mapping
     """
     lines = []
     for judge, asked in judges.items():
-        differences = [a[judge] - b[judge] for a, b in zip(arm, reference, strict=True)]
-        mean, error = mean_and_error(differences)
-        holds = {RISES: mean > 2 * error, DOES_NOT_RISE: mean < 2 * error, KEEPS_ACCURACY: mean > -0.01}[asked]
-        verdict = ("yes" if holds else "no") if len(differences) > 1 else ""
+        differences = differences_of(arm, reference, judge)
+        verdict = ("yes" if holds(differences, asked) else "no") if len(differences) > 1 else ""
         lines.append([judge, asked, with_error(differences, "+.3f"), verdict])
     return markdown(["judge", "asked", "difference", "holds"], lines)
+
+
+def differences_of(arm: Sequence[Scores], reference: Sequence[Scores], judge: str) -> list[float]:
+    """Return the differences of a judge, paired by independent unit."""
+    return [a[judge] - b[judge] for a, b in zip(arm, reference, strict=True)]
+
+
+def holds(differences: Sequence[float], asked: str) -> bool:
+    """Return True if the differences are as they were asked to be."""
+    mean, error = mean_and_error(differences)
+    return {RISES: mean > 2 * error, DOES_NOT_RISE: mean <= 2 * error, KEEPS_ACCURACY: mean > -0.01}[asked]

@@ -59,7 +59,9 @@ from benchmarks.id_expo.experiment import (
     Scores,
     by_rule,
     difference_table,
+    differences_of,
     gain,
+    holds,
     markdown,
     mean_scores,
     quiet,
@@ -115,6 +117,7 @@ class Arm(NamedTuple):
 MASKS_ALONE = Arm("masks alone", 1.0, passes=15 * PASSES)
 SURER = Arm("CE-only, surer")
 RECIPE_ARM = Arm("in turn", 0.1, "complement")
+COMPLEMENT_AND_RATIO = (Arm("ID-ExpO", 0.1, "complement"), Arm("ID-ExpO", 0.1, "ratio"))
 ARMS = [
     Arm("CE-only"),
     SURER,
@@ -344,6 +347,7 @@ def run(names: Iterable[str], root: Path | None, out: Path) -> None:
 
 BySet = dict[str, dict[str, list[Row]]]
 """set -> title of an arm -> its row of each split"""
+HEADS = {"limit": "Within the accuracy limit", "score": "By the validation score alone"}
 COLUMNS = {
     "accuracy": value("accuracy"),
     "half-masked accuracy": value("masked_accuracy, mean"),
@@ -398,15 +402,34 @@ def report(out: Path) -> str:
     found = read(out)
     n_splits = len(next(iter(found.values()))["CE-only"])
     parts = [f"Sets: {len(found)}, splits of each: {n_splits}. {kept_start(found)}"]
-    for rule, head in (("limit", "Within the accuracy limit"), ("score", "By the validation score alone")):
+    for rule, head in HEADS.items():
         arms = {title(arm): units(found, title(arm), rule) for arm in ARMS if arm.explainer == "LIME"}
         parts.append(f"#### {head}\n\n{difference_table(arms, 'CE-only', COLUMNS)}")
     recipe, plain = (units(found, arm, "limit") for arm in (title(RECIPE_ARM), "CE-only"))
     parts.append(f"#### In turn\n\n{verdicts(recipe, plain, RECIPE)}")
+    if len(found) > 1:
+        parts.append(f"#### How many of these conditions hold\n\n{conditions(found)}")
     parts.append(f"#### KernelSHAP in the loss, within the accuracy limit\n\n{of_kernel_shap(found)}")
     if n_splits > 1:
         parts.append(f"#### Tests\n\n{tests(found)}")
     return "\n\n".join(parts) + "\n"
+
+
+def conditions(found: BySet) -> str:
+    """Return how many of the recipe's conditions hold for three arms, against the plain and the surer network."""
+    references = [title(Arm("CE-only")), title(SURER)]
+    lines = []
+    for arm, (rule, head) in product((RECIPE_ARM, *COMPLEMENT_AND_RATIO), HEADS.items()):
+        own = units(found, title(arm), rule)
+        counts = [
+            sum(
+                holds(differences_of(own, units(found, reference, rule), judge), asked)
+                for judge, asked in RECIPE.items()
+            )
+            for reference in references
+        ]
+        lines.append([title(arm), head.lower(), *(f"{count} of {len(RECIPE)}" for count in counts)])
+    return markdown(["arm", "epoch", *(f"against {reference}" for reference in references)], lines)
 
 
 def of_kernel_shap(found: BySet) -> str:
