@@ -115,12 +115,13 @@ def require_finite(tensors: tuple[Tensor, ...], name: str, hint: str = "") -> No
 
 
 def require_real(tensors: tuple[Tensor, ...]) -> None:
-    """Raise TypeError for token ids and other integers, which have no gradient and no neighbours."""
+    """Raise TypeError for token ids and other integers, which have no gradient and take no noise."""
     for tensor in tensors:
         if not tensor.is_floating_point():
             raise TypeError(
-                f"inputs of {tensor.dtype} have no gradient and no neighbours: pass embeddings to a forward function "
-                "that takes them, or explain an embedding layer (explainer=LayerIntegratedGradients(model, layer))."
+                f"inputs of {tensor.dtype} have no gradient, and noise cannot be added to them: pass embeddings to a "
+                "forward function that takes them, or explain an embedding layer "
+                "(explainer=LayerIntegratedGradients(model, layer))."
             )
 
 
