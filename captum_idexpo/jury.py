@@ -275,12 +275,12 @@ def compare(
             Masked accuracy masks the features of the first explainer that has one.
         attribute_kwargs: by explainer, further arguments of its ``attribute``.
         outputs: what the models return, as for `captum_idexpo.metrics.insertion_deletion`.
-        explain: explain and score each model's own predicted class, or the label. Of several labels the loader must
-            yield one per row, its index.
+        explain: explain and score each model's own predicted class, or the label. With ``outputs="multilabel"`` and
+            "label" the loader must yield the index of one label per row.
         fraction: share of the locations that is inserted or deleted.
         step_size: locations per step; None: the smallest number that gives at most 32 steps.
-        n_random_orders: random orders that the gains are measured against. Explainers with the same feature mask share
-            them, so that they are scored once.
+        n_random_orders: random orders that the gains are measured against. Explainers with the same feature mask, and
+            with maps of the same shape, share them: they are scored once for each model and baseline.
         masked_share: share of the features that masked accuracy masks.
         n_perturbations: perturbations per example for sensitivity. Infidelity takes five times as many.
         perturbation_radius: largest change of a value for sensitivity, in the inputs' units.

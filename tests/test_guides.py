@@ -19,7 +19,7 @@ SAYS = {
     "image_with_metadata": r"accuracy 0\.[89]\d.*attribution is ranked for one input.*additional_forward_args",
     "lightning": r"'val_accuracy': 0\.9\d*.*forbids: use torch\.no_grad\(\).*inference_mode=False",
     "lora": r"before insertion 0\.[56]\d*.*after  insertion 0\.7\d*.*the two maps differ by \d{2}%",
-    "multilabel": r"trained: labels right 0\.9\d.*\(\+0\.0[1-9]\d* .*insertion_gain: better.*outputs='multilabel'",
+    "multilabel": r"trained: labels right 0\.9\d.*insertion_gain[^\n]*\(\+0\.0[2-9]\d* ± .*labels \[\d.*'multilabel'",
     "segmentation": r"pixels right 0\.9\d.*0\.0000",
     "time_series": r"accuracy 0\.9\d.*axes=\(1,\) for \(B, T, F\).*'smoothness'.*Size\(\[1, 24, 3\]\)",
     "timm_checkpointing": r"before.* deletion 0\.[34]\d\nafter .* deletion 0\.[12]\d\n.*SDPBackend\.MATH",

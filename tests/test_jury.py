@@ -74,12 +74,17 @@ def gains_by_the_metric(net, make, x, baseline, *, mask=None, **attribute_kwargs
 
 @pytest.mark.parametrize("baseline", ["zero", "one"])
 def test_jury_gains_of_explainers_that_share_random_orders_are_those_of_the_metric(baseline):
-    net, pairs = smooth_net(), torch.tensor([[0, 0, 1, 1, 2, 2]])
-    masks = {"gradient": None, "Saliency": None, "in pairs": pairs, "also in pairs": pairs, "of all": pairs % 2}
-    explainers = {name: Saliency if name == "Saliency" else InputXGradient for name in masks}
-    found = compare({"net": net}, [(X, Y)], explainers, BASELINES, feature_mask=masks)
+    net, pairs, value = smooth_net(), torch.tensor([[0, 0, 1, 1, 2, 2]]), BASELINES[baseline]
+    masks = {"KernelSHAP": None, "gradient": None, "in pairs": pairs, "also in pairs": pairs, "of all": pairs % 2}
+    explainers = {name: KernelShap if name == "KernelSHAP" else InputXGradient for name in masks}
+    samples = {"n_samples": 30, "sampling": "independent"}
+    found = compare(
+        {"net": net}, [(X, Y)], explainers, BASELINES, feature_mask=masks, attribute_kwargs={"KernelSHAP": samples}
+    )
     for name, mask in masks.items():
-        expected = gains_by_the_metric(net, explainers[name], X, BASELINES[baseline], mask=mask)
+        drawn = samples | {"baselines": value, "generator": torch.Generator().manual_seed(0)}
+        given = drawn if name == "KernelSHAP" else {}
+        expected = gains_by_the_metric(net, explainers[name], X, value, mask=mask, **given)
         for metric, gain in expected.items():
             torch.testing.assert_close(found.examples["net"][Judge(metric, name, baseline)], gain.detach())
 
@@ -88,7 +93,7 @@ def test_jury_gains_of_explainers_with_other_locations_have_random_orders_of_the
     net = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)).double()
     series = IMAGES[..., 0]  # (8, 2, 6)
     explainers = {
-        "of channels": Saliency,
+        "of elements": Saliency,
         "of times": lambda model: LayerGradCam(model, model[1], reshape_transform=lambda maps: maps),
     }
     found = compare({"net": net}, [(series, Y[:8])], explainers, {"zero": 0.0}, ["insertion_gain"])

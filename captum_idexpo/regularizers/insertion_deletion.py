@@ -304,7 +304,8 @@ class InsertionDeletion(Regularizer):
             inputs: a tensor ``(B, ...)`` or a tuple of them.
             target: the explained class; for "multilabel" the indices ``(B,)`` of the explained labels.
             additional_forward_args: what the model takes after the inputs.
-            random_orders: orders that several explainers of the same batch share; None: drawn for this call.
+            random_orders: those of earlier calls with the same model, inputs, target, baselines and feature mask, to
+                share them; None: `n_random_orders` new ones.
 
         Returns:
             As `scores`, and for each input tensor a map of its shape, or with one channel, in which high values speak

@@ -82,8 +82,8 @@ class ExplanationRegularizedTrainer:
         accuracy_weight: eta of the validation score, eq. (15) of ID-ExpO (arXiv 2310.12553):
             eta x accuracy + insertion + 1 - deletion.
         max_accuracy_drop: how much accuracy the training may cost, as a share of the validation examples (0.01 is one
-            point). The change of accuracy from the start is compared example by example. An epoch can be kept if this
-            change plus one standard error is at least minus this. With 60 validation examples the error is about 5
+            point). The change of accuracy from the start is computed example by example. An epoch can be kept if this
+            change plus one standard error is at least minus this. With 60 validation examples the error can be 5
             points, so a loss of 6 points can pass. If there is no such epoch, the model keeps its starting weights,
             with a warning.
             None: no limit; the validation score alone may trade several points of accuracy for faithfulness.
