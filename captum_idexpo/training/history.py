@@ -15,7 +15,15 @@ class History(list[dict[str, float]]):
         >>> history = History([{"epoch": 1, "valscore": 2.5}, {"epoch": 2, "valscore": 2.9}])
         >>> history.to_pandas()["valscore"].tolist()
         [2.5, 2.9]
+        >>> history.best["epoch"]
+        2
     """
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The row of the epoch whose weights were kept; None without validation, or if no epoch was eligible."""
+        rows = (row for row in self if "valscore" in row and row.get("eligible", True))
+        return max(rows, key=lambda row: row["valscore"], default=None)
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame; ImportError without pandas."""
