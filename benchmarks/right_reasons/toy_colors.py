@@ -3,8 +3,8 @@
 Images of 5x5 pixels in four colours. In the first class the four corners are of one colour and the three pixels in the
 middle of the top row of three different ones; in the second, neither. A network may use either rule. Annotations on the
 corners, or on the top row's middle, forbid one: accuracy stays, the large input gradients move to the other. The search
-for other explanations needs no annotations: its first model uses one rule, the second the other. Later ones live on what
-is left of both, until accuracy falls.
+for other explanations needs no annotations: its first model uses one rule, the second the other. Later ones live on
+what is left of both, until accuracy falls.
 
 The units are tanh. A rectified network may be forbidden both rules in every image and hardly suffers: among four
 colours it is flat where the images lie, as the penalty asks, and steep in between.
