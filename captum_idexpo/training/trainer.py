@@ -85,8 +85,8 @@ class ExplanationRegularizedTrainer:
             point). The change of accuracy from the start is computed example by example. An epoch can be kept if this
             change plus one standard error is at least minus this. With 60 validation examples the error can be 5
             points, so a loss of 6 points can pass. If there is no such epoch, the model keeps its starting weights,
-            with a warning.
-            None: no limit; the validation score alone may trade several points of accuracy for faithfulness.
+            with a warning. None: no limit; the validation score alone may trade several points of accuracy for
+            faithfulness.
         patience: stop after this many epochs without a better validation score.
         max_grad_norm: clip the gradient to this norm before each update.
         weight_schedule: (number of updates so far) -> a factor on the terms of all regularizers, such as
