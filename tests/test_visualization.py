@@ -179,14 +179,14 @@ def test_plot_quadrants_counts_the_examples():
     x, y = axis.lines[-1].get_data()
     np.testing.assert_allclose(x, insertion, atol=1e-6)
     np.testing.assert_allclose(y, kept, atol=1e-6)
-    assert axis.get_title() == "mean change: insertion +0.038, 1 - deletion +0.100\n12% on an axis"
+    assert axis.get_title() == "mean change: insertion +0.038, 1 - deletion +0.100\n12.5% on an axis"
     assert axis.get_xlim() == axis.get_ylim()
 
 
 def test_plot_quadrants_of_equal_scores_lie_on_the_axes():
     (axis,) = plot_quadrants(some_scores(), some_scores()).axes
     assert {text.get_text().split("\n")[1] for text in axis.texts} == {"0%"}
-    assert "100% on an axis" in axis.get_title()
+    assert "100.0% on an axis" in axis.get_title()
 
 
 def test_plot_quadrants_refuses_invalid_scores():

@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -75,8 +76,9 @@ from captum_idexpo.attr import IntegratedGradients, LayerGradCam, id_expo_lime
 from captum_idexpo.baselines import blurred, mixture, noise
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.jury import compare
-from captum_idexpo.metrics import sensitivity_n
+from captum_idexpo.metrics import InsertionDeletionScores, sensitivity_n
 from captum_idexpo.regularizers import InsertionDeletion, RandomMasking
+from captum_idexpo.visualization import plot_quadrants
 
 N_LOCATIONS = 4  # of sensitivity-n
 MAX_ACCURACY_DROP = 0.01
@@ -389,9 +391,8 @@ def complete(experiment: Experiment, results: Results) -> dict[str, list[Row]]:
     return {title(arm): [results.where(seed=seed, **arm._asdict())[0] for seed in seeds] for arm in arms}
 
 
-def report(name: str, experiment: Experiment, out: Path) -> str:
+def report(experiment: Experiment, rows: dict[str, list[Row]]) -> str:
     """Return the tables of both rules, the shares of images that change both ways, and the verdict on the recipe."""
-    rows = complete(experiment, Results(out / f"images_{name}.jsonl"))
     n_seeds = len(rows["start"])
     parts = [f"Seeds: {n_seeds}, explained images: {n_seeds * experiment.n_explained}."]
     for rule, head in (("limit", "Within the accuracy limit"), ("score", "By the validation score alone")):
@@ -406,31 +407,36 @@ def report(name: str, experiment: Experiment, out: Path) -> str:
 
 def both_ways(rows: dict[str, list[Row]], rule: str) -> str:
     """Return for each arm the shares of images whose insertion and 1 - deletion both rise, and both fall."""
+    before = each_image(rows["start"], rule)
     lines = []
-    for arm in rows:
-        changes = [change for pair in zip(rows[arm], rows["start"], strict=True) for change in changes_of(*pair, rule)]
-        rise, fall = (sum(test(change) for change in changes) / len(changes) for test in (rises, falls))
-        lines.append([arm, f"{rise:.1%}", f"{fall:.1%}"])
-    return markdown(["arm", "both rise", "both fall"], lines[1:])
+    for arm in list(rows)[1:]:
+        after = each_image(rows[arm], rule)
+        changes = torch.stack((after.insertion - before.insertion, before.deletion - after.deletion))
+        shares = [float(both.all(dim=0).double().mean()) for both in (changes > 0, changes < 0)]
+        lines.append([arm, *(f"{share:.1%}" for share in shares)])
+    return markdown(["arm", "both rise", "both fall"], lines)
 
 
-def changes_of(after: Row, before: Row, rule: str) -> list[tuple[float, float]]:
-    """Return each image's changes of insertion and of 1 - deletion."""
-    changes = {}
-    for metric in ("insertion", "deletion"):
-        pairs = zip(after[rule][f"each {metric}"], before[rule][f"each {metric}"], strict=True)
-        changes[metric] = [new - old for new, old in pairs]
-    return [(a, -b) for a, b in zip(changes["insertion"], changes["deletion"], strict=True)]
+def each_image(rows: list[Row], rule: str) -> InsertionDeletionScores:
+    """Return the scores of the images of all seeds. A curve has one step, its mean."""
+    insertion, deletion = (
+        torch.tensor([score for row in rows for score in row[rule][f"each {metric}"]])
+        for metric in ("insertion", "deletion")
+    )
+    return InsertionDeletionScores(insertion, deletion, torch.ones(1), insertion[:, None], deletion[:, None])
 
 
-def rises(change: tuple[float, float]) -> bool:
-    """Return True if both scores rise."""
-    return min(change) > 0
+PICTURED = ("CE-only", "masks alone", "ID-ExpO, ratio", "ID-ExpO, complement")
 
 
-def falls(change: tuple[float, float]) -> bool:
-    """Return True if both scores fall."""
-    return max(change) < 0
+def plot(rows: dict[str, list[Row]]) -> Figure:
+    """Return the changes of all images since the start, by the validation score alone (the paper's figure 4)."""
+    figure = Figure(figsize=(8.8, 9.4), layout="constrained")
+    for axis, arm in zip(figure.subplots(2, 2).flat, PICTURED, strict=True):
+        plot_quadrants(each_image(rows["start"], "score"), each_image(rows[arm], "score"), axis)
+        axis.set(xlim=(-1, 1), ylim=(-1, 1))
+        axis.set_title(f"{arm}\n{axis.get_title()}", fontsize=9)
+    return figure
 
 
 def main() -> None:
@@ -445,8 +451,10 @@ def main() -> None:
         for name in arguments.experiments or EXPERIMENTS:
             run(name, EXPERIMENTS[name], arguments.data_root, arguments.out)
     for name, experiment in EXPERIMENTS.items():
-        if complete(experiment, Results(arguments.out / f"images_{name}.jsonl"))["start"]:
-            (arguments.out / f"images_{name}.md").write_text(report(name, experiment, arguments.out))
+        rows = complete(experiment, Results(arguments.out / f"images_{name}.jsonl"))
+        if rows["start"]:
+            (arguments.out / f"images_{name}.md").write_text(report(experiment, rows))
+            plot(rows).savefig(arguments.out / f"images_{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def plot_quadrants(
         text.set(transform=axis.transAxes, ha="right" if right else "left", va="top" if top else "bottom")
     lines = [f"mean change: {names[0]} {insertion.mean():+.3f}, {names[1]} {kept.mean():+.3f}"]
     if on_an_axis := ((insertion == 0) | (kept == 0)).mean():
-        lines.append(f"{on_an_axis:.0%} on an axis")
+        lines.append(f"{on_an_axis:.1%} on an axis")
     axis.set_title("\n".join(lines), fontsize=8)
     return figure_of(axis)
 

@@ -48,6 +48,7 @@ GRAD_CAM = images.Experiment(
     (
         Arm("CE-only", 40),
         Arm("CE-only, surer", 40),
+        Arm("ID-ExpO", 10, 0.3, "ratio"),
         Arm("ID-ExpO", 40, 0.3, "complement"),
         images.RECIPE_ARM._replace(n_updates=20),
         Arm("masks alone", 20),
@@ -79,7 +80,8 @@ def test_a_reduced_run(tmp_path):
     surer, plain = (rows[arm][0]["limit"] for arm in ("CE-only, surer", "CE-only"))
     assert surer["accuracy"] == plain["accuracy"]
     assert surer["insertion, Grad-CAM, mean colour"] != plain["insertion, Grad-CAM, mean colour"]
-    check_the_shares_of_images_that_change_both_ways(rows, images.report("gradcam", GRAD_CAM, tmp_path))
+    check_the_shares_of_images_that_change_both_ways(rows, images.report(GRAD_CAM, rows))
+    check_the_picture(rows)
 
 
 def check_that_it_is_complete_and_not_repeated(folder):
@@ -102,13 +104,26 @@ def check_the_shares_of_images_that_change_both_ways(rows, text):
     assert text.count(f"| {RISES} |") == 11
 
 
+def check_the_picture(rows):
+    panels = {axis.get_title().splitlines()[0]: axis for axis in images.plot(rows).axes}
+    assert list(panels) == list(images.PICTURED)
+    for name, axis in panels.items():
+        after, before = (rows[arm][0]["score"] for arm in (name, "start"))
+        insertion = [new - old for new, old in zip(after["each insertion"], before["each insertion"], strict=True)]
+        deletion = [old - new for new, old in zip(after["each deletion"], before["each deletion"], strict=True)]
+        points = axis.lines[-1].get_xydata()
+        assert points[:, 0].tolist() == pytest.approx(insertion, abs=1e-6)
+        assert points[:, 1].tolist() == pytest.approx(deletion, abs=1e-6)
+
+
 def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):
     images.run("lime", LIME, None, tmp_path)
-    (warm,) = images.complete(LIME, Results(tmp_path / "images_lime.jsonl"))["start"]
+    rows = images.complete(LIME, Results(tmp_path / "images_lime.jsonl"))
+    (warm,) = rows["start"]
     with quiet():
         cold = images.judge(LIME, small_network(None), LIME.images(None, 0))
     assert warm["limit"]["masked_accuracy, mean colour"] > cold["masked_accuracy, mean colour"] + 0.1
-    assert "#### In turn" not in images.report("lime", LIME, tmp_path)
+    assert "#### In turn" not in images.report(LIME, rows)
 
 
 def test_arms_have_the_terms_that_they_are_named_after():
