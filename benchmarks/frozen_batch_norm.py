@@ -39,8 +39,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import cifar10
-from benchmarks.id_expo import imagenette
+from benchmarks import cifar10, imagenette
 from captum_idexpo import ExplanationRegularizedTrainer, NonFiniteError
 from captum_idexpo.attr import LayerGradCam
 from captum_idexpo.regularizers import InsertionDeletion
