@@ -371,14 +371,7 @@ def compare(
         clusters=torch.cat(numbers) if numbers else None,
         reference=reference,
         trained_on=None if trained is None else trained | {"accuracy", *_BY_MASKS},
-        settings={
-            "explained class": "predicted by each model" if explain == "predicted" else "label",
-            **{f"arguments of {name}": _listed(given) for name, given in (attribute_kwargs or {}).items() if given},
-            "share of the locations inserted or deleted": fraction,
-            "random orders": n_random_orders,
-            "share masked for masked accuracy": masked_share,
-            "seed": seed,
-        },
+        settings={**panel.settings(), "seed": seed},
     )
 
 
@@ -409,6 +402,21 @@ class _Panel:
     n_perturbations: int
     perturbation_radius: float
     max_examples_per_batch: int | None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the values depend on, by name."""
+        masks = {name: mask for name, mask in self.feature_masks.items() if mask is not None}
+        users = {
+            "share of the locations inserted or deleted": (self.fraction, _BY_MASKS),
+            "random orders": (self.n_random_orders, _BY_MASKS[2:]),
+            "share masked for masked accuracy": (self.masked_share, ("masked_accuracy",)),
+        }
+        return {
+            "explained class": "predicted by each model" if self.explain == "predicted" else "label",
+            **{f"arguments of {name}": _listed(given) for name, given in self.attribute_kwargs.items() if given},
+            **{f"feature mask of {name}": _shown(mask) for name, mask in masks.items()},
+            **{name: value for name, (value, metrics) in users.items() if {*metrics} & {*self.metrics}},
+        }
 
     def members(self, model: nn.Module) -> list[_Member]:
         """Return a model's explainers with each baseline."""
@@ -647,16 +655,17 @@ def _cell(row: dict[str, Any], is_reference: bool) -> str:
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:
-    """Return the arguments of an explainer in one line; tensors by their shapes, functions by their names."""
+    """Return the arguments of an explainer in one line."""
+    return ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items())
 
-    def shown(value: Any) -> str:
-        if isinstance(value, Tensor):
-            return f"tensor of shape {tuple(value.shape)}"
-        if isinstance(value, tuple):
-            return f"({', '.join(map(shown, value))})"
-        return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
 
-    return ", ".join(f"{name}={shown(value)}" for name, value in arguments.items())
+def _shown(value: Any) -> str:
+    """Return tensors by their shapes and functions by their names."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
 
 
 def _escaped(name: object) -> str:

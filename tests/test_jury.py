@@ -441,6 +441,23 @@ def test_comparison_page_counts_verdicts_by_metric_and_lists_arguments(tmp_path)
         assert verdict in page
 
 
+def test_settings_are_those_that_the_values_depend_on():
+    def pairs(inputs):
+        return torch.arange(6).div(2, rounding_mode="floor").unsqueeze(0)
+
+    settings = {"feature_mask": {"gradient": pairs}, "fraction": 0.5, "n_random_orders": 3}
+    explainers = {"gradient": IntegratedGradients}
+    common = {"explained class": "predicted by each model", "feature mask of gradient": "pairs", "seed": 0}
+    of_masks = {"share of the locations inserted or deleted": 0.5}
+    for metrics, used in (
+        (["infidelity"], {}),
+        (["insertion"], of_masks),
+        (["deletion_gain"], of_masks | {"random orders": 3}),
+        (["masked_accuracy"], {"share masked for masked accuracy": 0.5}),
+    ):
+        assert compare(MODELS, LOADER, explainers, BASELINES, metrics, **settings).settings == common | used
+
+
 @pytest.mark.parametrize(
     ("difference", "error", "text"),
     [
