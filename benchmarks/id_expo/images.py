@@ -400,10 +400,15 @@ def report(experiment: Experiment, rows: dict[str, list[Row]]) -> str:
     """Return the tables of both rules, the shares of images that change both ways, and the verdict on the recipe."""
     n_seeds = len(rows["start"])
     parts = [f"Seeds: {n_seeds}, explained images: {n_seeds * experiment.n_explained}."]
-    for rule, head in (("limit", "Within the accuracy limit"), ("score", "By the validation score alone")):
+    heads = {"limit": "Within the accuracy limit", "score": "By the validation score alone"}
+    if all(row["limit"] == row["score"] for found in rows.values() for row in found):
+        heads = {"score": "Both rules chose the same epochs"}
+    for rule, head in heads.items():
         arms = {arm: [row[rule] for row in found] for arm, found in rows.items()}
         table = difference_table(arms, "CE-only", columns(experiment), absolute=["start"])
-        parts.append(f"#### {experiment.explainer}. {head}\n\n{table}\n\n{both_ways(rows, rule)}")
+        parts.append(
+            f"#### {experiment.explainer}, S = {experiment.fraction}. {head}\n\n{table}\n\n{both_ways(rows, rule)}"
+        )
     if title(RECIPE_ARM) in rows:
         recipe, plain = ([row["limit"] for row in rows[arm]] for arm in (title(RECIPE_ARM), "CE-only"))
         parts.append(f"#### In turn\n\n{verdicts(recipe, plain, RECIPE)}")
@@ -431,6 +436,7 @@ def each_image(rows: list[Row], rule: str) -> InsertionDeletionScores:
     return InsertionDeletionScores(insertion, deletion, torch.ones(1), insertion[:, None], deletion[:, None])
 
 
+TICKS = (-1, -0.5, 0, 0.5, 1)
 PICTURED = ("CE-only", "masks alone", "ID-ExpO, ratio", "ID-ExpO, complement")
 
 
@@ -439,7 +445,7 @@ def plot(rows: dict[str, list[Row]]) -> Figure:
     figure = Figure(figsize=(8.8, 9.4), layout="constrained")
     for axis, arm in zip(figure.subplots(2, 2).flat, PICTURED, strict=True):
         plot_quadrants(each_image(rows["start"], "score"), each_image(rows[arm], "score"), axis)
-        axis.set(xlim=(-1, 1), ylim=(-1, 1))
+        axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=TICKS, yticks=TICKS)
         axis.set_title(f"{arm}\n{axis.get_title()}", fontsize=9)
     return figure
 

@@ -100,6 +100,7 @@ def check_the_shares_of_images_that_change_both_ways(rows, text):
         deletion = after["each deletion"][i] - before["each deletion"][i]
         rise += insertion > 0 and deletion < 0
     assert text.startswith("Seeds: 1, explained images: 30.")
+    assert "#### Grad-CAM, S = 0.5. Within the accuracy limit" in text
     assert f"| in turn | {rise / GRAD_CAM.n_explained:.1%} |" in text
     assert text.count(f"| {RISES} |") == 11
 
@@ -124,6 +125,8 @@ def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):
         cold = images.judge(LIME, small_network(None), LIME.images(None, 0))
     assert warm["limit"]["masked_accuracy, mean colour"] > cold["masked_accuracy, mean colour"] + 0.1
     assert "#### In turn" not in images.report(LIME, rows)
+    same = {arm: [row | {"limit": row["score"]} for row in found] for arm, found in rows.items()}
+    assert images.report(LIME, same).count("####") == 1
 
 
 def test_arms_have_the_terms_that_they_are_named_after():
