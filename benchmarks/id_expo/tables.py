@@ -43,10 +43,12 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
+from benchmarks.digits import mean_and_error
 from benchmarks.id_expo.experiment import (
     DOES_NOT_RISE,
     KEEPS_ACCURACY,
@@ -77,6 +79,7 @@ from captum_idexpo.baselines import mixture, noise, resampled
 from captum_idexpo.jury import compare
 from captum_idexpo.metrics import insertion_deletion, sensitivity_n
 from captum_idexpo.regularizers import Fidelity, InsertionDeletion, MaskedNeighbors, RandomMasking, Stability
+from captum_idexpo.visualization import plot_fronts
 
 # By number at OpenML.
 SETS = {
@@ -485,6 +488,33 @@ def each_set(out: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def plot(found: BySet) -> Figure:
+    """Return accuracy against the order gain of LIME, by both rules, as differences to CE-only."""
+    methods: dict[str, list[Arm]] = {}
+    for arm in ARMS[1:]:
+        if arm.explainer == "LIME" and arm.form != "log":  # "log" is where "ratio" is
+            methods.setdefault(f"{arm.method}, {arm.form}".rstrip(", "), []).append(arm)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axis, (rule, head) in zip(figure.subplots(1, 2, sharex=True, sharey=True), HEADS.items(), strict=True):
+        points = {method: [differences(found, arm, rule) for arm in arms] for method, arms in methods.items()}
+        plot_fronts(points, "accuracy", "LIME", x_error="accuracy error", y_error="LIME error", axis=axis)
+        axis.set(title=head, xlabel="change of accuracy", ylabel="change of the order gain of LIME")
+        axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    return figure
+
+
+def differences(found: BySet, arm: Arm, rule: str) -> dict[str, float]:
+    """Return the mean differences to CE-only of accuracy and the order gain, and their errors over the sets."""
+    own, plain = (units(found, name, rule) for name in (title(arm), "CE-only"))
+    point = {}
+    for name in ("accuracy", "LIME"):
+        column = COLUMNS[name]
+        pairs = zip(own, plain, strict=True)
+        point[name], point[f"{name} error"] = mean_and_error([column(a) - column(b) for a, b in pairs])
+    return point
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
@@ -495,7 +525,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the same numbers on every machine of this kind, however many cores it has
     if arguments.command == "run":
         run(arguments.sets, arguments.data_root, arguments.out)
-    if read(arguments.out):
+    if found := read(arguments.out):
+        plot(found).savefig(arguments.out / "tables.png", dpi=110)
         (arguments.out / "tables.md").write_text(report(arguments.out))
         (arguments.out / "tables_sets.md").write_text(each_set(arguments.out))
 
