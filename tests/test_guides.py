@@ -24,7 +24,7 @@ SAYS = {
     "segmentation": r"pixels right 0\.9\d.*0\.0000",
     "time_series": r"accuracy 0\.9\d.*axes=\(1,\) for \(B, T, F\).*'smoothness'.*Size\(\[1, 24, 3\]\)",
     "timm_checkpointing": r"before.* deletion (?P<more>0\.\d+)\nafter .* deletion (?P<less>0\.\d+)\n.*SDPBackend\.MATH",
-    "vision_transformer": r"plain .* deletion (?P<more>0\.\d+)\nID-ExpO .* deletion (?P<less>0\.\d+)\n.*4 of 4 examples",
+    "vision_transformer": r"plain.* deletion (?P<more>0\.\d+)\nID-ExpO .* deletion (?P<less>0\.\d+)\n.*4 of 4 examples",
 }
 
 
