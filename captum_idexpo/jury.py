@@ -404,18 +404,21 @@ class _Panel:
     max_examples_per_batch: int | None
 
     def settings(self) -> dict[str, Any]:
-        """Return what the values depend on, by name."""
+        """Return by name what the values depend on; what only other metrics use is left out."""
         masks = {name: mask for name, mask in self.feature_masks.items() if mask is not None}
-        users = {
+        uses = {
+            "step size": (self.step_size, _BY_MASKS if self.step_size is not None else ()),
             "share of the locations inserted or deleted": (self.fraction, _BY_MASKS),
             "random orders": (self.n_random_orders, _BY_MASKS[2:]),
             "share masked for masked accuracy": (self.masked_share, ("masked_accuracy",)),
+            "perturbations": (self.n_perturbations, ("infidelity", "sensitivity")),
+            "perturbation radius": (self.perturbation_radius, ("sensitivity",)),
         }
         return {
             "explained class": "predicted by each model" if self.explain == "predicted" else "label",
             **{f"arguments of {name}": _listed(given) for name, given in self.attribute_kwargs.items() if given},
             **{f"feature mask of {name}": _shown(mask) for name, mask in masks.items()},
-            **{name: value for name, (value, metrics) in users.items() if {*metrics} & {*self.metrics}},
+            **{name: value for name, (value, users) in uses.items() if {*users} & {*self.metrics}},
         }
 
     def members(self, model: nn.Module) -> list[_Member]:

@@ -445,12 +445,20 @@ def test_settings_are_those_that_the_values_depend_on():
     def pairs(inputs):
         return torch.arange(6).div(2, rounding_mode="floor").unsqueeze(0)
 
-    settings = {"feature_mask": {"gradient": pairs}, "fraction": 0.5, "n_random_orders": 3}
+    settings = {
+        "feature_mask": {"gradient": pairs},
+        "fraction": 0.5,
+        "step_size": 1,
+        "n_random_orders": 3,
+        "n_perturbations": 7,
+        "perturbation_radius": 0.1,
+    }
     explainers = {"gradient": IntegratedGradients}
     common = {"explained class": "predicted by each model", "feature mask of gradient": "pairs", "seed": 0}
-    of_masks = {"share of the locations inserted or deleted": 0.5}
+    of_masks = {"share of the locations inserted or deleted": 0.5, "step size": 1}
     for metrics, used in (
-        (["infidelity"], {}),
+        (["infidelity"], {"perturbations": 7}),
+        (["sensitivity"], {"perturbations": 7, "perturbation radius": 0.1}),
         (["insertion"], of_masks),
         (["deletion_gain"], of_masks | {"random orders": 3}),
         (["masked_accuracy"], {"share masked for masked accuracy": 0.5}),

@@ -123,6 +123,10 @@ def test_the_arms_of_lime_start_from_a_network_that_reads_masks(tmp_path):
     (warm,) = rows["start"]
     with quiet():
         cold = images.judge(LIME, small_network(None), LIME.images(None, 0))
+        fewer = images.judge(LIME._replace(fraction=0.25), small_network(None), LIME.images(None, 0))
+    for name in ("Grad-CAM", "LIME"):  # fewer inserted and fewer deleted
+        assert fewer[f"insertion, {name}, black"] < cold[f"insertion, {name}, black"]
+        assert fewer[f"deletion, {name}, black"] > cold[f"deletion, {name}, black"]
     assert warm["limit"]["masked_accuracy, mean colour"] > cold["masked_accuracy, mean colour"] + 0.1
     assert "#### In turn" not in images.report(LIME, rows)
     same = {arm: [row | {"limit": row["score"]} for row in found] for arm, found in rows.items()}
@@ -146,6 +150,7 @@ def test_arms_have_the_terms_that_they_are_named_after():
             assert named == ([own, "IntegratedGradients"] if arm.method == "in turn" else [own])
             for each in members:
                 assert each.deletion_form == arm.form
+                assert each.fraction == experiment.fraction
                 assert each.insertion_weight == each.deletion_weight == arm.weight
                 if arm.method == "in turn":
                     assert 0.3 < float((each.baselines(x) == 0).flatten(1).all(dim=1).float().mean()) < 0.7

@@ -311,7 +311,7 @@ def test_groups_may_be_ranked_by_their_sum():
     assert insertion(forward, x, maps, **settings).item() == 2.0
     assert insertion(forward, x, maps, group_reduction="sum", **settings).item() == 3.0
     exact = forward(x.diag_embed()[0])[None]
-    together = {"feature_mask": mask, "outputs": "raw", "n_samples": 10}
+    together = {"feature_mask": mask, "outputs": "raw", "n_samples": 40}
     torch.testing.assert_close(sensitivity_n(forward, x, exact, 1, group_reduction="sum", **together), torch.ones(1))
     with pytest.raises(ValueError, match="'mean' or 'sum', given: 'max'"):
         insertion(forward, x, maps, group_reduction="max", **settings)
