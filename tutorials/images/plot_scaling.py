@@ -34,7 +34,9 @@ from captum_idexpo.visualization import COLORS, plot_history
 #    batches x ``batch_size`` images.
 # 4. Pass the loaders and the model unprepared. The trainer prepares them.
 # 5. ``fit`` returns in all processes. One process writes the files.
-# 6. End the training. This closes the connections between the processes, before one of them exits.
+# 6. End the training, and return from the function. The connections between the processes are closed when nothing holds
+#    the trainer any more. At the top level of a script they would be closed while Python shuts down, and a process that
+#    exits first can then stop the others.
 #
 # Double precision is for this page only. It shows how small the differences between the weights are.
 
@@ -53,58 +55,62 @@ from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.attr import LayerGradCam
 from captum_idexpo.regularizers import InsertionDeletion
 
-parser = argparse.ArgumentParser()
-parser.add_argument("folder", type=Path)
-parser.add_argument("--batch-size", type=int, default=64)
-parser.add_argument("--accumulate", type=int, default=1)
-parser.add_argument("--die-in-epoch", type=int)
-options = parser.parse_args()
 
-accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.accumulate)  # 1
-torch.manual_seed(0)  # 2
-images, labels = load_digits(return_X_y=True)
-x, y = torch.tensor(images).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-train, val = TensorDataset(x[:768], y[:768]), TensorDataset(x[768:1024], y[768:1024])
-train_loader = DataLoader(
-    train, options.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0)  # 3
-)
-val_loader = DataLoader(val, 64)
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--die-in-epoch", type=int)
+    options = parser.parse_args()
 
-model = nn.Sequential(
-    nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Flatten(), nn.Linear(16 * 16, 10),
-).double()
-regularizer = InsertionDeletion(
-    LayerGradCam(model, model[3]), baselines=0.0, insertion_weight=0.01, deletion_weight=0.01,
-    step_size=4, steps_per_update=2,
-)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.accumulate)  # 1
+    torch.manual_seed(0)  # 2
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    train, val = TensorDataset(x[:768], y[:768]), TensorDataset(x[768:1024], y[768:1024])
+    train_loader = DataLoader(
+        train, options.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0)  # 3
+    )
+    val_loader = DataLoader(val, 64)
+
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 16, 10),
+    ).double()
+    regularizer = InsertionDeletion(
+        LayerGradCam(model, model[3]), baselines=0.0, insertion_weight=0.01, deletion_weight=0.01,
+        step_size=4, steps_per_update=2,
+    )
+
+    def die(trainer, row):
+        """Exit as a failing machine does: at the end of an epoch, before its checkpoint, without a message."""
+        if row["epoch"] == options.die_in_epoch:
+            os._exit(1)
+
+    trainer = ExplanationRegularizedTrainer(  # 4
+        model,
+        torch.optim.Adam(model.parameters(), lr=2e-3),
+        [regularizer],
+        accelerator=accelerator,
+        checkpoint_dir=options.folder / "checkpoints",
+        checkpoint_every=5,
+        callbacks=[die],
+        show_progress=False,
+    )
+    if any((options.folder / "checkpoints").glob("checkpoint-*.pt")):
+        trainer.resume()
+    history = trainer.fit(train_loader, val_loader, epochs=4)
+    if accelerator.is_main_process:  # 5
+        torch.save({"model": model.state_dict(), "history": list(history)}, options.folder / "result.pt")
+        print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, backend "
+              f"{torch.distributed.get_backend() if accelerator.num_processes > 1 else None}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # 6
 
 
-def die(trainer, row):
-    """Exit as a failing machine does: at the end of an epoch, before its checkpoint, without a message."""
-    if row["epoch"] == options.die_in_epoch:
-        os._exit(1)
-
-
-trainer = ExplanationRegularizedTrainer(  # 4
-    model,
-    torch.optim.Adam(model.parameters(), lr=2e-3),
-    [regularizer],
-    accelerator=accelerator,
-    checkpoint_dir=options.folder / "checkpoints",
-    checkpoint_every=5,
-    callbacks=[die],
-    show_progress=False,
-)
-if any((options.folder / "checkpoints").glob("checkpoint-*.pt")):
-    trainer.resume()
-history = trainer.fit(train_loader, val_loader, epochs=4)
-if accelerator.is_main_process:  # 5
-    torch.save({"model": model.state_dict(), "history": list(history)}, options.folder / "result.pt")
-    print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, backend "
-          f"{torch.distributed.get_backend() if accelerator.num_processes > 1 else None}")
-accelerator.wait_for_everyone()
-accelerator.end_training()  # 6
+if __name__ == "__main__":
+    main()
 '''
 
 temporary = tempfile.TemporaryDirectory()  # deleted when this script ends
@@ -163,7 +169,7 @@ print("left behind:", sorted(path.name for path in (folder / "two" / "checkpoint
 # and continues from the last one, within the epoch.
 
 resumed = start(torchrun, "two", *settings)
-assert resumed.returncode == 0, resumed.stderr
+assert resumed.returncode == 0, resumed.stderr[:5000]  # torchrun's own report comes after the cause
 
 # %%
 # The same weights
