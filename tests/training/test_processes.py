@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -33,21 +35,33 @@ def joined(pairs):
 
 def everything():
     """What each process finds."""
+    accelerator = Accelerator(cpu=True)
+    found = training(accelerator)
+    found["wrapped"] = sum(isinstance(module, DistributedDataParallel) for module in gc.get_objects())
+    if accelerator.num_processes > 1:
+        found["error"] = error_of_one(make_trainer(accelerator))
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def make_trainer(accelerator):
     net = smooth_conv_net()
     net[3].p = 0.0
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0, step_size=6)
-    optimizer, accelerator = torch.optim.SGD(net.parameters(), lr=0.01), Accelerator(cpu=True)
-    trainer = ExplanationRegularizedTrainer(net, optimizer, [regularizer], accelerator=accelerator, show_progress=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    return ExplanationRegularizedTrainer(net, optimizer, [regularizer], accelerator=accelerator, show_progress=False)
+
+
+def training(accelerator):
+    """What each process finds while the trainer lives."""
+    trainer = make_trainer(accelerator)
     n_processes, rank = accelerator.num_processes, accelerator.process_index
     found = {"evaluate": trainer.evaluate(DataLoader(TensorDataset(X, Y), batch_size=4)), **loader_scores(trainer)}
     found["counts"] = regression_scores(accelerator)
     batches = DataLoader(TensorDataset(X[:16], Y[:16]), batch_size=8 // n_processes)
     found["history"] = trainer.fit(batches, epochs=2)
-    found["weight"] = net[0].weight.flatten().tolist()
+    found["weight"] = trainer.model[0].weight.flatten().tolist()
     found["gradients"] = {name: gradients(name, rank, n_processes) for name in REGULARIZERS}
-    if n_processes > 1:
-        found["error"] = error_of_one(trainer)
-        torch.distributed.destroy_process_group()
     return found
 
 
@@ -177,6 +191,12 @@ def test_gradients_do_not_depend_on_the_number_of_processes(results, name):
     [one], two = results
     for process in two:
         assert process["gradients"][name] == pytest.approx(one["gradients"][name], abs=1e-9)
+
+
+def test_nothing_holds_the_wrapped_loss_once_the_trainer_is_gone(results):
+    """It would keep the connections between the processes open until Python shuts down."""
+    _, two = results
+    assert [process["wrapped"] for process in two] == [0, 0]
 
 
 def test_failure_in_one_process_stops_both(results):
