@@ -68,7 +68,7 @@ METRICS = (
 _OF_CLASSES = ("accuracy", "masked_accuracy", "road", "infidelity")
 _BY_MASKS = ("insertion", "deletion", "insertion_gain", "deletion_gain")
 _INFIDELITY_SHARE = 0.2  # of the features is masked in each perturbation
-_BATCHES = 2**20  # at most, so that runs with neighbouring seeds share no seed of a batch
+_BATCHES = 2**20  # fewer than half as many, so that runs with neighbouring seeds share no seed of a batch
 _PERTURBATIONS_OF_INFIDELITY = 5  # times those of sensitivity, each of which costs an explanation
 FeatureMask = Tensors | Callable[[Any], Tensors] | None
 
@@ -354,7 +354,7 @@ def compare(
     members = {name: panel.members(model) for name, model in models.items()}
     quiet = seeded(seed, device, generators)
     with no_graph(), eval_mode(*models.values()), quiet, _bar(loader, len(models), show_progress) as bar:
-        for number, yielded in enumerate(loader):
+        for number, yielded in enumerate(loader, start=1):  # the loader and the baselines have the seed itself
             batch = _moved(unpacked(yielded, unpack), device)
             state = random_state(device, generators)
             for name, model in models.items():
@@ -469,7 +469,10 @@ class _Panel:
                 member.regularizer.baselines = baselines[member.baseline]
                 member.regularizer.feature_mask = mask
                 member.regularizer.generator = Generator().manual_seed(seed)
-                values |= self._explained(model, member, batch, metrics, seed, orders)
+                # Captum's metrics draw from the global streams. They have the same numbers for each explainer, and
+                # others than the explainer: LIME would fit the perturbations that it is judged on.
+                with seeded(seed + _BATCHES // 2, as_batch(inputs)[0].device):
+                    values |= self._explained(model, member, batch, metrics, seed, orders)
         return {judge: values[judge] for judge in sorted(values, key=lambda judge: METRICS.index(judge.metric))}
 
     def _feature_masks(self, inputs: Tensors) -> dict[str, Any]:

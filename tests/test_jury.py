@@ -54,10 +54,10 @@ def test_jury_values_are_those_of_the_metrics(found):
     torch.testing.assert_close(own[Judge("insertion", "gradient", "one")], scores.insertion.detach())
     torch.testing.assert_close(own[Judge("deletion", "gradient", "one")], scores.deletion.detach())
     torch.testing.assert_close(own[Judge("accuracy")], (predicted == Y).double())
-    # Masks are drawn batch by batch, from the seed plus the number of the batch.
+    # Masks are drawn batch by batch, from the seed plus the number of the batch, which counts from 1.
     masked = [
         masked_accuracy(model, x, y, baselines=1.0, generator=torch.Generator().manual_seed(number))
-        for number, (x, y) in enumerate(LOADER)
+        for number, (x, y) in enumerate(LOADER, start=1)
     ]
     torch.testing.assert_close(own[Judge("masked_accuracy", None, "one")], torch.cat(masked).double())
 
@@ -67,7 +67,7 @@ def gains_by_the_metric(net, make, x, baseline, *, mask=None, **attribute_kwargs
     predicted = net(x).argmax(1)
     maps = make(net).attribute(x, target=predicted, **attribute_kwargs)
     given = {"baselines": baseline, "feature_mask": mask, "target": predicted}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     scores = insertion_deletion(net, x, maps.detach(), n_random_orders=4, generator=generator, **given)
     return {"insertion_gain": scores.insertion_gain, "deletion_gain": scores.deletion_gain}
 
@@ -82,7 +82,7 @@ def test_jury_gains_of_explainers_that_share_random_orders_are_those_of_the_metr
         {"net": net}, [(X, Y)], explainers, BASELINES, feature_mask=masks, attribute_kwargs={"KernelSHAP": samples}
     )
     for name, mask in masks.items():
-        drawn = samples | {"baselines": value, "generator": torch.Generator().manual_seed(0)}
+        drawn = samples | {"baselines": value, "generator": torch.Generator().manual_seed(1)}
         given = drawn if name == "KernelSHAP" else {}
         expected = gains_by_the_metric(net, explainers[name], X, value, mask=mask, **given)
         for metric, gain in expected.items():
@@ -147,6 +147,27 @@ def test_jury_judges_all_models_with_the_same_random_numbers():
     assert len(second) == 14
 
 
+def test_jury_values_of_an_explainer_do_not_depend_on_the_others():
+    """Nor on the other metrics: their draws do not move those of loaders, baselines and judges."""
+
+    class Noisy(InputXGradient):
+        """An explainer that draws from the global stream."""
+
+        def attribute(self, inputs, target=None, *, create_graph=False):
+            maps = super().attribute(inputs, target, create_graph=create_graph)
+            return maps + torch.randn_like(maps)
+
+    net, baselines = MODELS["trained"], {"noise": noise(), "zero": 0.0}
+    loader = DataLoader(TensorDataset(X, Y), batch_size=10, shuffle=True)
+    both = compare({"a": net, "b": net}, loader, {"noisy": Noisy, "KernelSHAP": KernelShap}, baselines).examples
+    for metrics in (None, ["masked_accuracy", "infidelity", "sensitivity"]):
+        alone = compare({"a": net}, loader, {"KernelSHAP": KernelShap}, baselines, metrics).examples["a"]
+        assert {"infidelity", "sensitivity", "masked_accuracy"} <= {judge.metric for judge in alone}
+        for judge, values in alone.items():
+            assert torch.equal(values, both["a"][judge]), judge
+            assert torch.equal(values, both["b"][judge]), judge
+
+
 def test_jury_leaves_random_streams_modes_and_generators_alone():
     generator = torch.Generator().manual_seed(5)
     model = smooth_conv_net().train()
@@ -163,7 +184,7 @@ def test_jury_judges_images_by_road_and_captums_metrics():
     explainers = {"Grad-CAM": lambda model: LayerGradCam(model, model[4])}
     found = compare({"net": net}, [(IMAGES, Y[:8])], explainers, {"zero": 0.0, "one": 1.0}, explain="label")
     maps = LayerGradCam(net, net[4]).attribute(IMAGES, target=Y[:8]).detach()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     expected = road(net, IMAGES, maps, target=Y[:8], generator=generator)
     torch.testing.assert_close(found.examples["net"][Judge("road", "Grad-CAM")], expected)
     assert [judge for judge in found.judges if judge.metric == "sensitivity"] == [Judge("sensitivity", "Grad-CAM")]
