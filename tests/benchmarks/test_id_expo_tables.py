@@ -194,11 +194,14 @@ def test_the_hardest_rival_decides_a_test():
     found = {
         tables.title(Arm("ID-ExpO", 0.1, "ratio")): rows(0.9, 0.95),
         "CE-only": rows(0.1, 0.16),
+        "CE-only, surer": rows(0.8, 0.83),
         tables.title(ARMS[5]): rows(0.5, 0.6),
         tables.title(ARMS[6]): rows(0.2, 0.26),
     }
     p_value = tables.largest_p_value(found, "ratio", "insertion", 0.0)
     assert p_value == pytest.approx(tables.paired_p_value([0.9, 0.95], [0.5, 0.6]))
+    p_value = tables.largest_p_value(found, "ratio", "insertion", 0.0, (*tables.RIVALS, "CE-only, surer"))
+    assert p_value == pytest.approx(tables.paired_p_value([0.9, 0.95], [0.8, 0.83]))
 
 
 def test_the_picture_has_the_differences_of_each_rule_with_errors_over_the_sets():
