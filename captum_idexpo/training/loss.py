@@ -38,6 +38,7 @@ class ExplanationRegularizedLoss(nn.Module):
 
     Raises:
         TypeError: a regularizer that is no module.
+        ValueError: a regularizer of another model.
 
     Example:
         >>> import torch
@@ -73,6 +74,8 @@ class ExplanationRegularizedLoss(nn.Module):
                 "outputs='multilabel' announces a sigmoid for each label, but the loss is cross_entropy, under which "
                 "the labels compete: pass loss_fn=torch.nn.BCEWithLogitsLoss().",
             )
+        for regularizer in regularizers:
+            check_is_of_model(regularizer, model)
         self.model = model
         self.regularizers = nn.ModuleList(regularizers)
         self.loss_fn = loss_fn
@@ -128,6 +131,18 @@ class ExplanationRegularizedLoss(nn.Module):
         explainer = regularizer.explainer_seconds if isinstance(regularizer, Regularizer) else 0.0
         for name, part in (("explainer", explainer), ("metric", seconds - explainer)):
             self.seconds[name] = self.seconds.get(name, 0.0) + part
+
+
+def check_is_of_model(regularizer: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError if a regularizer explains another model, such as a copy: they share no module."""
+    explained = regularizer.models if isinstance(regularizer, Regularizer) else []
+    own = {*model.modules()}
+    if explained and not any(own & {*module.modules()} for module in explained):
+        name = type(regularizer).__name__
+        raise ValueError(
+            f"{name} explains another {type(explained[0]).__name__} than the one that is trained: they share no "
+            f"module. Make its explainer, and {name}, from the model that you train. A copy needs its own."
+        )
 
 
 def call_model(model: Callable[..., Any], batch: Batch) -> Any:

@@ -44,7 +44,7 @@ from captum_idexpo.training.fsdp import (
 )
 from captum_idexpo.training.history import History
 from captum_idexpo.training.loaders import failing_together, is_its_own, start_workers
-from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, unused
+from captum_idexpo.training.loss import ExplanationRegularizedLoss, call_model, check_is_of_model, unused
 from captum_idexpo.training.run import Run
 
 if TYPE_CHECKING:
@@ -116,9 +116,10 @@ class ExplanationRegularizedTrainer:
     Raises:
         ImportError: accelerate or tqdm is not installed (extra ``train``).
         ValueError: all parameters of the model are frozen, or none of them belongs to the optimizer; the optimizer is
-            LBFGS; a regularizer needs the second derivative of a compiled model; the model is sharded in a way that
-            cannot be trained (FSDP1, layers only, with statistics of its own in each process); `averaged_model` belongs
-            to another model; `scheduler_interval` is "update" for ReduceLROnPlateau; an argument is out of range.
+            LBFGS; a regularizer or `evaluation` explains another model, or needs the second derivative of a compiled
+            one; the model is sharded in a way that cannot be trained (FSDP1, layers only, with statistics of its own in
+            each process); `averaged_model` belongs to another model; `scheduler_interval` is "update" for
+            ReduceLROnPlateau; an argument is out of range.
         TypeError: a generator of an unknown kind; `averaged_model` is no AveragedModel.
 
     Example:
@@ -175,6 +176,8 @@ class ExplanationRegularizedTrainer:
             raise ValueError(f"max_grad_norm must be positive, given: {max_grad_norm}.")
         loss = ExplanationRegularizedLoss(model, regularizers, loss_fn, unpack=unpack)
         _check_compiled(loss.regularizers, model)
+        if evaluation is not None:
+            check_is_of_model(evaluation, model)
         self.model = model
         self.accelerator = _accelerator() if accelerator is None else accelerator
         self._unwrapped = loss

@@ -312,7 +312,8 @@ def test_explanation_of_the_module_may_be_scored_by_the_compiled_model():
 
 def test_older_torch_cannot_train_compiled_models(monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
-    compiled = torch.compile(network(), backend="eager")
+    net = network()
+    compiled = torch.compile(net, backend="eager")
     with pytest.raises(ValueError, match=r"torch\.compiler\.set_stance.*install PyTorch 2\.6"):
         trainer_of(compiled, Stability(compiled))
-    trainer_of(compiled, InsertionDeletion(InputXGradient(network()), baselines=0.0))
+    trainer_of(compiled, InsertionDeletion(InputXGradient(net), baselines=0.0))

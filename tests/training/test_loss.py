@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -111,6 +112,21 @@ def test_loss_refuses_regularizers_that_are_not_a_list_of_modules():
         ExplanationRegularizedLoss(net, [lambda x, y, a: {}])
     with pytest.raises(TypeError, match=r"write \[Term"):
         ExplanationRegularizedLoss(net, Term())
+
+
+def test_loss_refuses_a_regularizer_of_another_model():
+    """Its terms would train the other one, or nothing. A part or a wrapper of the model is the model's own."""
+    net = smooth_conv_net()
+    regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
+    with pytest.raises(
+        ValueError, match=r"explains another Sequential.*from the model that you train"
+    ):
+        ExplanationRegularizedLoss(copy.deepcopy(net), [Term(a=1.0), regularizer])
+    for model in (net, nn.Sequential(net), nn.Sequential(*net)):
+        _, parts = ExplanationRegularizedLoss(model, [regularizer])((X, Y))
+        assert "insertion" in parts
+    bare = InsertionDeletion(InputXGradient(lambda x: net(x)), baselines=0.0, model=net)
+    ExplanationRegularizedLoss(net, [bare])
 
 
 def test_loss_refuses_a_loss_fn_that_returns_many_values():

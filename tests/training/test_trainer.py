@@ -450,6 +450,14 @@ def test_trainer_refuses_an_optimizer_of_another_model():
         ExplanationRegularizedTrainer(smooth_conv_net(), torch.optim.SGD(smooth_conv_net().parameters(), lr=0.1))
 
 
+def test_trainer_refuses_an_evaluation_of_another_model():
+    """Its scores would be those of the other one, beside the accuracy of the model."""
+    net, other = smooth_conv_net(), smooth_conv_net()
+    judge = InsertionDeletion(LayerGradCam(other, other[4]), baselines=0.0)
+    with pytest.raises(ValueError, match="InsertionDeletion explains another Sequential than the one that is trained"):
+        ExplanationRegularizedTrainer(net, torch.optim.SGD(net.parameters(), lr=0.1), evaluation=judge)
+
+
 def test_trainer_refuses_an_optimizer_that_needs_a_closure():
     net = smooth_conv_net()
     with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
