@@ -35,7 +35,7 @@ def mean_inputs(
 
     Returns:
         For each tensor its mean, with axes of size 1 in place of those that the mean is taken over: ``(1, D)`` for
-        rows, ``(1, C, 1, 1)`` for images.
+        rows, ``(1, C, 1, 1)`` for images. It has the dtype of the inputs. The mean of integers is rounded.
 
     Raises:
         ValueError: the loader yields no batch; inputs of three axes without ``axes``; axes that the inputs do not have.
@@ -60,7 +60,11 @@ def mean_inputs(
         n_examples += len(tensors[0])
     if not n_examples:
         raise ValueError("The loader yielded no batch to take the mean of.")
-    baselines = tuple((total / n_examples).to(t.dtype) for total, t in zip(sums, tensors, strict=True))
+    means = [total / n_examples for total in sums]
+    baselines = tuple(
+        mean.to(tensor.dtype) if tensor.is_floating_point() else mean.round().to(tensor.dtype)
+        for mean, tensor in zip(means, tensors, strict=True)
+    )
     return baselines if is_tuple else baselines[0]
 
 

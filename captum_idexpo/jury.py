@@ -534,9 +534,16 @@ class _Panel:
             values[judge] = self._infidelity(model, regularizer, batch, maps, target)
         if member.baseline == next(iter(self.baselines)):
             if "road" in metrics:
-                generator, rows = Generator().manual_seed(seed), self.max_examples_per_batch
-                given = {"outputs": self.outputs, "generator": generator, "max_examples_per_batch": rows, **side}
-                values[Judge("road", member.explainer)] = road(model, batch.inputs, maps[0], target=target, **given)
+                values[Judge("road", member.explainer)] = road(
+                    self._log_probabilities(model),
+                    batch.inputs,
+                    maps[0],
+                    target=target,
+                    outputs="log_probabilities",
+                    generator=Generator().manual_seed(seed),
+                    max_examples_per_batch=self.max_examples_per_batch,
+                    **side,
+                )
             if "sensitivity" in metrics:
                 values[Judge("sensitivity", member.explainer)] = self._sensitivity(regularizer, batch, target, seed)
         return values
@@ -554,6 +561,13 @@ class _Panel:
                 "loader yield indices, or take explain='predicted'."
             )
         return explained_class(batch.target, self.outputs)
+
+    def _log_probabilities(self, model: nn.Module) -> Callable[..., Tensor]:
+        """Return a function with one column for each class, also of a single logit.
+
+        The maps speak for the target already, so no metric may flip them for class 0 of a single column.
+        """
+        return lambda *inputs: log_probabilities(model(*inputs), self.outputs)
 
     def _infidelity(
         self,
@@ -579,9 +593,12 @@ class _Panel:
             return _example_by_example(wide), _example_by_example(masked.copies(kept))
 
         n_perturbations = _PERTURBATIONS_OF_INFIDELITY * self.n_perturbations
-        rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
+        rows, log_probability = (
+            self.max_examples_per_batch or default_rows_per_forward(tensors),
+            self._log_probabilities(model),
+        )
         values: Tensor = captum.metrics.infidelity(
-            lambda *inputs: log_probabilities(model(*inputs), self.outputs).exp(),
+            lambda *inputs: log_probability(*inputs).exp(),
             perturb,
             tensors if len(tensors) > 1 else tensors[0],
             tuple(map.expand_as(tensor) for map, tensor in zip(maps, tensors, strict=True)),

@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,3 +14,5 @@ torch.set_num_threads(1)
 def _seeded():
     """A test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+    np.random.seed(0)  # GradientShap and DeepLiftShap of Captum draw baselines from it
+    random.seed(0)

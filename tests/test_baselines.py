@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from captum_idexpo import ExplanationRegularizedTrainer
 from captum_idexpo.attr import IntegratedGradients, KernelShap
-from captum_idexpo.baselines import blurred, generators_of, mixture, noise, resampled
+from captum_idexpo.baselines import blurred, generators_of, mean_inputs, mixture, noise, resampled
 from captum_idexpo.metrics import insertion_deletion, sensitivity_n
 from captum_idexpo.regularizers import InsertionDeletion, MaskedNeighbors, RightForTheRightReasons, Stability
 from tests.helpers import smooth_net
@@ -23,6 +23,13 @@ ROWS, Y = torch.randn(8, 6, dtype=torch.float64, generator=G), torch.arange(8) %
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def test_mean_of_integers_is_rounded_and_that_of_booleans_is_what_most_are():
+    columns = torch.tensor([[0, 1, 5], [0, 1, 6], [1, 0, 6]])
+    assert mean_inputs([(columns, 0)]).tolist() == [[0, 1, 6]]
+    assert mean_inputs([(columns.to(torch.uint8), 0)]).dtype == torch.uint8
+    assert mean_inputs([(columns[:, :2].bool(), 0)]).tolist() == [[False, True]]
 
 
 def test_blurred_is_the_mean_of_the_positions_inside_weighted_by_a_gaussian():

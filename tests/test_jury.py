@@ -191,6 +191,33 @@ def test_jury_judges_images_by_road_and_captums_metrics():
     assert all(row["value"] >= 0 for row in found.rows if row["metric"] in ("infidelity", "sensitivity"))
 
 
+@pytest.mark.parametrize("explainer", [InputXGradient, Saliency])
+def test_jury_judges_one_logit_as_its_two_columns(explainer):
+    """The maps that it judges speak for the target, also for class 0 of a single column."""
+    net = smooth_conv_net(n_classes=1).eval()
+    middle = net(IMAGES).median().item()
+
+    class One(nn.Module):
+        def forward(self, x):
+            return net(x) - middle
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return torch.cat([middle - net(x), net(x) - middle], dim=1) / 2
+
+    y = (net(IMAGES)[:, 0] > middle).long()
+    assert 0 < y.sum() < 8
+    single, double = (
+        compare({"a": model}, [(IMAGES, y)], {"map": explainer}, {"zero": 0.0, "one": 1.0}).examples["a"]
+        for model in (One(), Two())
+    )
+    assert {"road", "infidelity", "insertion_gain", "masked_accuracy"} <= {judge.metric for judge in single}
+    scale = {"infidelity", "sensitivity"}  # of the logit and of its half
+    for judge, values in single.items():
+        if judge.metric not in scale:
+            torch.testing.assert_close(values, double[judge], msg=str(judge))
+
+
 def test_infidelity_of_exact_attributions_of_a_linear_model_is_zero():
     """With small logits the probabilities change nearly linearly."""
 

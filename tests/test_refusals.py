@@ -22,6 +22,7 @@ from captum_idexpo._core.compiled import can_run_eagerly
 from captum_idexpo.attr import (
     LRP,
     GradientShap,
+    GuidedBackprop,
     IntegratedGradients,
     KernelShap,
     LayerActivation,
@@ -184,6 +185,10 @@ RAISED = {
     "Random numbers of neither": lambda _: train((model := net()), bounded(jittered(model), model)),
     "Targets of a regression": lambda _: Fidelity(net())(X, torch.tensor([1.5, 2.5, 0.1, 7.0])),
     "Cross-entropy of outputs": lambda _: ExplanationRegularizedLoss(nn.Linear(6, 1))((X, torch.ones(4, 1))),
+    "Guided gradients": lambda _: InsertionDeletion(GuidedBackprop(nn.Linear(6, 1)), baselines=0.0)(X, Y // 2),
+    "A regularizer or judge": lambda _: ExplanationRegularizedLoss(
+        net(), [InsertionDeletion(Saliency(net()), baselines=0.0)]
+    ),
     "Soft masks of token ids": lambda _: insertion(
         lambda ids: ids[:, :3].float(), X.long(), X, target=1, temperature="auto"
     ),

@@ -32,10 +32,16 @@ class MaskSimilarity:
 
     kernel_width: float = 0.25
 
-    def weights(self, masks: Tensor) -> Tensor:
-        """Return the weights ``(..., M)`` of masks ``(..., M, D)``, in the dtype of float masks, else in float32."""
+    def weights(self, masks: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return the weights ``(..., M)`` of masks ``(..., M, D)``, in the dtype of float masks, else in float32.
+
+        Args:
+            masks: zeros and ones.
+            present: booleans ``(..., 1, D)``, False for features that an example does not have, which do not count.
+        """
         masks = masks if masks.is_floating_point() else as_numbers(masks, torch.float32)
-        cosine = masks.mean(dim=-1).sqrt()  # the cosine of a binary z and the vector of ones
+        share = masks.mean(dim=-1) if present is None else (masks * present).sum(dim=-1) / present.sum(dim=-1)
+        cosine = share.sqrt()  # the cosine of a binary z and the vector of ones
         return torch.exp(-((1 - cosine) ** 2) / (2 * self.kernel_width**2))
 
     def __call__(self, _original: object, _perturbed: object, interpretable: Tensor, **_: Any) -> Tensor:

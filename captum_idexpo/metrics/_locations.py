@@ -48,7 +48,9 @@ class Locations:
         maps = as_tuple(attributions, "attributions")
         if len(maps) != len(inputs):
             raise ValueError(f"There are {len(maps)} attributions for {len(inputs)} input tensors: give one a tensor.")
+        # In single precision at least: sums of halves overflow.
         maps = tuple(_aligned(map, tensor) for map, tensor in zip(maps, inputs, strict=True))
+        maps = tuple(map.to(torch.promote_types(map.dtype, torch.float32)) for map in maps)
         if groups is None:
             layout = FeatureLayout.of_positions([map.shape[1:] for map in maps])
             return cls(layout, layout.sums(maps), None)

@@ -246,8 +246,10 @@ def _multilabel(output: Tensor, label: Tensor, score: Score) -> Tensor:
 
 
 def _multiclass_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
+    if score == "log_complement":  # 1 - p would lose the digits of a small complement
+        return _log(output.masked_fill(F.one_hot(label, output.shape[-1]).bool(), 0.0).sum(dim=-1))
     p = _pick(output, label)
-    return p if score == "probability" else _log(p if score == "log_probability" else 1 - p)
+    return p if score == "probability" else _log(p)
 
 
 def _binary_logits(output: Tensor, label: Tensor, score: Score) -> Tensor:
@@ -265,8 +267,9 @@ def _binary_log_probabilities(output: Tensor, label: Tensor, score: Score) -> Te
 
 
 def _binary_probabilities(output: Tensor, label: Tensor, score: Score) -> Tensor:
-    p = torch.where(label == 1, output, 1 - output)
-    return p if score == "probability" else _log(p if score == "log_probability" else 1 - p)
+    of_column = (label == 1) == (score != "log_complement")
+    p = torch.where(of_column, output, 1 - output)
+    return p if score == "probability" else _log(p)
 
 
 _MULTICLASS = {

@@ -165,12 +165,28 @@ class Explaining:
             return "named"
         return "known" if isinstance(getattr(self._method, "layer", None), _CHANNELS_SECOND) else "unknown"
 
-    @property
-    def signed_for_target(self) -> bool:
-        """True if a positive attribution is evidence for the target, and so against the other of two classes."""
+    def flips(self, sign: Tensor | None) -> Tensor | None:
+        """Return the sign by which to multiply the attribution of a single column, -1 for class 0.
+
+        It is None for magnitudes and squares, which speak for both classes.
+
+        Raises:
+            InputError: the attribution keeps positive evidence or gradients alone, so that the evidence for class 0 is
+                not its negative.
+        """
         magnitude = isinstance(self._method, captum.Saliency) and self.arguments.get("abs", True)
         squared = self.arguments.get("nt_type", "smoothgrad") != "smoothgrad"
-        return "target" in self.takes and not magnitude and not squared
+        if sign is None or "target" not in self.takes or magnitude or squared:
+            return None
+        relu = self.arguments.get("relu_attributions", False)
+        if relu or isinstance(self._method, _POSITIVE_ALONE):
+            what = "relu_attributions=True keeps" if relu else f"{type(self._method).__name__} keeps"
+            cure = "Leave relu_attributions out, or let" if relu else "Let"
+            raise InputError(
+                f"{what} positive values alone, so the evidence for class 0 of a single column is lost. {cure} the "
+                "model return two columns: torch.cat([-z / 2, z / 2], dim=1) of its logit z has the same probabilities."
+            )
+        return sign
 
     @property
     def _method(self) -> Attribution:
@@ -238,6 +254,9 @@ def _n_groups(feature_mask: object, tensors: tuple[Tensor, ...]) -> int:
     present = layout.present()
     return layout.n_features if present is None else int(present.sum(dim=1).max())
 
+
+_POSITIVE_ALONE = (captum.GuidedBackprop, captum.GuidedGradCam, captum.Deconvolution)
+"""Their backward pass drops negative gradients."""
 
 _CHANNELS_SECOND = (
     _ConvNd,

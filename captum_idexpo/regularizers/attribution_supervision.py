@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.errors import warn
 from captum_idexpo._core.inputs import as_batch
-from captum_idexpo._core.targets import Outputs
+from captum_idexpo._core.targets import Outputs, target_indices
 from captum_idexpo.attr.layouts import ReshapeTransform
 from captum_idexpo.metrics._locations import NOTICEABLE
 from captum_idexpo.metrics._scoring import is_raw
@@ -137,11 +137,13 @@ class AttributionSupervision(AttributionPenalty):
     def _sign_of_one_column(self, batch: Batch, explained: Explained) -> Tensor | None:
         """Return -1 for class 0 of a single column, whose attribution is evidence for class 1; None elsewhere."""
         assert self._explaining is not None
-        target = explained.target
-        if is_raw(self.outputs) or self.outputs == "multilabel" or not isinstance(target, Tensor):
+        tensors = as_batch(batch.inputs)
+        if is_raw(self.outputs) or self.outputs == "multilabel" or explained.target is None:
             return None
-        one_column = self._n_explained_columns(batch, as_batch(batch.inputs)) == 1
-        return 2.0 * target.flatten() - 1 if one_column and self._explaining.signed_for_target else None
+        if self._n_explained_columns(batch, tensors) != 1:
+            return None
+        target = target_indices(explained.target, len(tensors[0]), tensors[0].device)
+        return None if target is None else self._explaining.flips(2.0 * target[:, -1] - 1)
 
     def _warn_of_no_evidence(self, evidence: Tensor, counts: Tensor) -> None:
         """Warn once if a noticeable share of the annotated examples has nothing that could be moved."""

@@ -337,11 +337,14 @@ class InsertionDeletion(Regularizer):
         """
         batch = self._read(inputs, target, None, additional_forward_args)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
+        labels = self.labels(target)
+        if self.outputs == "multilabel" and isinstance(labels, Tensor) and labels.dim() == 2:
+            labels = labels > 0.5  # they may be smoothed
         with self.held_in_eval_mode():
             return masked_accuracy(
                 self.forward_func,
                 inputs,
-                self.transformed(target),
+                labels,
                 baselines=self._measured_baselines(),
                 feature_mask=feature_mask,
                 additional_forward_args=batch.additional_forward_args,
@@ -453,7 +456,7 @@ class InsertionDeletion(Regularizer):
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
-        sign = scorer.sign_of_one_column() if one_column and self._explaining.signed_for_target else None
+        sign = self._explaining.flips(scorer.sign_of_one_column()) if one_column else None
         masks = make_masks(locations, sign, temperature, tensors)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
@@ -550,9 +553,9 @@ def _like(inputs: Tensors, values: tuple[Baseline, ...]) -> BaselineType:
 
 
 def _expanded(baseline: Baseline, tensor: Tensor) -> Baseline:
-    """Return a baseline per example in the shape of its input, since not every explainer broadcasts it."""
-    if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim() and len(baseline) == len(tensor) > 1:
-        return baseline.expand_as(tensor)
+    """Return a baseline with the axes of an example as its input has them: not every explainer broadcasts it."""
+    if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim():
+        return baseline.expand(len(baseline), *tensor.shape[1:])
     return baseline
 
 

@@ -147,11 +147,13 @@ class MaskedNeighbors(Neighborhood):
         )
         found = self.baselines(self._whole(tensors)) if callable(self.baselines) else self.baselines
         given = found if isinstance(found, tuple) else (found,) * len(tensors)
+        # Features that an example does not have count neither as coordinates nor in the weights.
         present = layout.present()
-        coordinates = masks if present is None else masks & present[:, None]  # of features that the example has
+        present = None if present is None else present[:, None]
+        coordinates = masks if present is None else masks & present
         masked = MaskedInputs(tensors, as_baselines(given, tensors), layout)
         dtype = tensors[0].dtype if tensors[0].is_floating_point() else torch.get_default_dtype()
-        weights = self.similarity.weights(masks).to(dtype)
+        weights = self.similarity.weights(masks.to(torch.promote_types(dtype, torch.float32)), present).to(dtype)
         return Neighbors(masked.copies(masks.transpose(0, 1)), coordinates.to(dtype), weights)
 
     def _layout(self, tensors: tuple[Tensor, ...]) -> FeatureLayout:

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from captum_idexpo._core.batch import Batch
 from captum_idexpo._core.chunks import default_rows_per_forward, slices
-from captum_idexpo._core.errors import warn
+from captum_idexpo._core.errors import InputError, warn
 from captum_idexpo._core.inputs import as_batch, check_count, require_real
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.targets import Outputs
@@ -148,6 +148,11 @@ class RightForTheRightReasons(Penalty):
         output: Tensor = self.forward_func(*inputs)
         if self.outputs == "raw":
             return output.flatten(1).sum(1) if output.dim() > 1 else output
+        if output.dim() > 2:
+            raise InputError(
+                f"Outputs of shape {tuple(output.shape)} have no single axis of classes, whose log probabilities the "
+                "input gradient is of: pass outputs='raw' for the sum of all outputs, or explainer=."
+            )
         return log_probabilities(output, self.outputs).sum(dim=1)
 
     def _warn_of_full_masks(self, masks: tuple[Tensor, ...]) -> None:

@@ -48,6 +48,19 @@ def test_target_scorer_logarithms_of_confident_logits_are_finite(columns):
             assert torch.autograd.grad(values.sum(), logits, retain_graph=True)[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("columns", "target"), [(3, 1), (1, 0)])
+def test_log_complement_of_probabilities_near_one_is_that_of_logits(columns, target):
+    """1 - p is 0 there in single precision, and so would be its gradient."""
+    forward = KINDS["probabilities"][int(columns == 1)]
+    logits = torch.tensor([[0.5, 25.0, -1.0]] if columns == 3 else [[-25.0]]).requires_grad_()
+    values = [
+        TargetScorer(of, (logits.detach(),), target, outputs=outputs)((logits,), slice(None), 1, "log_complement")
+        for of, outputs in ((forward, "probabilities"), (lambda z: z, "logits"))
+    ]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), logits)[0] for value in values))
+
+
 def test_target_scorer_returns_raw_outputs_unchanged():
     assert score(lambda z: z, LOGITS, [2, 0], "raw", "log_probability").tolist() == [0.5, 3.0]
 

@@ -138,6 +138,14 @@ def test_sensitivity_n_in_float32_neither_underflows_nor_overflows(scale):
         torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
+def test_sensitivity_n_of_half_precision_maps_does_not_overflow():
+    x, w = torch.randn(2, 3000), torch.randn(3000)
+    maps = (16 * x * w).half()
+    assert (1500 * maps.abs().amax(1)).isinf().all()
+    found = sensitivity_n(lambda x: (x * w).sum(1), x, maps, n=1500, outputs="raw")
+    torch.testing.assert_close(found, torch.ones(2), atol=1e-4, rtol=0)
+
+
 def test_sensitivity_n_depends_on_the_generator_alone():
     net, state = smooth_net(), torch.get_rng_state()
 

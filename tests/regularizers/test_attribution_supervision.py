@@ -187,6 +187,8 @@ def test_supervision_of_one_logit_reads_the_evidence_for_either_class(distance):
     single = AttributionSupervision(InputXGradient(one), distance=distance)
     double = AttributionSupervision(InputXGradient(Two()), distance=distance)
     torch.testing.assert_close(single(X, labels, COLUMNS), double(X, labels, COLUMNS))
+    for target in (0, [0, 0, 0, 0, 0]):
+        torch.testing.assert_close(single(X, target, COLUMNS), double(X, torch.zeros(5).long(), COLUMNS))
     magnitudes = AttributionSupervision(Saliency(one), distance=distance)
     torch.testing.assert_close(magnitudes(X, labels, COLUMNS), magnitudes(X, 1 - labels, COLUMNS))
 

@@ -110,6 +110,15 @@ def test_fidelity_on_masked_copies_is_the_weighted_residual():
     assert value.item() == pytest.approx(np.mean(squares), rel=1e-9)
 
 
+def test_weights_of_masked_copies_count_the_features_that_the_example_has():
+    neighbors = MaskedNeighbors(feature_mask=torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5]]))
+    found = neighbors.draw((torch.randn(2, 6).double(),), 20, torch.Generator().manual_seed(0))
+    for i, n_features in enumerate((2, 6)):
+        own = found.coordinates[i, :, :n_features]
+        assert not found.coordinates[i, :, n_features:].any()
+        torch.testing.assert_close(found.weights[i], MaskSimilarity().weights(own), rtol=1e-12, atol=0)
+
+
 def test_stability_is_the_mean_squared_change_at_the_neighbors():
     net = smooth_net()
     neighbors = drawn(UniformNeighbors(0.05), 3)

@@ -13,12 +13,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import captum_idexpo.attr
+from captum_idexpo import InputError
 from captum_idexpo.attr import IntegratedGradients, KernelShap, LayerGradCam, Lime, MaskSimilarity, id_expo_lime
 from captum_idexpo.attr.surrogates import Ridge
+from captum_idexpo.baselines import mean_inputs
 from captum_idexpo.feature_masks import grid
 from captum_idexpo.metrics import insertion, insertion_deletion
 from captum_idexpo.metrics._masking import StepSchedule
-from captum_idexpo.regularizers import InsertionDeletion, Sparsity
+from captum_idexpo.regularizers import AttributionSupervision, InsertionDeletion, Sparsity
 from captum_idexpo.testing import assert_trainable
 from tests.attr.cases import ONE_EACH
 from tests.helpers import smooth_conv_net, smooth_net
@@ -601,6 +603,41 @@ def test_insertion_deletion_of_one_column_scored_otherwise_keeps_its_sign(n_colu
 class TwoColumns(nn.Module):
     def forward(self, x):
         return torch.cat([-x / 2, x / 2], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lambda net: LayerGradCam(net, net[4]), {"relu_attributions": True}, "Leave relu_attributions out"),
+        (captum_idexpo.attr.GuidedBackprop, {}, "GuidedBackprop keeps positive values alone.*two columns"),
+        (captum_idexpo.attr.Deconvolution, {}, "Deconvolution keeps positive values alone.*two columns"),
+    ],
+)
+def test_positive_evidence_of_one_column_is_refused_since_class_0_has_none(make, arguments, message):
+    net, twin = smooth_conv_net(n_classes=1), nn.Sequential(smooth_conv_net(n_classes=1), TwoColumns())
+    y = torch.tensor([0, 1, 0])
+    with pytest.raises(InputError, match=message):
+        InsertionDeletion(make(net), attribute_kwargs=arguments, **SETTINGS)(X, y)
+    with pytest.raises(InputError, match=message):
+        AttributionSupervision(make(net), attribute_kwargs=arguments)(X, y, torch.ones(3, 1, 6, 6).tril())
+    InsertionDeletion(make(net), attribute_kwargs=arguments, outputs="raw", **SETTINGS)(X, None)
+    grad_cam_of_twin = lambda model: LayerGradCam(model, model[0][4])  # noqa: E731
+    make = grad_cam_of_twin if arguments else make
+    InsertionDeletion(make(twin), attribute_kwargs=arguments, **SETTINGS)(X, y)
+
+
+@pytest.mark.parametrize("name", ["DeepLift", "IntegratedGradients", "InputXGradient"])
+def test_mean_colours_are_a_baseline_of_every_explainer(name):
+    """One value for each channel, ``(1, C, 1, 1)``, as `mean_inputs` returns it: not every explainer broadcasts it."""
+    net = smooth_conv_net()
+    explainer = getattr(captum_idexpo.attr, name)(net)
+    colours = mean_inputs([(X, Y)])
+    assert colours.shape == (1, 2, 1, 1)
+    for x, y in ((X, Y), (X[:1], Y[:1])):
+        ours = InsertionDeletion(explainer, **{**SETTINGS, "baselines": colours})(x, y)
+        theirs = InsertionDeletion(explainer, **{**SETTINGS, "baselines": colours.expand_as(x)})(x, y)
+        for term, value in ours.items():
+            torch.testing.assert_close(value, theirs[term])
 
 
 def test_insertion_deletion_of_a_regression_uses_the_raw_outputs():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from captum_idexpo import InputError
 from captum_idexpo.attr import InputXGradient, LayerGradCam, Saliency
 from captum_idexpo.regularizers import RightForTheRightReasons, find_another_explanation
 from captum_idexpo.testing import assert_trainable
@@ -127,6 +128,13 @@ def test_right_reasons_warns_once_of_annotations_that_forbid_every_place():
     regularizer(X, Y, torch.ones_like(X))
     with pytest.warns(UserWarning, match="of right evidence"):
         RightForTheRightReasons(net, annotates="right")(X, Y, torch.zeros_like(X))
+
+
+def test_right_reasons_refuses_outputs_without_a_single_axis_of_classes():
+    segmenter, images = nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 5)
+    with pytest.raises(InputError, match=r"\(2, 4, 5, 5\) have no single axis of classes.*outputs='raw'"):
+        RightForTheRightReasons(segmenter)(images, None, torch.ones(2, 5, 5).tril())
+    RightForTheRightReasons(segmenter, outputs="raw")(images, None, torch.ones(2, 5, 5).tril())
 
 
 def test_right_reasons_refuses_bad_settings():

@@ -61,6 +61,9 @@ JUDGES = {
         KernelShap(lambda x: net(x)), model=net, baselines=0.0, outputs="probabilities"
     ),
     "the model": lambda net: InsertionDeletion(KernelShap(net), baselines=0.0, outputs="probabilities"),
+    "a wrapper": lambda net: InsertionDeletion(
+        KernelShap(nn.Sequential(net, nn.Identity())), baselines=0.0, outputs="probabilities"
+    ),
     "no judge": lambda net: RightForTheRightReasons(net, weight=0.0, outputs="probabilities"),
 }
 
@@ -77,6 +80,13 @@ def test_accuracy_of_a_probability_column_uses_a_threshold_of_one_half(name):
 
     scores = trainer_of(net, [JUDGES[name](net)], loss_fn).evaluate(DataLoader(TensorDataset(X, labels), 16))
     assert scores["accuracy"] == pytest.approx(0.9)
+
+
+def test_accuracy_of_a_column_is_absent_where_only_another_function_is_announced():
+    net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    term = RightForTheRightReasons(lambda x: net(x), model=net, outputs="probabilities")
+    trainer = trainer_of(net, [term], binary_cross_entropy)
+    assert "accuracy" not in trainer.evaluate([(X, (net(X) > 0.5).float())])
 
 
 def test_accuracy_is_the_models_when_the_judge_wraps_a_logit_in_sigmoid():

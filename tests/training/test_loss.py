@@ -118,9 +118,7 @@ def test_loss_refuses_a_regularizer_of_another_model():
     """Its terms would train the other one, or nothing. A part or a wrapper of the model is the model's own."""
     net = smooth_conv_net()
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
-    with pytest.raises(
-        ValueError, match=r"explains another Sequential.*from the model that you train"
-    ):
+    with pytest.raises(ValueError, match=r"explains another Sequential.*from the model that you train"):
         ExplanationRegularizedLoss(copy.deepcopy(net), [Term(a=1.0), regularizer])
     for model in (net, nn.Sequential(net), nn.Sequential(*net)):
         _, parts = ExplanationRegularizedLoss(model, [regularizer])((X, Y))
