@@ -35,7 +35,8 @@ def mean_inputs(
 
     Returns:
         For each tensor its mean, with axes of size 1 in place of those that the mean is taken over: ``(1, D)`` for
-        rows, ``(1, C, 1, 1)`` for images. It has the dtype of the inputs. The mean of integers is rounded.
+        rows, ``(1, C, 1, 1)`` for images. The mean of integers or booleans is of the
+        default floating-point dtype.
 
     Raises:
         ValueError: the loader yields no batch; inputs of three axes without ``axes``; axes that the inputs do not have.
@@ -62,7 +63,7 @@ def mean_inputs(
         raise ValueError("The loader yielded no batch to take the mean of.")
     means = [total / n_examples for total in sums]
     baselines = tuple(
-        mean.to(tensor.dtype) if tensor.is_floating_point() else mean.round().to(tensor.dtype)
+        mean.to(tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
         for mean, tensor in zip(means, tensors, strict=True)
     )
     return baselines if is_tuple else baselines[0]

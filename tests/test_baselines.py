@@ -25,11 +25,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_mean_of_integers_is_rounded_and_that_of_booleans_is_what_most_are():
+def test_mean_of_integers_and_booleans_keeps_its_fraction():
     columns = torch.tensor([[0, 1, 5], [0, 1, 6], [1, 0, 6]])
-    assert mean_inputs([(columns, 0)]).tolist() == [[0, 1, 6]]
-    assert mean_inputs([(columns.to(torch.uint8), 0)]).dtype == torch.uint8
-    assert mean_inputs([(columns[:, :2].bool(), 0)]).tolist() == [[False, True]]
+    mean = mean_inputs([(columns, 0)])
+    torch.testing.assert_close(mean, torch.tensor([[1 / 3, 2 / 3, 17 / 3]]))
+    torch.testing.assert_close(mean_inputs([(columns[:, :2].bool(), 0)]), mean[:, :2])
+    model, maps = nn.Linear(3, 2), torch.rand(3, 3)
+    scores = [
+        insertion_deletion(lambda x: model(x.float()), x, maps, baselines=mean, target=1).insertion
+        for x in (columns, columns.float())
+    ]
+    torch.testing.assert_close(*scores)
 
 
 def test_blurred_is_the_mean_of_the_positions_inside_weighted_by_a_gaussian():
