@@ -346,6 +346,12 @@ def _check_shapes(data: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None
     if shapes != needed or len({len(rows) for rows in data}) != 1:
         given = [tuple(rows.shape) for rows in data]
         raise InputError(f"resampled(data) of shapes {given} has no examples of the inputs' shapes {needed}.")
+    for rows, tensor in zip(data, tensors, strict=True):
+        if rows.is_floating_point() and not tensor.is_floating_point():
+            raise InputTypeError(
+                f"resampled(data) of {rows.dtype} would lose its fractions, since the inputs are {tensor.dtype}: pass "
+                "data of the inputs' dtype."
+            )
 
 
 def _require_floats(tensors: tuple[Tensor, ...], name: str) -> None:

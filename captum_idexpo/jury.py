@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -253,7 +254,7 @@ def compare(
     * "infidelity", with each explainer and baseline: Captum's infidelity, normalised. A perturbation sets a random
       fifth of the features to the baseline. Lower is better;
     * "sensitivity", with each explainer: Captum's max-sensitivity. Lower is better. It explains each example
-      1 + n_perturbations times, with fixed baselines. It contains the sampling noise of the explainer, if there is any.
+      1 + n_perturbations times, with fixed baselines. All copies are explained with the same random numbers.
 
     "road" and "sensitivity" take the explanations with the first baseline.
 
@@ -347,6 +348,12 @@ def compare(
     trained = None if trained_on is None else frozenset(trained_on)
     if trained is not None and trained - known:
         raise InputError(f"trained_on names {sorted(trained - known)}, which are no judges: {sorted(known)}.")
+    shared = {*explainers} & {*baselines} | {*METRICS} & {*explainers, *baselines}
+    if trained is not None and shared & trained:
+        raise InputError(
+            f"trained_on names {sorted(shared & trained)}, which several of explainers, baselines and metrics are "
+            "called: give each its own name."
+        )
     device = _device_of(models)
     found: dict[str, dict[Judge, list[Tensor]]] = {name: {} for name in models}
     numbers: list[Tensor] = []
@@ -611,31 +618,27 @@ class _Panel:
         return values
 
     def _sensitivity(self, regularizer: InsertionDeletion, batch: Batch, target: Any, seed: int) -> Tensor:
-        """Return Captum's max-sensitivity of the explanation."""
-        tensors = as_batch(batch.inputs)
-        given = regularizer.baselines, regularizer.feature_mask
+        """Return Captum's max-sensitivity of the explanation.
+
+        Each call explains one copy of the batch. So an example has the same random numbers in all of its copies, and
+        baselines and masks that belong to it.
+        """
 
         def explanation(rows: tuple[Tensor, ...], target: Any = None, **side: Any) -> tuple[Tensor, ...]:
-            n_copies = len(rows[0]) // len(tensors[0])
-            baselines, mask = (_repeated(each, tensors, n_copies) for each in given)
-            regularizer.baselines, regularizer.feature_mask = baselines, mask
             regularizer.generator = Generator().manual_seed(seed)
             return regularizer.attribution(rows if isinstance(batch.inputs, tuple) else rows[0], target, **side)
 
         side = batch.additional_forward_args
-        n_examples, n_perturbations = len(tensors[0]), self.n_perturbations
-        rows = self.max_examples_per_batch or n_examples
         values: Tensor = captum.metrics.sensitivity_max(
             explanation,
             batch.inputs,
             perturb_func=_moved_uniformly,
             perturb_radius=self.perturbation_radius,
-            n_perturb_samples=n_perturbations,
-            max_examples_per_batch=min(n_examples * n_perturbations, max(n_examples, rows)),
+            n_perturb_samples=self.n_perturbations,
+            max_examples_per_batch=len(as_batch(batch.inputs)[0]),
             target=target,
             **({} if side is None else {"additional_forward_args": side}),
         )
-        regularizer.baselines, regularizer.feature_mask = given
         return values
 
 
@@ -653,15 +656,6 @@ def _weights(regularizer: InsertionDeletion, layout: FeatureLayout, tensors: tup
 def _example_by_example(copies: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Return copies ``(n, B, ...)`` as rows, all copies of an example in a row, as Captum repeats them."""
     return tuple(each.transpose(0, 1).flatten(0, 1) for each in copies)
-
-
-def _repeated(given: Any, tensors: tuple[Tensor, ...], n_copies: int) -> Any:
-    """Return baselines or masks of each example for n copies of it in a row; others as they are."""
-    if isinstance(given, tuple):
-        pairs = zip(given, tensors, strict=True)
-        return tuple(_repeated(each, (tensor,), n_copies) for each, tensor in pairs)
-    is_of_examples = isinstance(given, Tensor) and given.dim() == tensors[0].dim() and len(given) > 1
-    return given.repeat_interleave(n_copies, dim=0) if is_of_examples else given
 
 
 def _moved_uniformly(inputs: Any, radius: float) -> tuple[Tensor, ...]:
@@ -751,7 +745,7 @@ def _device_of(models: Mapping[str, nn.Module]) -> torch.device:
 
 
 def _cluster_numbers(given: Any, n_examples: int) -> Tensor:
-    if not isinstance(given, Tensor) and not all(isinstance(number, int) for number in given):
+    if not isinstance(given, Tensor) and not all(isinstance(number, Integral) for number in given):
         raise InputTypeError(f"clusters must return integers, given: {given!r}. Number the clusters.")
     numbers = torch.as_tensor(given).cpu()
     if numbers.shape != (n_examples,) or numbers.is_floating_point():

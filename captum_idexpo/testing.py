@@ -302,7 +302,14 @@ def _gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, 
             "The attribution has no graph into the parameters, though it requires gradient: what it does depend on "
             "(its inputs, say) is no parameter of the model. Call attribute with create_graph=True."
         )
-    return dict(zip(parameters, gradients, strict=True))
+    named: dict[str, Tensor | None] = dict(zip(parameters, gradients, strict=True))
+    infinite = [name for name, each in named.items() if each is not None and not bool(each.isfinite().all())]
+    if infinite:
+        raise AssertionError(
+            f"The gradient is NaN or infinite in {infinite}: look for a division by 0, a square root of 0, or "
+            "torch.where of a value that is not finite."
+        )
+    return named
 
 
 def _direction(parameter: nn.Parameter, generator: Generator) -> Tensor:

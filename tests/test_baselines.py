@@ -82,6 +82,7 @@ def test_blurred_series_and_tuples_need_their_axes():
         (blurred(1.0), ROWS, ValueError, "have no neighbours"),
         (blurred(1.0, axes=(0, 1)), IMAGES, ValueError, "1 or more"),
         (blurred(1.0), IMAGES.long(), TypeError, "floating-point"),
+        (resampled(torch.rand(5, 3)), torch.ones(2, 3).long(), TypeError, "would lose its fractions"),
         (noise(), torch.zeros(2, 3, dtype=torch.long), TypeError, "floating-point"),
         (noise(std=torch.ones(5)), ROWS, ValueError, "baseline"),
         (resampled(), ROWS[:1], ValueError, r"resampled\(data=train_inputs\)"),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from captum_idexpo import Batch, jury
 from captum_idexpo.attr import InputXGradient, IntegratedGradients, KernelShap, LayerGradCam, Saliency
 from captum_idexpo.baselines import noise, resampled
-from captum_idexpo.jury import Judge, compare, standard_error
+from captum_idexpo.jury import Comparison, Judge, compare, standard_error
 from captum_idexpo.metrics import insertion_deletion, masked_accuracy, road
 from captum_idexpo.visualization import plot_comparison
 from captum_idexpo.visualization.comparisons import change_text, comparison_page
@@ -292,6 +292,8 @@ def test_clusters_of_the_loader_reach_the_errors():
 
     found = compare(MODELS, LOADER, EXPLAINERS, BASELINES, ["insertion"], clusters=patients)
     numbers = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()
+    of_numpy = compare(MODELS, LOADER, EXPLAINERS, BASELINES, ["insertion"], clusters=lambda b: patients(b).numpy())
+    assert [row["standard_error"] for row in of_numpy.rows] == [row["standard_error"] for row in found.rows]
     row = found.rows[-1]
     judge = Judge(row["metric"], row["explainer"], row["baseline"])
     difference = found.examples["trained"][judge] - found.examples["before"][judge]
@@ -377,6 +379,10 @@ def test_sensitivity_of_inputs_that_do_not_move_is_zero_since_masks_are_the_same
     assert {row["value"] for row in still.rows} == {0.0}
     moved = compare(MODELS, LOADER, *judges, **settings)
     assert all(row["value"] > 0 for row in moved.rows)
+    for n_rows in (24, 1000):
+        found = compare(MODELS, LOADER, *judges, **settings, max_examples_per_batch=n_rows)
+        for row, expected in zip(found.rows, moved.rows, strict=True):
+            assert row["value"] == pytest.approx(expected["value"])
 
 
 def test_infidelity_of_groups_of_different_sizes_adds_up_gradients_and_not_group_values():
@@ -489,6 +495,15 @@ def test_comparison_page_counts_verdicts_by_metric_and_lists_arguments(tmp_path)
         assert verdict in page
 
 
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_comparison_page_names_judges_that_cannot_decide(value):
+    """All examples differ by the same, or have no score: there is no error to compare the difference with."""
+    examples = {"a": {Judge("accuracy"): torch.zeros(9)}, "b": {Judge("accuracy"): torch.full((9,), value)}}
+    page = comparison_page(Comparison(examples, clusters=None, reference="a", trained_on=None, settings={}))
+    assert "of 1 judges, 0 find it better and 0 worse" in page
+    assert "and 1 (accuracy: 1) have no error to compare with" in page
+
+
 def test_settings_are_those_that_the_values_depend_on():
     def pairs(inputs):
         return torch.arange(6).div(2, rounding_mode="floor").unsqueeze(0)
@@ -568,6 +583,7 @@ def test_comparison_plot_has_an_axis_for_each_metric_and_hollow_markers(found):
         (ValueError, "metrics must be some of", {"metrics": []}),
         (ValueError, "reference='other' is none of the models", {"reference": "other"}),
         (ValueError, r"trained_on names \['black'\]", {"trained_on": ["black"]}),
+        (ValueError, r"\['zero'\], which several of", {"explainers": {"zero": Saliency}, "trained_on": ["zero"]}),
         (ValueError, "feature_mask names", {"feature_mask": {"LIME": None}}),
         (ValueError, "attribute_kwargs must be by explainer", {"attribute_kwargs": {"n_samples": 5}}),
         (ValueError, "explain must be", {"explain": "both"}),

@@ -92,6 +92,23 @@ def test_assert_trainable_finds_a_small_error_in_one_parameter():
         assert_trainable(lambda: tilted() + 0 * net(X), net)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_assert_trainable_finds_gradients_that_are_not_finite(value):
+    net = smooth_net()
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * value
+
+    with pytest.raises(AssertionError, match=r"NaN or infinite in \['0\.weight'"):
+        assert_trainable(lambda: Wrong.apply(net(X)), net)
+
+
 def test_assert_trainable_refuses_to_check_nothing():
     net = smooth_net()
     with pytest.raises(AssertionError, match="nothing to check"):

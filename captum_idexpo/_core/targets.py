@@ -90,7 +90,9 @@ def soft_classes(target: Tensor) -> Tensor | None:
     """Return the largest class of soft labels, rows of fractions ``(B, C)`` that sum to 1; None for other targets."""
     if target.dim() != 2 or target.shape[1] == 1 or not target.is_floating_point():
         return None
-    sums_to_one = bool((target >= 0).all()) and bool(((target.sum(dim=1) - 1).abs() < 1e-3).all())
+    wide = target.to(torch.promote_types(target.dtype, torch.float32))
+    tolerance = 1e-3 + torch.finfo(target.dtype).eps  # of a row whose fractions are rounded
+    sums_to_one = bool((wide >= 0).all()) and bool(((wide.sum(dim=1) - 1).abs() < tolerance).all())
     return target.argmax(dim=1) if sums_to_one else None
 
 
@@ -132,7 +134,7 @@ def captum_target(target: Any, n_examples: int | None = None) -> Any:
         raise InputTypeError(
             f"target must be an integer, a tuple of integers, a tensor, a list or None; given: {given}. Pass {cure}."
         )
-    if isinstance(target, list) and n_examples is not None and len(target) not in (1, n_examples):
+    if isinstance(target, list) and n_examples is not None and len(target) != n_examples:
         raise InputError(
             f"target is a list of {len(target)} for {n_examples} examples: give one for each, or one number for all."
         )

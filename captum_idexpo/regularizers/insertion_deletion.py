@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from captum.attr import Attribution
@@ -554,6 +554,8 @@ def _like(inputs: Tensors, values: tuple[Baseline, ...]) -> BaselineType:
 
 def _expanded(baseline: Baseline, tensor: Tensor) -> Baseline:
     """Return a baseline with the axes of an example as its input has them: not every explainer broadcasts it."""
+    if isinstance(baseline, Tensor) and not baseline.dim():
+        return cast("float", baseline.item())
     if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim():
         return baseline.expand(len(baseline), *tensor.shape[1:])
     return baseline

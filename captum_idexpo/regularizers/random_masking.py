@@ -147,7 +147,8 @@ def _expected(log_p: Tensor, target: Any, outputs: Outputs) -> Tensor:
         if soft is not None:
             if soft.shape != log_p.shape:
                 raise InputError(f"Soft labels {tuple(target.shape)} do not fit {log_p.shape[1]} classes.")
-            return (soft.to(log_p) * log_p).sum(dim=1)
+            soft = soft.to(log_p)
+            return (soft * log_p.masked_fill(soft == 0, 0.0)).sum(dim=1)  # 0 times the logarithm of 0 is 0
     return _picked(log_p, explained_class(target, outputs))
 
 

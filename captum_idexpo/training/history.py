@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ class History(list[dict[str, float]]):
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as a table of comma-separated values, a column for each name that occurs."""
         names = list(dict.fromkeys(name for row in self for name in row))
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self)
+        table = io.StringIO(newline="")  # written at once, so that no error leaves half a file
+        writer = csv.DictWriter(table, names)
+        writer.writeheader()
+        writer.writerows(self)
+        Path(path).write_text(table.getvalue(), newline="")
 
     def plot(self) -> Any:
         """Return a figure: losses on the left, validation scores on the right; ImportError without matplotlib."""

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 class Sweep(list[Row]):
     """One row per setting: what was set and the scores it led to.
+
+    In `front`, `table` and `plot` a higher score is a better one: for deletion take "one_minus_deletion".
 
     Args:
         rows: settings and scores by name.
@@ -59,7 +61,8 @@ class Sweep(list[Row]):
             One row per combination of the other settings: these, "n_runs", and for each score that all of its runs have
             the mean and "<score>_standard_error", the standard deviation of the runs divided by sqrt(n_runs). If the
             runs have such an error themselves, it is at least the mean of theirs, since runs that are judged on the
-            same examples share the chance of these examples.
+            same examples share the chance of these examples. With `max_accuracy_drop` the mean change of accuracy says
+            whether a row is "eligible". Without, it is if all its runs are, should they say so.
 
         Raises:
             ValueError: there is no such setting; a combination has one run, or two with the same value of it; the rows
@@ -97,10 +100,15 @@ class Sweep(list[Row]):
                 row[score] = float(np.mean(values))
                 between = float(np.std(values, ddof=1) / np.sqrt(len(values)))
                 row[error] = max(between, float(np.mean(own_errors))) if own_errors else between
+        if self.max_accuracy_drop is None and all("eligible" in run for run in runs):
+            row["eligible"] = all(run["eligible"] for run in runs)
         return row
 
     def front(self, x: str = "accuracy", y: str = "insertion") -> list[Row]:
-        """Return the eligible rows that no other one beats in both scores, by descending x; none whose score is NaN."""
+        """Return the eligible rows that no other one beats, by descending x; none whose score is NaN.
+
+        One row beats another that is higher in neither score, and lower in one or both.
+        """
         return pareto_front(self, x, y)
 
     def table(self, x: str = "accuracy", y: str = "insertion") -> str:
@@ -164,7 +172,7 @@ def sweep(
     Raises:
         ValueError: an empty grid, one with a value twice, or a setting named like a score; a limit of accuracy without
             "accuracy_change" among the scores.
-        TypeError: a value of another type.
+        TypeError: a value of another type; a score that is no number.
 
     Example:
         >>> import tempfile
@@ -190,13 +198,19 @@ def sweep(
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     done = _read(path)
     missing = [settings for settings in combinations if _key(settings) not in done]
+    old = [row for row in map(done.get, map(_key, combinations)) if row and CHANGE not in row["scores"]]
+    if max_accuracy_drop is not None and old:
+        raise ValueError(
+            f"{path} holds rows without the score {CHANGE!r}, which max_accuracy_drop needs, such as that of "
+            f"{old[0]['settings']}: take another file, or leave max_accuracy_drop out."
+        )
     for settings in missing:
         scores = run(**settings)
         if set(scores) & set(settings):
             raise ValueError(f"Scores and settings share names: {sorted(set(scores) & set(settings))}.")
         if max_accuracy_drop is not None:
             _require_change(scores)
-        row = {"settings": settings, "scores": {name: float(value) for name, value in scores.items()}}
+        row = {"settings": settings, "scores": {name: _number(name, value) for name, value in scores.items()}}
         _append(path, row)
         done[_key(settings)] = row
     rows = [done[_key(settings)] for settings in combinations]
@@ -211,10 +225,17 @@ def _require_change(scores: Mapping[str, Any]) -> None:
         )
 
 
+def _number(name: str, value: object) -> float:
+    try:
+        return float(cast("float", value))
+    except (TypeError, ValueError):
+        raise TypeError(f"run() must return numbers by name; {name!r} is {value!r}. Leave it out.") from None
+
+
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def _read(path: Path) -> dict[str, Row]:

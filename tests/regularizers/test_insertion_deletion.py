@@ -633,6 +633,8 @@ def test_mean_colours_are_a_baseline_of_every_explainer(name):
     explainer = getattr(captum_idexpo.attr, name)(net)
     colours = mean_inputs([(X, Y)])
     assert colours.shape == (1, 2, 1, 1)
+    number = InsertionDeletion(explainer, **{**SETTINGS, "baselines": torch.tensor(0.2).double()})(X, Y)
+    torch.testing.assert_close(number, InsertionDeletion(explainer, **SETTINGS)(X, Y))
     for x, y in ((X, Y), (X[:1], Y[:1])):
         ours = InsertionDeletion(explainer, **{**SETTINGS, "baselines": colours})(x, y)
         theirs = InsertionDeletion(explainer, **{**SETTINGS, "baselines": colours.expand_as(x)})(x, y)

@@ -26,6 +26,34 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def test_masking_of_a_class_that_is_impossible_is_finite_unless_it_is_the_label():
+    net, y = nn.Linear(6, 3).double(), torch.tensor([0, 1, 1, 0])
+    impossible = torch.tensor([False, False, True])
+
+    def forward(x):
+        return net(x).masked_fill(impossible, -torch.inf).log_softmax(1)
+
+    x = torch.randn(4, 6, dtype=torch.float64)
+    values = []
+    for target in (y, F.one_hot(y, 3).double()):
+        masking = RandomMasking(
+            forward, model=net, baselines=0.0, outputs="log_probabilities", generator=torch.Generator().manual_seed(0)
+        )
+        (value,) = masking(x, target).values()
+        assert torch.autograd.grad(value, net.weight)[0].isfinite().all()
+        values.append(value)
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masking_takes_soft_labels_of_half_precision(dtype):
+    soft = (3 * torch.randn(512, 100)).softmax(1).to(dtype)
+    net = nn.Linear(6, 100)
+    for labels in soft.split(64):
+        (value,) = RandomMasking(net, baselines=0.0)(torch.randn(64, 6), labels).values()
+        assert value.isfinite()
+
+
 @pytest.mark.parametrize(
     ("outputs", "transform"),
     [("logits", None), ("log_probabilities", lambda z: z.log_softmax(1)), ("probabilities", lambda z: z.softmax(1))],

@@ -30,5 +30,19 @@ def test_history_best_is_eligible():
     assert History(rows[:1]).best is None
 
 
+def test_history_is_written_whole_or_not_at_all(tmp_path):
+    class Unwritable:
+        def __str__(self):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "history.csv"
+    History([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "accuracy": 0.9}]).to_csv(path)
+    written = path.read_text()
+    assert written.splitlines() == ["epoch,loss,accuracy", "1,0.5,", "2,,0.9"]
+    with pytest.raises(KeyboardInterrupt):
+        History([{"epoch": 1, "loss": Unwritable()}]).to_csv(path)
+    assert path.read_text() == written
+
+
 def test_history_best_is_none_without_validation():
     assert History([{"epoch": 1, "loss": 0.5}]).best is None

@@ -130,6 +130,35 @@ def test_sweep_mean_over_seeds_has_standard_errors_and_its_front():
     assert upper == pytest.approx(means[0]["insertion"] + means[0]["insertion_standard_error"])
 
 
+def test_sweep_mean_is_eligible_if_all_its_runs_are():
+    """As rows of a history say so themselves."""
+    scores = {"accuracy": [0.5, 0.6], "insertion": [0.9, 0.8]}
+    rows = [
+        {"weight": weight, "seed": seed, "eligible": float(weight == 0 or seed == 0)}
+        | {name: values[weight] for name, values in scores.items()}
+        for weight in (0, 1)
+        for seed in (0, 1)
+    ]
+    mean = Sweep(rows, ("weight", "seed")).mean()
+    assert [row["eligible"] for row in mean] == [True, False]
+    assert [row["weight"] for row in mean.front()] == [0]
+
+
+def test_sweep_names_scores_that_are_no_numbers_and_rows_without_a_change(tmp_path):
+    with pytest.raises(TypeError, match="must return numbers by name; 'note' is None"):
+        sweep(lambda weight: {"accuracy": 0.9, "note": None}, {"weight": [1]}, tmp_path / "a")
+    sweep(lambda weight: {"accuracy": 0.9}, {"weight": [1]}, tmp_path / "b")
+    ran = []
+    with pytest.raises(ValueError, match=r"b holds rows without the score 'accuracy_change'.*\{'weight': 1\}"):
+        sweep(ran.append, {"weight": [1, 2]}, tmp_path / "b", max_accuracy_drop=0.01)
+    assert not ran
+
+
+def test_sweep_table_keeps_its_columns_whatever_the_settings_are():
+    table = Sweep([{"model": "a|b", "accuracy": 1.0, "insertion": 2.0}], ("model",)).table()
+    assert table.splitlines()[-1] == r"| a\|b | 1 | 2 | yes |"
+
+
 def test_sweep_mean_has_at_least_the_runs_own_error():
     def means(own_error):
         changes = {"accuracy_change": -0.02, "accuracy_change_standard_error": own_error}
