@@ -216,7 +216,7 @@ def _predicted(
         return None
     if "multilabel" in said:
         return output > 0
-    of_judge = judge is not None and not said
+    of_judge = judge is not None and all(map(is_raw, said))
     if judge is not None and of_judge and judge.outputs == "multilabel":
         return judge.predicted_labels(batch.inputs, additional_forward_args=batch.additional_forward_args)
     if _is_column(output):

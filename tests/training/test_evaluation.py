@@ -82,6 +82,16 @@ def test_accuracy_of_a_probability_column_uses_a_threshold_of_one_half(name):
     assert scores["accuracy"] == pytest.approx(0.9)
 
 
+def test_accuracy_of_a_column_is_by_the_judge_of_a_wrapper_beside_a_term_on_raw_outputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    judge = InsertionDeletion(KernelShap(nn.Sequential(net, nn.Identity())), baselines=0.0, outputs="probabilities")
+    trainer = trainer_of(net, [RightForTheRightReasons(net, outputs="raw"), judge], binary_cross_entropy)
+    labels = (net(X) > net(X).median()).float()
+    expected = ((net(X) > 0.5) == labels.bool()).double().mean().item()
+    assert trainer.evaluate([(X, labels)])["accuracy"] == pytest.approx(expected)
+
+
 def test_accuracy_of_a_column_is_absent_where_only_another_function_is_announced():
     net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
     term = RightForTheRightReasons(lambda x: net(x), model=net, outputs="probabilities")
