@@ -476,10 +476,7 @@ class _Panel:
                 member.regularizer.baselines = baselines[member.baseline]
                 member.regularizer.feature_mask = mask
                 member.regularizer.generator = Generator().manual_seed(seed)
-                # Captum's metrics draw from the global streams. They have the same numbers for each explainer, and
-                # others than the explainer: LIME would fit the perturbations that it is judged on.
-                with seeded(seed + _BATCHES // 2, as_batch(inputs)[0].device):
-                    values |= self._explained(model, member, batch, metrics, seed, orders)
+                values |= self._explained(model, member, batch, metrics, seed, orders)
         return {judge: values[judge] for judge in sorted(values, key=lambda judge: METRICS.index(judge.metric))}
 
     def _feature_masks(self, inputs: Tensors) -> dict[str, Any]:
@@ -529,8 +526,12 @@ class _Panel:
     ) -> dict[Judge, Tensor]:
         """Return the values of the judges that need an explanation, made once."""
         regularizer, target = member.regularizer, self._target(member.regularizer, batch)
-        side = {"additional_forward_args": batch.additional_forward_args}
-        scores, maps = regularizer.scores_and_attribution(batch.inputs, target, random_orders=random_orders, **side)
+        side, device = {"additional_forward_args": batch.additional_forward_args}, as_batch(batch.inputs)[0].device
+        # Explainers and Captum's metrics may draw from the global streams. Whichever others there are, they have the
+        # same numbers. A judge has others than the explainer: LIME would fit the perturbations that it is judged on.
+        for_judge = functools.partial(seeded, seed + _BATCHES // 2, device)
+        with seeded(seed, device):
+            scores, maps = regularizer.scores_and_attribution(batch.inputs, target, random_orders=random_orders, **side)
         values = {
             Judge(name, member.explainer, member.baseline): value
             for name, value in scores._asdict().items()
@@ -538,7 +539,8 @@ class _Panel:
         }
         if "infidelity" in metrics:
             judge = Judge("infidelity", member.explainer, member.baseline)
-            values[judge] = self._infidelity(model, regularizer, batch, maps, target)
+            with for_judge():
+                values[judge] = self._infidelity(model, regularizer, batch, maps, target)
         if member.baseline == next(iter(self.baselines)):
             if "road" in metrics:
                 values[Judge("road", member.explainer)] = road(
@@ -552,7 +554,8 @@ class _Panel:
                     **side,
                 )
             if "sensitivity" in metrics:
-                values[Judge("sensitivity", member.explainer)] = self._sensitivity(regularizer, batch, target, seed)
+                with for_judge():
+                    values[Judge("sensitivity", member.explainer)] = self._sensitivity(regularizer, batch, target, seed)
         return values
 
     def _target(self, regularizer: InsertionDeletion, batch: Batch) -> Any:

@@ -26,7 +26,7 @@ from captum_idexpo._core.inputs import Tensors, as_batch, check_inputs, check_no
 from captum_idexpo._core.modes import eval_mode as held_in_eval_mode
 from captum_idexpo._core.modes import module_of, no_graph
 from captum_idexpo._core.rng import accelerators, kept_streams, seeded
-from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels, soft_classes
+from captum_idexpo._core.targets import Outputs, drawn_label, explained_class, positive_labels
 from captum_idexpo.attr.layouts import ReshapeTransform, reshaped
 from captum_idexpo.metrics._locations import constant_maps_message
 from captum_idexpo.metrics._scoring import check_outputs, is_raw, predicted_class
@@ -81,7 +81,7 @@ class Regularizer(nn.Module):
             rules of `outputs`. With a function as `outputs` it gives the target of the explainer alone. Soft labels are
             explained by their largest class. Multi-hot targets of ``outputs="multilabel"`` are explained by one of the
             true labels, drawn per example and call; an example without a true label contributes 0. Accuracies are by
-            the loader's target, where it names a class for each example.
+            what it returns, too: that of the judge, else that of the first regularizer.
         generator: source of random numbers that the terms draw; None: torch's global generator.
 
     Attributes:
@@ -231,19 +231,6 @@ class Regularizer(nn.Module):
         if positive is None:
             return Explained(target)
         return Explained(drawn_label(positive, self.generator), positive.any(dim=1).float(), positive.shape[1])
-
-    def labels(self, target: Any) -> Any:
-        """Return the true labels in a loader's target, for accuracies.
-
-        They are the target itself, which the task loss reads: `target_transform` may choose another class to explain.
-        Where it names none, such as a mapping or several columns, they are what `target_transform` makes of it.
-        """
-        names_labels = (
-            isinstance(target, Tensor)
-            and target.dim() > 0
-            and (self.outputs == "multilabel" or target.numel() == len(target) or soft_classes(target) is not None)
-        )
-        return target if names_labels else self.transformed(target)
 
     def transformed(self, target: Any) -> Any:
         """Return a loader's target after `target_transform`."""

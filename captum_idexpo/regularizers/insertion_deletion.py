@@ -337,14 +337,11 @@ class InsertionDeletion(Regularizer):
         """
         batch = self._read(inputs, target, None, additional_forward_args)
         feature_mask = self.feature_mask(inputs) if callable(self.feature_mask) else self.feature_mask
-        labels = self.labels(target)
-        if self.outputs == "multilabel" and isinstance(labels, Tensor) and labels.dim() == 2:
-            labels = labels > 0.5  # they may be smoothed
         with self.held_in_eval_mode():
             return masked_accuracy(
                 self.forward_func,
                 inputs,
-                labels,
+                self.transformed(target),
                 baselines=self._measured_baselines(),
                 feature_mask=feature_mask,
                 additional_forward_args=batch.additional_forward_args,

@@ -145,7 +145,7 @@ def _scored(
             output, target, scores = gathered_examples(accelerator, loader, (output, target, scores), n_examples)
             n_examples += _n_examples(output, target)
             predicted = scores.pop("predicted", None)
-            labels = of_classes[0].labels(target) if of_classes else target
+            labels = of_classes[0].transformed(target) if of_classes else target
             accuracy = _accuracy(predicted, labels, bool(of_classes), _is_column(output))
             yield output, target, labels, {**accuracy, **scores}
     if not n_examples:
@@ -216,7 +216,8 @@ def _predicted(
         return None
     if "multilabel" in said:
         return output > 0
-    of_judge = judge is not None and all(map(is_raw, said))
+    around = [each for each in announced if each.model is not None and model in {*each.model.modules()}]
+    of_judge = judge in around and all(map(is_raw, said))
     if judge is not None and of_judge and judge.outputs == "multilabel":
         return judge.predicted_labels(batch.inputs, additional_forward_args=batch.additional_forward_args)
     if _is_column(output):
@@ -225,8 +226,8 @@ def _predicted(
             return judge.predicted_class(batch.inputs, additional_forward_args=batch.additional_forward_args)
         if judge is None and any(map(is_raw, said)):
             return None
-        if not said and any(each.outputs != "logits" for each in announced):
-            return None  # They explain another function, and nobody says what the model's own column is.
+        if not said and any(each.outputs != "logits" for each in around):
+            return None  # They explain a function around the model, and nobody says what its own column is.
     return predicted_class(output, next((kind for kind in said if not is_raw(kind)), "logits"))
 
 

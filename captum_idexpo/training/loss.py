@@ -134,14 +134,14 @@ class ExplanationRegularizedLoss(nn.Module):
 
 
 def check_is_of_model(regularizer: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if a regularizer explains another model, such as a copy: they share no module."""
+    """Raise ValueError if a regularizer explains another model, such as a copy: they share no parameter."""
     explained = regularizer.models if isinstance(regularizer, Regularizer) else []
-    own = {*model.modules()}
-    if explained and not any(own & {*module.modules()} for module in explained):
+    parameters = {parameter for module in explained for parameter in module.parameters()}
+    if parameters and not parameters & {*model.parameters()}:
         name = type(regularizer).__name__
         raise ValueError(
             f"{name} explains another {type(explained[0]).__name__} than the one that is trained: they share no "
-            f"module. Make its explainer, and {name}, from the model that you train. A copy needs its own."
+            f"parameter. Make its explainer, and {name}, from the model that you train. A copy needs its own."
         )
 
 

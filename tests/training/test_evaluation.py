@@ -92,6 +92,16 @@ def test_accuracy_of_a_column_is_by_the_judge_of_a_wrapper_beside_a_term_on_raw_
     assert trainer.evaluate([(X, labels)])["accuracy"] == pytest.approx(expected)
 
 
+def test_accuracy_of_a_column_is_the_models_beside_a_judge_of_another_head():
+    torch.manual_seed(0)
+    trunk = nn.Linear(4, 4)
+    net, other = nn.Sequential(trunk, nn.Linear(4, 1)), nn.Sequential(trunk, nn.Linear(4, 5))
+    judge = InsertionDeletion(KernelShap(other), baselines=0.0)
+    labels = (net(X) > 0).float()
+    trainer = trainer_of(net, [], nn.functional.binary_cross_entropy_with_logits, evaluation=judge)
+    assert trainer.evaluate([(X, labels)])["accuracy"] == 1
+
+
 def test_accuracy_of_a_column_is_absent_where_only_another_function_is_announced():
     net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
     term = RightForTheRightReasons(lambda x: net(x), model=net, outputs="probabilities")

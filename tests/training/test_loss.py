@@ -120,7 +120,12 @@ def test_loss_refuses_a_regularizer_of_another_model():
     regularizer = InsertionDeletion(LayerGradCam(net, net[4]), baselines=0.0)
     with pytest.raises(ValueError, match=r"explains another Sequential.*from the model that you train"):
         ExplanationRegularizedLoss(copy.deepcopy(net), [Term(a=1.0), regularizer])
-    for model in (net, nn.Sequential(net), nn.Sequential(*net)):
+    foreign = nn.Sequential(net[2], smooth_conv_net(seed=1))  # it shares a layer that has no parameters
+    with pytest.raises(ValueError, match="share no parameter"):
+        ExplanationRegularizedLoss(foreign, [regularizer])
+    tied = copy.deepcopy(net)
+    tied[0].weight = net[0].weight
+    for model in (net, nn.Sequential(net), nn.Sequential(*net), tied):
         _, parts = ExplanationRegularizedLoss(model, [regularizer])((X, Y))
         assert "insertion" in parts
     bare = InsertionDeletion(InputXGradient(lambda x: net(x)), baselines=0.0, model=net)
