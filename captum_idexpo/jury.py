@@ -603,10 +603,8 @@ class _Panel:
             return _example_by_example(wide), _example_by_example(masked.copies(kept))
 
         n_perturbations = _PERTURBATIONS_OF_INFIDELITY * self.n_perturbations
-        rows, log_probability = (
-            self.max_examples_per_batch or default_rows_per_forward(tensors),
-            self._log_probabilities(model),
-        )
+        rows = self.max_examples_per_batch or default_rows_per_forward(tensors)
+        log_probability = self._log_probabilities(model)
         values: Tensor = captum.metrics.infidelity(
             lambda *inputs: log_probability(*inputs).exp(),
             perturb,
