@@ -35,8 +35,8 @@ def mean_inputs(
 
     Returns:
         For each tensor its mean, with axes of size 1 in place of those that the mean is taken over: ``(1, D)`` for
-        rows, ``(1, C, 1, 1)`` for images. The mean of integers or booleans is of the
-        default floating-point dtype. Token ids have no mean: an embedding refuses it.
+        rows, ``(1, C, 1, 1)`` for images. The mean of integers or booleans has the default floating-point dtype. Token
+        ids have no mean: an embedding refuses it.
 
     Raises:
         ValueError: the loader yields no batch; inputs of three axes without ``axes``; axes that the inputs do not have.

@@ -35,7 +35,7 @@ from captum_idexpo._core.inputs import (
     check_inputs,
     check_not_negative,
 )
-from captum_idexpo._core.modes import eval_mode, no_graph
+from captum_idexpo._core.modes import belong_together, eval_mode, module_of, no_graph
 from captum_idexpo._core.rng import random_state, seeded, set_random_state
 from captum_idexpo._core.targets import Outputs, explained_class, positive_labels
 from captum_idexpo.baselines import generators_of
@@ -45,6 +45,7 @@ from captum_idexpo.metrics._scoring import is_raw, log_probabilities
 from captum_idexpo.metrics.masked_accuracy import masked_features, random_masks
 from captum_idexpo.metrics.road import road
 from captum_idexpo.regularizers import InsertionDeletion
+from captum_idexpo.regularizers._explaining import require_attribution
 from captum_idexpo.visualization.comparisons import (
     LOWER_IS_BETTER,
     better_arrow,
@@ -295,7 +296,7 @@ def compare(
 
     Raises:
         ValueError: an unknown name or metric; a metric that does not fit outputs or inputs; models on several devices;
-            a loader that yields nothing; errors of the metrics.
+            an explainer of another model; a loader that yields nothing; errors of the metrics.
         TypeError: no mapping where one is needed; something else than a module or an attribution.
 
     Example:
@@ -435,7 +436,7 @@ class _Panel:
                 explainer,
                 baseline,
                 InsertionDeletion(
-                    make(model),
+                    _explainer_of(model, make, explainer),
                     baselines=given,
                     forward_func=model,
                     outputs=self.outputs,
@@ -641,6 +642,18 @@ class _Panel:
             **({} if side is None else {"additional_forward_args": side}),
         )
         return values
+
+
+def _explainer_of(model: nn.Module, make: Callable[[Any], Attribution], name: str) -> Attribution:
+    """Return a model's explainer; InputError if it explains another model, since `make` ignores its argument."""
+    explainer = require_attribution(make(model))
+    explained = module_of(explainer.forward_func)
+    if explained is not None and not belong_together([explained], model):
+        raise InputError(
+            f"explainers[{name!r}] returns an attribution of another model than it is given: they share no parameter. "
+            "Make it from the argument, as in lambda model: LayerGradCam(model, model.layer4)."
+        )
+    return explainer
 
 
 def _weights(regularizer: InsertionDeletion, layout: FeatureLayout, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -303,10 +303,10 @@ def _gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, 
             "(its inputs, say) is no parameter of the model. Call attribute with create_graph=True."
         )
     named: dict[str, Tensor | None] = dict(zip(parameters, gradients, strict=True))
-    infinite = [name for name, each in named.items() if each is not None and not bool(each.isfinite().all())]
-    if infinite:
+    not_finite = [name for name, each in named.items() if each is not None and not bool(each.isfinite().all())]
+    if not_finite:
         raise AssertionError(
-            f"The gradient is NaN or infinite in {infinite}: look for a division by 0, a square root of 0, or "
+            f"The gradient is NaN or infinite in {not_finite}: look for a division by 0, a square root of 0, or "
             "torch.where of a value that is not finite."
         )
     return named

@@ -168,6 +168,22 @@ def test_jury_values_of_an_explainer_do_not_depend_on_the_others():
             assert torch.equal(values, both["b"][judge]), judge
 
 
+@pytest.mark.parametrize("metric", ["infidelity", "sensitivity"])
+def test_jury_judges_with_other_random_numbers_than_the_explainer_draws(metric):
+    """LIME would otherwise fit the very perturbations that it is judged on."""
+    of_explainer, of_model = [], []
+
+    class Noting(InputXGradient):
+        def attribute(self, inputs, target=None, *, create_graph=False):
+            of_explainer.append(torch.initial_seed())
+            return super().attribute(inputs, target, create_graph=create_graph)
+
+    net = smooth_net()
+    net.register_forward_hook(lambda *_: of_model.append(torch.initial_seed()))
+    compare({"a": net}, [(X, Y)], {"noting": Noting}, {"zero": 0.0}, [metric])
+    assert of_model[-1] != of_explainer[0]  # the judge comes last
+
+
 def test_jury_leaves_random_streams_modes_and_generators_alone():
     generator = torch.Generator().manual_seed(5)
     model = smooth_conv_net().train()
@@ -578,6 +594,11 @@ def test_comparison_plot_has_an_axis_for_each_metric_and_hollow_markers(found):
         (TypeError, r"models\['f'\] must be a torch.nn.Module", {"models": {"f": lambda x: x}}),
         (TypeError, "explainers must be a mapping", {"explainers": [Saliency]}),
         (TypeError, "explainer must be an attribution", {"explainers": {"f": lambda model: model}}),
+        (
+            ValueError,
+            r"explainers\['first'\] returns an attribution of another model",
+            {"explainers": {"first": lambda _: InputXGradient(MODELS["plain"])}},
+        ),
         (TypeError, "baselines must be a mapping", {"baselines": 0.0}),
         (ValueError, "metrics must be some of", {"metrics": ["faithfulness"]}),
         (ValueError, "metrics must be some of", {"metrics": []}),

@@ -72,21 +72,27 @@ def test_assert_trainable_reports_a_failing_backward_pass():
         assert_trainable(lambda: attribution, net)
 
 
-def test_assert_trainable_finds_a_small_error_in_one_parameter():
-    net = smooth_net()
+def with_factor(factor):
+    """The identity, whose gradient is multiplied."""
 
-    class Tilted(torch.autograd.Function):
+    class Multiplied(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
 
         @staticmethod
         def backward(ctx, gradient):
-            return gradient * 1.0001
+            return gradient * factor
+
+    return Multiplied.apply
+
+
+def test_assert_trainable_finds_a_small_error_in_one_parameter():
+    net = smooth_net()
 
     def tilted():
         bias = net[2].bias
-        return torch.tanh(X @ net[0].weight.T) @ net[2].weight.T + Tilted.apply(bias)
+        return torch.tanh(X @ net[0].weight.T) @ net[2].weight.T + with_factor(1.0001)(bias)
 
     with pytest.raises(AssertionError, match=r"wrong in 1 of 4 parameters(.|\n)*2\.bias.*off by 0\.0001"):
         assert_trainable(lambda: tilted() + 0 * net(X), net)
@@ -96,17 +102,8 @@ def test_assert_trainable_finds_a_small_error_in_one_parameter():
 def test_assert_trainable_finds_gradients_that_are_not_finite(value):
     net = smooth_net()
 
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * value
-
     with pytest.raises(AssertionError, match=r"NaN or infinite in \['0\.weight'"):
-        assert_trainable(lambda: Wrong.apply(net(X)), net)
+        assert_trainable(lambda: with_factor(value)(net(X)), net)
 
 
 def test_assert_trainable_refuses_to_check_nothing():

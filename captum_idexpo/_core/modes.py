@@ -59,6 +59,12 @@ def module_of(function: object) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def belong_together(modules: Iterable[nn.Module], model: nn.Module) -> bool:
+    """Return False if modules have parameters of which none is the model's: they are another model, or a copy."""
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return not parameters or bool(parameters & {*model.parameters()})
+
+
 # --- eval and training mode ------------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,7 @@ class Explaining:
             return "named"
         return "known" if isinstance(getattr(self._method, "layer", None), _CHANNELS_SECOND) else "unknown"
 
-    def flips(self, sign: Tensor | None) -> Tensor | None:
+    def sign_of_map(self, sign: Tensor | None) -> Tensor | None:
         """Return the sign by which to multiply the attribution of a single column, -1 for class 0.
 
         It is None for magnitudes and squares, which speak for both classes.

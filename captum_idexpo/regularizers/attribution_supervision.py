@@ -143,7 +143,7 @@ class AttributionSupervision(AttributionPenalty):
         if self._n_explained_columns(batch, tensors) != 1:
             return None
         target = target_indices(explained.target, len(tensors[0]), tensors[0].device)
-        return None if target is None else self._explaining.flips(2.0 * target[:, -1] - 1)
+        return None if target is None else self._explaining.sign_of_map(2.0 * target[:, -1] - 1)
 
     def _warn_of_no_evidence(self, evidence: Tensor, counts: Tensor) -> None:
         """Warn once if a noticeable share of the annotated examples has nothing that could be moved."""

@@ -453,7 +453,7 @@ class InsertionDeletion(Regularizer):
         if cells is None:
             cells = locations.values
         schedule = StepSchedule.of(locations.counts, self.fraction, self.step_size, tensors[0].device)
-        sign = self._explaining.flips(scorer.sign_of_one_column()) if one_column else None
+        sign = self._explaining.sign_of_map(scorer.sign_of_one_column()) if one_column else None
         masks = make_masks(locations, sign, temperature, tensors)
         # In training, a term that is not finite is the loss's to report, by name.
         check_scores = not create_graph
@@ -550,7 +550,7 @@ def _like(inputs: Tensors, values: tuple[Baseline, ...]) -> BaselineType:
 
 
 def _expanded(baseline: Baseline, tensor: Tensor) -> Baseline:
-    """Return a baseline with the axes of an example as its input has them: not every explainer broadcasts it."""
+    """Return a number, or a baseline whose examples have the input's shape: not every explainer broadcasts it."""
     if isinstance(baseline, Tensor) and not baseline.dim():
         return cast("float", baseline.item())
     if isinstance(baseline, Tensor) and baseline.dim() == tensor.dim():

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from captum_idexpo._core.batch import Batch, Unpack, unpacked
 from captum_idexpo._core.errors import InputTypeError, NonFiniteError, warn
+from captum_idexpo._core.modes import belong_together
 from captum_idexpo._core.rng import share_of_batch
 from captum_idexpo.regularizers import Regularizer
 
@@ -136,8 +137,7 @@ class ExplanationRegularizedLoss(nn.Module):
 def check_is_of_model(regularizer: nn.Module, model: nn.Module) -> None:
     """Raise ValueError if a regularizer explains another model, such as a copy: they share no parameter."""
     explained = regularizer.models if isinstance(regularizer, Regularizer) else []
-    parameters = {parameter for module in explained for parameter in module.parameters()}
-    if parameters and not parameters & {*model.parameters()}:
+    if not belong_together(explained, model):
         name = type(regularizer).__name__
         raise ValueError(
             f"{name} explains another {type(explained[0]).__name__} than the one that is trained: they share no "

@@ -182,8 +182,8 @@ def _verdicts(comparison: Comparison) -> str:
                 continue
             better, worse = (_counted([row for row in rows if sign * row["better"] > _CLEAR]) for sign in (1, -1))
             counts = f"{better} find it better and {worse} worse by more than {_CLEAR} standard errors"
-            undecided = _counted([row for row in rows if math.isnan(row["better"])])
-            counts += f", and {undecided} have no error to compare with" if undecided != "0" else ""
+            undecided = [row for row in rows if math.isnan(row["better"])]
+            counts += f", and {_counted(undecided)} have no error to compare with" if undecided else ""
             name = html.escape(model)
             items.append(f"<li><strong>{name}</strong>: of {len(rows)} judges{_KINDS[kind]}, {counts}.</li>")
     if not items:

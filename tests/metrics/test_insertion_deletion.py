@@ -587,6 +587,11 @@ BAD = {
     "integer map": (TypeError, "floating point", {"attributions": PIXELS.long()}),
     "no tensor": (TypeError, "attributions must be", {"attributions": [1.0]}),
     "target out of range": (IndexError, "out of range", {"target": 3}),
+    "one target in a list": (
+        ValueError,
+        r"list of 1 for \d examples: give one for each, or one number",
+        {"target": [1]},
+    ),
     "negative target": (IndexError, "out of range", {"target": torch.tensor([0, 1, -1, 0])}),
     "missing target": (ValueError, "target is missing", {"target": None}),
     "float target": (TypeError, "long", {"target": Y.double()}),
